@@ -1,0 +1,158 @@
+"""Token-level, information-aware advantages. Pure torch; `iapo.verl_adapter.estimator` registers them with verl.
+
+    A[i,t] = GRPO(r_i)                                    group-normalised outcome
+           + alpha * norm(s[i,t]; s[i,:])                 informativeness
+           + beta  * norm(c[i,t]; c[i,:])                 exploration adjustment
+           + rho   * norm(rate_i; rates of the correct)   information rate (ours)
+
+The first three terms are the paper's (arXiv 2602.19049, section on the advantage); norm(x; v) = (x - mean v) / std v.
+docs/algorithm.md puts each equation beside its code. Shape suffixes as in `iapo.information`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from iapo.config import IapoConfig
+from iapo.information import information_gain, information_rate
+
+
+def masked_zscore(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """z = (x - mean) / std over the last dimension, over masked-in entries only.
+
+    Args:
+        values: (..., T); entries that are masked out may hold anything, NaN included.
+        mask: (..., T) 1 where an entry counts.
+        eps: a standard deviation of at most eps counts as zero variance. The default, 1e-6, is below the accuracy of
+            an exit entropy, so that rounding noise is never blown up to unit variance.
+
+    Returns:
+        (..., T) float32 with population (not sample) standard deviation, so sum(z) = 0 and mean(z^2) = 1 over the
+        valid entries. 0 outside the mask, and 0 everywhere where the variance is zero or fewer than two are valid.
+    """
+    mask = mask.bool()
+    values = torch.where(mask, values.float(), 0.0)
+    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    centred = torch.where(mask, values - values.sum(-1, keepdim=True) / count, 0.0)
+    std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    return torch.where(std > eps, centred / std.clamp(min=eps), 0.0)
+
+
+def informativeness(exit_entropy: torch.Tensor, region_mask: torch.Tensor) -> torch.Tensor:
+    """norm(s[i,t]; s[i,:]) with s the information gain, over the tokens of one completion (the paper's first term).
+
+    Args:
+        exit_entropy: (B, T + 1) in nats.
+        region_mask: (B, T) the tokens whose information counts; the others get 0 and are left out of the statistics.
+
+    Returns:
+        (B, T) float32; 0 for completions with zero variance, one token or none.
+    """
+    return masked_zscore(information_gain(exit_entropy, region_mask), region_mask)
+
+
+def exploration(old_log_probs: torch.Tensor, correct: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """norm(c[i,t]; c[i,:]) with c = +pi_old(o_t) in a correct completion, -pi_old(o_t) in a wrong one (the paper).
+
+    Args:
+        old_log_probs: (B, T) log-probabilities of the sampled tokens under the old policy.
+        correct: (B,) 1 if the completion's answer is right. The correctness signal, not the sign of a shaped reward.
+        response_mask: (B, T).
+
+    Returns:
+        (B, T) float32; 0 for completions with zero variance, one token or none.
+    """
+    sign_B1 = torch.where(correct.bool(), 1.0, -1.0)[:, None]
+    return masked_zscore(sign_B1 * old_log_probs.exp(), response_mask)
+
+
+def relative_information_rate(
+    exit_entropy: torch.Tensor, correct: torch.Tensor, response_mask: torch.Tensor, index: Sequence
+) -> torch.Tensor:
+    """norm(rate_i; rates of the correct completions of i's group) for correct completions, 0 for wrong ones (ours).
+
+    A z-score within a completion sums to zero over its tokens and so puts no price on its length; this term does:
+    of two correct completions that carry the same information, the shorter one gains.
+
+    Args:
+        exit_entropy: (B, T + 1) in nats.
+        correct: (B,) 1 if the completion's answer is right.
+        response_mask: (B, T) of the whole response.
+        index: (B,) group of each completion; any hashable values.
+
+    Returns:
+        (B,) float32; 0 where fewer than two completions of the group are correct or their rates are equal.
+    """
+    rates_B = information_rate(exit_entropy, response_mask)
+    members = {}
+    for i, group in enumerate(index):
+        members.setdefault(group, []).append(i)
+    result_B = torch.zeros_like(rates_B)
+    counted_B = correct.bool() & response_mask.bool().any(1)
+    for rows in members.values():
+        result_B[rows] = masked_zscore(rates_B[rows], counted_B[rows])
+    return result_B
+
+
+def iapo_advantage(
+    outcome: torch.Tensor,
+    response_mask: torch.Tensor,
+    config: IapoConfig,
+    *,
+    index: Sequence,
+    exit_entropy: torch.Tensor | None = None,
+    region_mask: torch.Tensor | None = None,
+    old_log_probs: torch.Tensor | None = None,
+    correct: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The advantage of the module docstring, from an outcome advantage and what its terms need.
+
+    Args:
+        outcome: (B, T) group-normalised outcome advantage, GRPO's, 0 on padding.
+        response_mask: (B, T).
+        config: weights alpha, beta, rho >= 0 and `gate`: with "correct" the informativeness term is added to correct
+            completions only, with "all" (the paper) to all.
+        index: (B,) group of each completion.
+        exit_entropy: (B, T + 1) in nats; needed by alpha and rho.
+        region_mask: (B, T) tokens that were probed; needed by alpha.
+        old_log_probs: (B, T); needed by beta.
+        correct: (B,); needed by beta, rho and the gate.
+
+    Returns:
+        advantages (B, T) and the weighted terms by name, each (B, T), which sum to it. A truncated completion is a
+        wrong one whose region is all it wrote. With all weights 0, `outcome` itself: GRPO bit for bit.
+
+    Raises:
+        ValueError: an input that a non-zero weight needs is missing.
+    """
+    needs = {
+        "exit_entropy": (exit_entropy, config.needs_exit_entropy),
+        "region_mask": (region_mask, config.alpha > 0),
+        "old_log_probs": (old_log_probs, config.beta > 0),
+        "correct": (correct, config.needs_correctness),
+    }
+    for name, (value, needed) in needs.items():
+        if needed and value is None:
+            weights = dict(alpha=config.alpha, beta=config.beta, rho=config.rho, gate=config.gate)
+            raise ValueError(f"{name}: None, but the weights {weights} need it; pass it or set the weight to 0.")
+
+    terms = {"outcome": outcome}
+    if config.alpha > 0:
+        gate_B1 = torch.ones(len(outcome), 1) if config.gate == "all" else correct.float()[:, None]
+        gate_B1 = gate_B1.to(outcome.device)
+        terms["informativeness"] = config.alpha * gate_B1 * informativeness(exit_entropy, region_mask)
+    if config.beta > 0:
+        terms["exploration"] = config.beta * exploration(old_log_probs, correct, response_mask)
+    if config.rho > 0:
+        rate_B = relative_information_rate(exit_entropy, correct, response_mask, index)
+        terms["information_rate"] = config.rho * rate_B[:, None] * response_mask
+    if len(terms) == 1:
+        return outcome, terms
+    return torch.stack(list(terms.values())).sum(0), terms
+
+
+def advantage_shares(terms: dict[str, torch.Tensor], response_mask: torch.Tensor) -> dict[str, float]:
+    """Share of the advantage that each term makes up: sum_{i,t} |term| / sum over terms of the same; 0 if all are 0."""
+    sizes = {name: (term.abs() * response_mask).sum().item() for name, term in terms.items()}
+    total = sum(sizes.values())
+    return {name: size / total if total > 0 else 0.0 for name, size in sizes.items()}

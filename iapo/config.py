@@ -1,0 +1,83 @@
+"""The `iapo` section of the configuration: defaults and validation. Imports nothing heavy."""
+
+import math
+from dataclasses import dataclass, fields
+
+GATES = ("all", "correct")
+REGIONS = ("reasoning", "response")
+
+
+@dataclass(frozen=True)
+class IapoConfig:
+    """Weights of the advantage's terms and how the exit entropies are measured.
+
+    Attributes:
+        alpha: weight of the informativeness term (paper, >= 0).
+        beta: weight of the exploration adjustment (paper, >= 0).
+        rho: weight of the information-rate term (ours, >= 0).
+        gate: completions that get the informativeness term: "all" (paper) or "correct".
+        region: tokens that are probed: "reasoning", those before the first `exit_marker` that the completion wrote,
+            because a probe after it is off-distribution; or "response", all of them (paper).
+        exit_marker: text that ends the reasoning.
+        probe: text of the exit probe, appended to a prefix to make the model answer now.
+        chunk_size: positions probed per forward; speed and memory only.
+        stride: probe every k-th position; the gain of a segment is spread evenly over its tokens.
+        max_tokens_per_micro_batch: padded trajectory tokens per forward of the pass; speed and memory only.
+        validation_information: measure the information rate on validation completions too (one more pass each time).
+
+    Raises:
+        ValueError: naming the field, its value and the fix.
+    """
+
+    alpha: float = 0.0
+    beta: float = 0.0
+    rho: float = 0.0
+    gate: str = "all"
+    region: str = "reasoning"
+    exit_marker: str = "</think>"
+    probe: str = "</think>\n<answer>"
+    chunk_size: int = 64
+    stride: int = 1
+    max_tokens_per_micro_batch: int = 16384
+    validation_information: bool = False
+
+    def __post_init__(self):
+        for name in ("alpha", "beta", "rho"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"iapo.{name}: {value!r} must be a number >= 0.")
+        for name, choices in (("gate", GATES), ("region", REGIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"iapo.{name}: {getattr(self, name)!r} must be one of {', '.join(choices)}.")
+        for name in ("chunk_size", "stride", "max_tokens_per_micro_batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"iapo.{name}: {value!r} must be an integer of at least 1.")
+        for name in ("exit_marker", "probe"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"iapo.{name}: {value!r} must be a non-empty text.")
+        if not isinstance(self.validation_information, bool):
+            raise ValueError(f"iapo.validation_information: {self.validation_information!r} must be true or false.")
+
+    @property
+    def needs_exit_entropy(self) -> bool:
+        """Whether a term of the advantage needs the probe pass."""
+        return self.alpha > 0 or self.rho > 0
+
+    @property
+    def needs_correctness(self) -> bool:
+        return self.beta > 0 or self.rho > 0 or (self.alpha > 0 and self.gate == "correct")
+
+    @property
+    def is_grpo(self) -> bool:
+        return self.alpha == self.beta == self.rho == 0
+
+    @classmethod
+    def from_mapping(cls, mapping) -> "IapoConfig":
+        """From the `iapo` node of a configuration; unknown keys raise ValueError."""
+        known = [field.name for field in fields(cls)]
+        for key in mapping:
+            if key not in known:
+                raise ValueError(f"iapo.{key}: unknown key; known are {', '.join(known)}.")
+        return cls(**dict(mapping))

@@ -1,0 +1,189 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iapo.advantage import (
+    advantage_shares,
+    exploration,
+    iapo_advantage,
+    informativeness,
+    masked_zscore,
+    relative_information_rate,
+)
+from iapo.config import IapoConfig
+
+
+def test_masked_zscore_by_hand():
+    z = masked_zscore(torch.tensor([[1.0, 0, 0, 0]]), torch.ones(1, 4))
+    # mean 1/4, population std sqrt(3)/4
+    torch.testing.assert_close(z, torch.tensor([[3.0, -1, -1, -1]]) / math.sqrt(3))
+    masked = masked_zscore(torch.tensor([[2.0, 4.0, float("nan"), 99.0]]), torch.tensor([[1, 1, 0, 0]]))
+    assert masked.tolist() == [[-1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "values,mask",
+    [([0.1] * 7, [1] * 7), ([5.0, 1.0], [1, 0]), ([5.0, 1.0], [0, 0]), ([1.0, 1.0 + 1e-7], [1, 1])],
+    ids=["equal", "one-valid", "none-valid", "rounding-noise"],
+)
+def test_masked_zscore_without_variance_is_zero(values, mask):
+    assert masked_zscore(torch.tensor(values), torch.tensor(mask)).tolist() == [0.0] * len(values)
+
+
+@given(
+    values=st.lists(st.floats(-50, 50, width=32), min_size=2, max_size=20),
+    padding=st.integers(0, 5),
+    scale=st.floats(0.5, 4),
+)
+def test_masked_zscore_properties(values, padding, scale):
+    x = torch.tensor(values + [7.0] * padding)
+    mask = torch.tensor([1] * len(values) + [0] * padding)
+    z = masked_zscore(x, mask)
+    assert (z[len(values) :] == 0).all()
+    std = x[: len(values)].double().std(unbiased=False)
+    if std > 1e-2:
+        assert z.sum().abs() < 1e-3
+        assert z.square().sum() / len(values) == pytest.approx(1, abs=1e-3)
+        torch.testing.assert_close(masked_zscore(x * scale + 3, mask), z, atol=1e-3, rtol=1e-3)
+
+
+def test_informativeness_by_hand():
+    h = torch.tensor([[3.0, 2.0, 2.0, 1.0, 1.0]])
+    region = torch.tensor([[1, 1, 0, 0]])
+    # gains 1, 0 in the region; the gain of token 3 is outside
+    assert informativeness(h, region).tolist() == [[1, -1, 0, 0]]
+
+
+def test_exploration_by_hand():
+    log_probs = torch.tensor([[0.5, 1.0, 1.0], [0.5, 1.0, 0.3]]).log()
+    mask = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    result = exploration(log_probs, torch.tensor([1, 0]), mask)
+    # correct: the confident token gains; wrong: it loses
+    assert result.tolist() == [[-1, 1, 0], [1, -1, 0]]
+
+
+def test_relative_information_rate_by_hand():
+    # rates 2/2 = 1, 2/4 = 0.5, 2/1 = 2 (wrong), a group with one correct, an empty completion
+    h = torch.zeros(6, 5)
+    h[:, 0] = 2.0
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+    correct = torch.tensor([1, 1, 0, 1, 0, 1])
+    groups = ["a", "a", "a", "b", "b", "b"]
+    assert relative_information_rate(h, correct, mask, groups).tolist() == [1, -1, 0, 0, 0, 0]
+
+
+def batch():
+    h = torch.tensor([[3.0, 2.0, 2.0, 2.0], [3.0, 3.0, 2.0, 1.5]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    return dict(
+        outcome=torch.tensor([[1.0, 1, 0], [-1, -1, -1]]),
+        response_mask=mask,
+        index=["g", "g"],
+        exit_entropy=h,
+        region_mask=mask,
+        old_log_probs=torch.tensor([[0.5, 1.0, 1.0], [0.2, 0.4, 0.9]]).log(),
+        correct=torch.tensor([1, 0]),
+    )
+
+
+def test_terms_add_up_with_their_weights():
+    inputs = batch()
+    advantages, terms = iapo_advantage(config=IapoConfig(alpha=0.5, beta=0.1, rho=2.0), **inputs)
+    assert list(terms) == ["outcome", "informativeness", "exploration", "information_rate"]
+    assert terms["informativeness"][0].tolist() == [0.5, -0.5, 0]
+    torch.testing.assert_close(terms["exploration"][0], torch.tensor([-0.1, 0.1, 0]))
+    assert terms["information_rate"].abs().max() == 0  # one correct completion: no comparison
+    torch.testing.assert_close(advantages, sum(terms.values()))
+    assert (advantages[inputs["response_mask"] == 0] == 0).all()
+
+
+def test_gate_correct_leaves_wrong_completions_out():
+    _, terms = iapo_advantage(config=IapoConfig(alpha=1.0, gate="correct"), **batch())
+    assert terms["informativeness"][0].tolist() == [1, -1, 0]
+    assert terms["informativeness"][1].tolist() == [0, 0, 0]
+
+
+def test_zero_weights_return_the_outcome_itself():
+    inputs = batch()
+    advantages, _ = iapo_advantage(config=IapoConfig(), **inputs)
+    assert advantages is inputs["outcome"]
+
+
+def test_padding_rows_get_nothing_and_change_nothing():
+    inputs = batch()
+    config = IapoConfig(alpha=0.5, beta=0.1, rho=0.3)
+    expected, _ = iapo_advantage(config=config, **inputs)
+    padded = {
+        name: torch.cat([value, torch.zeros_like(value[:1])]) if isinstance(value, torch.Tensor) else value + ["pad"]
+        for name, value in inputs.items()
+    }
+    padded["correct"][-1] = 1  # verl copies its padding rows from a real one
+    advantages, _ = iapo_advantage(config=config, **padded)
+    assert torch.equal(advantages[:2], expected)
+    assert (advantages[2] == 0).all()
+
+
+def test_group_and_batch_order_do_not_matter():
+    generator = torch.Generator().manual_seed(0)
+    B, T = 8, 6
+    mask = (torch.arange(T) < torch.randint(0, T + 1, (B, 1), generator=generator)).long()
+    inputs = dict(
+        outcome=torch.randn(B, T, generator=generator) * mask,
+        response_mask=mask,
+        exit_entropy=torch.rand(B, T + 1, generator=generator),
+        region_mask=mask,
+        old_log_probs=-torch.rand(B, T, generator=generator),
+        correct=torch.tensor([1, 1, 0, 1, 1, 1, 0, 1]),
+    )
+    index = list("aaaabbbb")
+    config = IapoConfig(alpha=0.5, beta=0.1, rho=0.3)
+    expected, _ = iapo_advantage(config=config, index=index, **inputs)
+    order = torch.tensor([5, 0, 7, 2, 1, 6, 3, 4])
+    permuted, _ = iapo_advantage(
+        config=config, index=[index[i] for i in order], **{k: v[order] for k, v in inputs.items()}
+    )
+    torch.testing.assert_close(permuted, expected[order])
+
+
+@pytest.mark.parametrize(
+    "weights,missing",
+    [
+        (dict(alpha=1.0), "exit_entropy"),
+        (dict(alpha=1.0), "region_mask"),
+        (dict(beta=1.0), "old_log_probs"),
+        (dict(rho=1.0), "correct"),
+        (dict(alpha=1.0, gate="correct"), "correct"),
+    ],
+)
+def test_missing_inputs_are_named(weights, missing):
+    with pytest.raises(ValueError, match=f"^{missing}: None"):
+        iapo_advantage(config=IapoConfig(**weights), **(batch() | {missing: None}))
+
+
+def test_advantage_shares_by_hand():
+    mask = torch.tensor([[1, 1, 0]])
+    terms = {"outcome": torch.tensor([[1.0, -1.0, 9.0]]), "exploration": torch.tensor([[0.5, 0.5, 9.0]])}
+    assert advantage_shares(terms, mask) == {"outcome": pytest.approx(2 / 3), "exploration": pytest.approx(1 / 3)}
+    assert advantage_shares({"outcome": torch.zeros(1, 3)}, mask) == {"outcome": 0.0}
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(alpha=-1), "iapo.alpha: -1"),
+        (dict(beta="x"), "iapo.beta: 'x'"),
+        (dict(rho=float("inf")), "iapo.rho: inf"),
+        (dict(gate="none"), "iapo.gate: 'none' must be one of all, correct"),
+        (dict(region="all"), "iapo.region"),
+        (dict(stride=0), "iapo.stride: 0"),
+        (dict(chunk_size=1.5), "iapo.chunk_size"),
+        (dict(probe=""), "iapo.probe"),
+        (dict(alfa=1.0), "iapo.alfa: unknown key; known are alpha"),
+    ],
+)
+def test_config_errors_name_field_value_and_fix(change, message):
+    with pytest.raises(ValueError, match=message):
+        IapoConfig.from_mapping(change)
