@@ -1,0 +1,147 @@
+"""Everything about a run's configuration that can be wrong and be known before Ray starts.
+
+Each check returns a list of problems, one line each: field, value, fix.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from iapo.config import IapoConfig
+
+
+class ConfigError(ValueError):
+    """One or more problems of a configuration, one line each."""
+
+
+def check(config: DictConfig) -> None:
+    """Raise ConfigError with every problem found."""
+    try:
+        iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    problems = [*_terms(config, iapo), *_engine(config, iapo), *_data(config), *_resume(config)]
+    problems += _model(config, iapo)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    estimator = config.algorithm.adv_estimator
+    weights = f"iapo.alpha={iapo.alpha} iapo.beta={iapo.beta} iapo.rho={iapo.rho}"
+    if estimator != "iapo" and not iapo.is_grpo:
+        yield (
+            f"{weights}: no effect with algorithm.adv_estimator={estimator}; use variant=iapo or variant=iapo_rate, "
+            "or set the weights to 0."
+        )
+    mode = config.trainer.v1.trainer_mode
+    if mode != "iapo":
+        yield f"trainer.v1.trainer_mode: {mode!r} must be 'iapo'; the asynchronous trainers are not supported."
+    if not config.trainer.use_v1:
+        yield "trainer.use_v1: false, but this recipe is a v1 trainer; leave it true."
+    n = config.actor_rollout_ref.rollout.n
+    if n < 2:
+        yield f"actor_rollout_ref.rollout.n: {n} gives groups of one, whose advantage is 0 or raw; use at least 2."
+    if config.algorithm.filter_groups.enable and config.algorithm.filter_groups.metric not in ("acc", "reward"):
+        metric = config.algorithm.filter_groups.metric
+        yield f"algorithm.filter_groups.metric: {metric!r} must be 'acc' (DAPO) or 'reward'."
+    overlong = config.reward.reward_kwargs.overlong_buffer_cfg
+    length = config.data.max_response_length
+    if overlong.enable and not 0 < overlong.len <= length:
+        yield (
+            f"reward.reward_kwargs.overlong_buffer_cfg.len: {overlong.len} must be between 1 and "
+            f"data.max_response_length={length}."
+        )
+
+
+def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    allowed = ("fsdp2",) if config.trainer.device == "cpu" else ("fsdp", "fsdp2")
+    if actor.strategy not in allowed:
+        yield f"actor_rollout_ref.actor.strategy: {actor.strategy!r} must be {' or '.join(allowed)} here."
+    if not iapo.needs_exit_entropy and not iapo.validation_information:
+        return
+    off = "or set iapo.alpha=0 iapo.rho=0 iapo.validation_information=false."
+    if model.use_fused_kernels:
+        yield f"actor_rollout_ref.model.use_fused_kernels: true returns no logits to measure; set it to false {off}"
+    if actor.ulysses_sequence_parallel_size > 1:
+        size = actor.ulysses_sequence_parallel_size
+        yield (
+            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size: {size} splits a sequence over ranks, which the "
+            f"probe pass doesn't handle yet; set it to 1 {off}"
+        )
+
+
+def _data(config: DictConfig) -> Iterator[str]:
+    import pyarrow.parquet
+
+    for field in ("train_files", "val_files"):
+        value = OmegaConf.select(config, f"data.{field}")
+        for name in [value] if isinstance(value, str) else value or [None]:
+            if name is None or not Path(name).expanduser().is_file():
+                yield f"data.{field}: {name} is no file; make it with python -m iapo.data NAME, or set the path."
+            elif field == "train_files":
+                rows = pyarrow.parquet.read_metadata(Path(name).expanduser()).num_rows
+                if isinstance(value, str) and rows < config.data.train_batch_size:
+                    yield f"data.train_batch_size: {config.data.train_batch_size} exceeds the {rows} rows of {name}."
+
+
+def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    from iapo.information import unsupported
+
+    path = config.actor_rollout_ref.model.path
+    trust = config.actor_rollout_ref.model.trust_remote_code
+    try:
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        yield (
+            f"actor_rollout_ref.model.path: {path} can't be loaded ({reason}); give a folder with a Hugging Face model "
+            "(model=/a/folder) or a hub name that this machine can reach."
+        )
+        return
+    if not iapo.needs_exit_entropy and not iapo.validation_information:
+        return
+    probe = tokenizer.encode(iapo.probe, add_special_tokens=False)
+    if not probe or tokenizer.unk_token_id in probe:
+        yield f"iapo.probe: {iapo.probe!r} is not in the vocabulary of {path}; use text that it can encode."
+        return
+    length = config.data.max_prompt_length + config.data.max_response_length + len(probe)
+    reason = unsupported(model_config, length)
+    if reason:
+        yield f"actor_rollout_ref.model.path: {path} can't serve the exit-entropy pass at {length} tokens: {reason}."
+
+
+# A checkpoint can't be resumed, or would silently become another experiment, when one of these changes.
+RESUME_FIELDS = (
+    "trainer.nnodes",
+    "trainer.n_gpus_per_node",
+    "actor_rollout_ref.model.path",
+    "actor_rollout_ref.actor.strategy",
+    "algorithm.adv_estimator",
+    "data.train_files",
+    "data.train_batch_size",
+    "iapo.alpha",
+    "iapo.beta",
+    "iapo.rho",
+    "seed",
+)
+
+
+def _resume(config: DictConfig) -> Iterator[str]:
+    saved_path = Path(config.run_dir) / "config.yaml"
+    tracker = Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
+    if config.trainer.resume_mode != "auto" or not saved_path.is_file() or not tracker.is_file():
+        return
+    saved = OmegaConf.load(saved_path)
+    for field in RESUME_FIELDS:
+        before, now = OmegaConf.select(saved, field), OmegaConf.select(config, field)
+        if before != now:
+            yield (
+                f"run_dir: {config.run_dir} holds a checkpoint made with {field}={before}, but now it is {now}; set "
+                "it back to resume, or choose another run_dir."
+            )

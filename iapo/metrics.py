@@ -1,0 +1,46 @@
+"""The `iapo/*` metrics; docs/metrics.md says what each means. Pure functions of a step's tensors."""
+
+import torch
+
+from iapo.advantage import advantage_shares
+from iapo.information import information_gain, information_rate, probe_positions
+
+
+def information_metrics(inputs, response_mask: torch.Tensor, probe_length: int, seconds: float | None) -> dict:
+    """Exit entropies, gains, rate and each term's share of the advantage, over completions with at least one token.
+
+    Args:
+        inputs: `AdvantageInputs` after the estimator ran.
+        response_mask: (B, T); rows of zeros are verl's padding.
+        probe_length: tokens of the exit probe.
+        seconds: wall time of the exit-entropy pass; None without one.
+    """
+    metrics = {f"iapo/advantage_share/{k}": v for k, v in advantage_shares(inputs.terms, response_mask).items()}
+    if inputs.exit_entropy is None:
+        return metrics
+    real = response_mask.bool().any(1)
+    h, region = inputs.exit_entropy[real], inputs.region_mask[real]
+    gains = information_gain(h, region)[region.bool()]
+    metrics |= {
+        "iapo/exit_entropy/start": h[:, 0].mean().item(),
+        "iapo/exit_entropy/end": h[:, -1].mean().item(),
+        "iapo/information_gain/mean": gains.mean().item() if len(gains) else 0.0,
+        "iapo/information_gain/std": gains.std(correction=0).item() if len(gains) else 0.0,
+        "iapo/information_rate": information_rate(h, response_mask[real]).mean().item(),
+    }
+    if seconds:
+        positions = probe_positions(inputs.region_mask, inputs.config.stride)
+        # Rows end in repeats of their last position, which are not counted.
+        probes = (positions.diff(dim=1) > 0).sum().item() + len(positions)
+        metrics["iapo/probe_tokens_per_second"] = probes * probe_length / seconds
+    return metrics
+
+
+def reward_metrics(infos: list[dict]) -> dict:
+    """Mean of every numeric entry of the training completions' reward infos, e.g. iapo/reward/acc."""
+    names = sorted({name for info in infos for name, value in info.items() if isinstance(value, int | float)})
+    metrics = {}
+    for name in names:
+        values = [float(info[name]) for info in infos if isinstance(info.get(name), int | float)]
+        metrics[f"iapo/reward/{name}"] = sum(values) / len(values)
+    return metrics

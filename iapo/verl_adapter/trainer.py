@@ -1,0 +1,181 @@
+"""The trainer: verl's synchronous v1 trainer with the exit-entropy pass between old log-probs and the advantage."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf, open_dict
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorData, NonTensorStack
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1 import PPOTrainerSync
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.utils.debug import marked_timer
+
+import ray
+from iapo.config import IapoConfig
+from iapo.metrics import information_metrics, reward_metrics
+from iapo.metrics_file import MetricsFile
+from iapo.verl_adapter.estimator import AdvantageInputs, bind
+from iapo.verl_adapter.worker import INPUT_FIELDS, OUTPUT_FIELDS, IapoWorker
+
+
+@register_trainer("iapo")
+class IapoTrainer(PPOTrainerSync):
+    def __init__(self, config):
+        # verl compares the mode with "sync" as a string in its replay buffer and checkpoints; any other name would
+        # silently select the asynchronous behaviour.
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = "sync"
+        self.iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
+        super().__init__(config)
+
+    # -- wiring -------------------------------------------------------------------------------------------------
+
+    def _init_resource_pool_mgr(self):
+        super()._init_resource_pool_mgr()
+        for role in list(self.role_worker_mapping):
+            if self.mapping[role] == "global_pool" and "Actor" in role.name:
+                self.role_worker_mapping[role] = ray.remote(IapoWorker)
+
+    def _build_replay_buffer(self):
+        """verl's buffer, with every sampled batch checked, and measured if it is a validation batch."""
+        buffer = super()._build_replay_buffer()
+        sampler_kwargs = self.config.trainer.v1.sampler.sampler_kwargs
+        buffer.poll_interval = sampler_kwargs.get("poll_interval", buffer.poll_interval)
+        sample = buffer.sample
+
+        def checked_sample(*, global_steps, partition_id, batch_size):
+            batch, metrics = sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
+            self._check_rollouts(batch, metrics, batch_size)
+            if partition_id == "val" and self.iapo.validation_information:
+                self._record_validation_information(batch)
+            return batch, metrics
+
+        buffer.sample = checked_sample
+        return buffer
+
+    @property
+    def logger(self):
+        return self._logger
+
+    @logger.setter
+    def logger(self, tracking):
+        # verl's own file logger truncates its file, so a resumed run would lose its history.
+        path = Path(self.config.trainer.default_local_dir).parent / "metrics.jsonl"
+        tracking.logger["file"] = MetricsFile(path, resume_step=self.global_steps)
+        self._logger = tracking
+
+    # -- the step -----------------------------------------------------------------------------------------------
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if any(key.rsplit("_", 1)[-1] != "0" for key in batch.keys):
+            raise ValueError(
+                "actor_rollout_ref.rollout.agent: this agent loop returns several outputs per rollout, whose "
+                "token-level advantages are not defined; use single_turn_agent."
+            )
+        if self.config.algorithm.adv_estimator != "iapo":
+            return super()._compute_advantage(batch, metrics)
+        if self.iapo.needs_exit_entropy:
+            with marked_timer("exit_entropy", self.timing_raw, color="purple"):
+                self._run_exit_entropy(batch)
+        with bind(self._advantage_inputs(batch)) as inputs:
+            batch = super()._compute_advantage(batch, metrics)
+        response_mask = self._fetch(batch, ["response_mask"])["response_mask"].to_padded_tensor(0)
+        probe_length = len(self.tokenizer.encode(self.iapo.probe, add_special_tokens=False))
+        metrics.update(
+            information_metrics(inputs, response_mask, probe_length, self.timing_raw.get("exit_entropy"))
+        )
+        return batch
+
+    def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch):
+        super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
+        real = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
+        metrics.update(reward_metrics(self._reward_infos(real, batch.partition_id)))
+
+    # -- data ---------------------------------------------------------------------------------------------------
+
+    def _run_exit_entropy(self, batch: KVBatchMeta) -> None:
+        """Let the workers write `OUTPUT_FIELDS` for the rows of `batch`."""
+        request = KVBatchMeta(
+            partition_id=batch.partition_id,
+            keys=batch.keys,
+            tags=batch.tags,
+            fields=INPUT_FIELDS,
+            extra_info={"iapo": asdict(self.iapo)},
+        )
+        self.actor_rollout_wg.compute_exit_entropy(request)
+
+    def _advantage_inputs(self, batch: KVBatchMeta) -> AdvantageInputs:
+        inputs = AdvantageInputs(self.iapo)
+        if self.iapo.needs_exit_entropy:
+            data = self._fetch(batch, OUTPUT_FIELDS)
+            inputs.exit_entropy = pad_with_last(data["exit_entropy"])
+            inputs.region_mask = data["region_mask"].to_padded_tensor(0)
+        if self.iapo.beta > 0:
+            inputs.old_log_probs = self._fetch(batch, ["old_log_probs"])["old_log_probs"].to_padded_tensor(0.0)
+        if self.iapo.needs_correctness:
+            infos = self._reward_infos(batch.keys, batch.partition_id)
+            if any("acc" not in info for info in infos):
+                raise ValueError(
+                    "reward: the reward function returns no 'acc' (1 if the answer is right, else 0), which iapo.beta, "
+                    "iapo.rho and iapo.gate=correct need; return it or set them to 0, 0 and 'all'."
+                )
+            inputs.correct = torch.tensor([float(info["acc"]) for info in infos]) > 0.5
+        return inputs
+
+    def _record_validation_information(self, batch: KVBatchMeta) -> None:
+        """Add the information rate to the reward infos of validation completions, which verl averages per source."""
+        if len(batch) < self.actor_rollout_wg.world_size:
+            return
+        self._run_exit_entropy(batch)
+        data = self._fetch(batch, ["exit_entropy", "extra_fields"])
+        extra_fields = []
+        for h, extra in zip(data["exit_entropy"].unbind(), data["extra_fields"], strict=True):
+            extra = dict(getattr(extra, "data", extra))
+            rate = (h[0] - h[-1]).item() / max(len(h) - 1, 1)
+            extra["reward_extra_info"] = extra["reward_extra_info"] | {"information_rate": rate}
+            extra_fields.append(NonTensorData(extra))
+        tq.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({"extra_fields": NonTensorStack(*extra_fields)}, batch_size=len(batch)),
+        )
+
+    def _check_rollouts(self, batch: KVBatchMeta, metrics: dict, prompts: int) -> None:
+        """Stop with one clear line where verl would go on with missing rollouts or hide a raising reward."""
+        if len(batch) == 0:
+            raise RuntimeError(
+                f"rollout: none of the {prompts} prompts of step {self.global_steps} gave a completion; the first "
+                "error is in the log above, from AgentLoopWorkerTQ."
+            )
+        errors = [info["reward_error"] for info in self._reward_infos(batch.keys, batch.partition_id)
+                  if info.get("reward_error")]
+        if errors:
+            raise RuntimeError(
+                f"reward: the reward function raised on {len(errors)} of {len(batch)} completions of step "
+                f"{self.global_steps}, first: {errors[0]}. Fix the function; its traceback is in the log above."
+            )
+        if batch.partition_id == "train":
+            expected = prompts * self.config.actor_rollout_ref.rollout.n
+            metrics["iapo/rollout_failures"] = expected - len(batch)
+
+    def _reward_infos(self, keys: list[str], partition_id: str) -> list[dict]:
+        data = self._fetch(KVBatchMeta(keys=keys, tags=[{}] * len(keys), partition_id=partition_id), ["extra_fields"])
+        return [getattr(extra, "data", extra).get("reward_extra_info", {}) for extra in data["extra_fields"]]
+
+    @staticmethod
+    def _fetch(batch: KVBatchMeta, fields: list[str]) -> TensorDict:
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
+        missing = [name for name in fields if name not in data]
+        if missing:  # TransferQueue drops unknown fields in silence
+            raise RuntimeError(f"TransferQueue holds no {', '.join(missing)} for partition {batch.partition_id!r}.")
+        return data
+
+
+def pad_with_last(nested: torch.Tensor) -> torch.Tensor:
+    """(B, max length) from a jagged tensor; a row goes on with its last value."""
+    rows = nested.unbind()
+    width = max(len(row) for row in rows)
+    return torch.stack([torch.cat([row, row[-1].expand(width - len(row))]) for row in rows])

@@ -1,0 +1,89 @@
+"""The Ray worker: verl's actor worker plus one remote method, the exit-entropy pass on the FSDP actor shards."""
+
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.profiler import DistProfiler
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from iapo.batching import Completion, exit_entropies, total_forwards
+from iapo.config import IapoConfig
+from iapo.information import check_model
+from iapo.region import reasoning_length
+
+# What the pass reads from TransferQueue and what it writes back, as jagged tensors.
+INPUT_FIELDS = ["prompts", "responses", "response_mask"]
+OUTPUT_FIELDS = ["exit_entropy", "region_mask"]
+
+
+class IapoWorker(ActorRolloutRefWorker):
+    @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    @DistProfiler.annotate(color="purple", role="exit_entropy")
+    def compute_exit_entropy(self, data: TensorDict) -> TensorDict:
+        """Exit entropies of this rank's completions under the current actor.
+
+        Args:
+            data: `INPUT_FIELDS` (jagged, one row per completion) and the non-tensor entry "iapo", a dict of
+                `IapoConfig`.
+
+        Returns:
+            `exit_entropy`: jagged, R_i + 1 values per completion in nats, constant after its region.
+            `region_mask`: jagged, R_i; 1 on the tokens that were probed.
+        """
+        config = IapoConfig(**tu.get_non_tensor_data(data, "iapo", None))
+        tokenizer = self.actor.model_config.tokenizer
+        completions = [
+            Completion(prompt, response, self._region_length(response, mask, config, tokenizer))
+            for prompt, response, mask in zip(*(data[name].unbind() for name in INPUT_FIELDS), strict=True)
+        ]
+        probe_ids = tokenizer.encode(config.probe, add_special_tokens=False)
+        split = dict(chunk_size=config.chunk_size, stride=config.stride, max_tokens=config.max_tokens_per_micro_batch)
+
+        engine = self.actor.engine
+        # Ranks agree on what to refuse and on how often to call the model before the first forward: FSDP gathers
+        # parameters in every forward, so a rank that makes one less, or raises alone, would leave the others waiting.
+        own_forwards = total_forwards(completions, **split)
+        longest = max(len(c.prompt) + c.region_length for c in completions) + len(probe_ids)
+        forwards, longest = self._maximum_over_ranks(own_forwards, longest)
+        check_model(engine.module, longest)
+
+        values: list[torch.Tensor] = [torch.empty(0)] * len(completions)
+        dtype = getattr(engine, "_autocast_dtype", torch.bfloat16)
+        autocast = nullcontext() if dtype == torch.float32 else torch.autocast(get_device_name(), dtype=dtype)
+        with engine.eval_mode(), torch.no_grad(), autocast:
+            for i, h in exit_entropies(engine.module, completions, probe_ids, device=get_device_id(), **split):
+                values[i] = h
+            dummy = torch.zeros(1, 1, dtype=torch.long, device=get_device_id())
+            for _ in range(forwards - own_forwards):
+                engine.module(input_ids=dummy, use_cache=False)
+
+        regions = [
+            (torch.arange(len(c.response)) < c.region_length).to(torch.int64) * mask
+            for c, mask in zip(completions, data["response_mask"].unbind(), strict=True)
+        ]
+        output = {
+            "exit_entropy": torch.nested.as_nested_tensor(values, layout=torch.jagged),
+            "region_mask": torch.nested.as_nested_tensor(regions, layout=torch.jagged),
+        }
+        return TensorDict(output, batch_size=len(completions))
+
+    @staticmethod
+    def _region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer) -> int:
+        valid = int(mask.sum())
+        if config.region == "response" or valid == 0:
+            return valid
+
+        def decode(ids):
+            return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+        return min(valid, reasoning_length(response.tolist(), decode, config.exit_marker))
+
+    def _maximum_over_ranks(self, *numbers: int) -> list[int]:
+        tensor = torch.tensor(numbers, device=get_device_id())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.actor.engine.get_data_parallel_group())
+        return tensor.tolist()
