@@ -28,12 +28,16 @@ def validations(run_dir: Path) -> list[Validation]:
     Raises:
         FileNotFoundError: the folder holds no metrics.jsonl.
     """
-    found = []
-    for step, data in read_metrics(Path(run_dir) / "metrics.jsonl"):
-        accuracy, tokens = _mean(data, "acc"), _mean(data, "response_length")
-        if accuracy is not None and tokens is not None:
-            found.append(Validation(step, accuracy, tokens, _mean(data, "information_rate")))
-    return found
+    found = [validation(step, data) for step, data in read_metrics(Path(run_dir) / "metrics.jsonl")]
+    return [entry for entry in found if entry is not None]
+
+
+def validation(step: int, data: dict) -> Validation | None:
+    """The validation that a step's metrics hold; None if they hold none."""
+    accuracy, tokens = _mean(data, "acc"), _mean(data, "response_length")
+    if accuracy is None or tokens is None:
+        return None
+    return Validation(step, accuracy, tokens, _mean(data, "information_rate"))
 
 
 def _mean(data: dict, variable: str) -> float | None:

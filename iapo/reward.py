@@ -191,7 +191,7 @@ atexit.register(close_pool)
 
 
 async def _verdict(answer: str, gold: str, timeout_s: float) -> str:
-    """"right", "wrong", or the failure reason of `compute_score`."""
+    """ "right", "wrong", or the failure reason of `compute_score`."""
     if not gold or len(gold) > MAX_ANSWER_CHARS:
         return f"error: ground truth of {len(gold)} characters"
     if answer == gold:

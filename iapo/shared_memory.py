@@ -1,38 +1,44 @@
-"""Remove the shared-memory segments that a run leaves behind.
+"""Remove the shared-memory segments and semaphores that a run leaves behind.
 
-verl hands weights to vLLM through Python shared memory; when a run ends its servers are killed and the segments stay
-in /dev/shm for ever.
+verl hands weights to vLLM through Python shared memory; when a run ends Ray kills its processes, and what they had in
+/dev/shm would stay there for ever.
 """
 
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _FOLDER = Path("/dev/shm")
 
 
 @contextmanager
-def removes_own_segments() -> Iterator[None]:
-    """On exit, remove segments that appeared inside the context, belong to this user and that no process maps."""
+def removes_own_segments(patience_s: float = 10.0) -> Iterator[None]:
+    """On exit, remove segments that appeared inside the context, belong to this user and that no process maps.
+
+    Waits up to `patience_s` seconds for killed processes to let go of theirs.
+    """
     before = _segments()
     try:
         yield
     finally:
-        time.sleep(0.5)  # let killed processes unmap theirs
-        for path in (_segments() - before) - _mapped():
-            path.unlink(missing_ok=True)
+        deadline = time.monotonic() + patience_s
+        while new := _segments() - before:
+            for path in new - _mapped():
+                path.unlink(missing_ok=True)
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
 
 
 def _segments() -> set[Path]:
-    return {path for path in _FOLDER.glob("psm_*") if path.owner() == _user()} if _FOLDER.is_dir() else set()
-
-
-def _user() -> str:
-    import pwd
-
-    return pwd.getpwuid(os.getuid()).pw_name
+    own = set()
+    for path in [*_FOLDER.glob("psm_*"), *_FOLDER.glob("sem.mp-*")]:
+        with suppress(FileNotFoundError):  # another process may remove its own meanwhile
+            if path.stat().st_uid == os.getuid():
+                own.add(path)
+    return own
 
 
 def _mapped() -> set[Path]:
@@ -43,5 +49,5 @@ def _mapped() -> set[Path]:
             text = maps.read_text()
         except OSError:  # the process ended, or isn't ours
             continue
-        mapped |= {Path(line.split()[-1]) for line in text.splitlines() if "/dev/shm/psm_" in line}
+        mapped |= {Path(line.split()[-1]) for line in text.splitlines() if "/dev/shm/" in line}
     return mapped

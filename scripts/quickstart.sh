@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: bash scripts/quickstart.sh [VARIANT] [key=value ...]
+# Sets up .venv on first use, then trains the embedded tiny model on verbose arithmetic with VARIANT (default iapo_rate;
+# also iapo, grpo, dapo) on the real stack: verl, Ray, FSDP2, a vLLM server. Prints a table, before and after.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+variant=iapo_rate
+if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
+    variant=$1
+    shift
+fi
+if [ ! -f "recipes/variant/$variant.yaml" ]; then
+    echo "quickstart.sh: variant '$variant' must be one of $(cd recipes/variant && ls | sed 's/\.yaml$//' | xargs)" >&2
+    exit 2
+fi
+start=$SECONDS
+if [ -z "${IAPO_PLATFORM:-}" ]; then
+    IAPO_PLATFORM=cpu
+    command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && IAPO_PLATFORM=gpu
+fi
+bash scripts/setup.sh "$IAPO_PLATFORM"
+
+run_dir=runs/quickstart-$variant-$(date +%Y%m%d-%H%M%S)
+mkdir -p "$run_dir"
+echo "quickstart: training $variant; the whole log is in $run_dir/train.log; start-up takes about a minute"
+status=0
+.venv/bin/python -u -m iapo.train "platform=$IAPO_PLATFORM" "variant=$variant" model=tiny data=verbose_arithmetic \
+    "run_dir=$run_dir" "$@" >"$run_dir/train.log" 2>&1 &
+training=$!
+trap 'kill "$training" 2>/dev/null; wait "$training"' INT TERM
+# Show this package's own lines while the log grows; Ray puts the process's name in front of them.
+tail -n +1 --pid="$training" -f "$run_dir/train.log" | sed -un 's/^.*\(iapo: .*\)$/\1/p' || true
+wait "$training" || status=$?
+if [ "$status" -ne 0 ]; then
+    tail -n 25 "$run_dir/train.log" >&2
+    exit "$status"
+fi
+.venv/bin/python -m iapo.report "$run_dir" --picture "$run_dir/accuracy_tokens.png"
+echo "quickstart: done in $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s; files of the run: $run_dir"

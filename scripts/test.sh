@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Set up and run the whole test suite; arguments go to pytest: bash scripts/test.sh -m "not e2e"
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh cpu --dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+exec .venv/bin/python -m pytest "$@"

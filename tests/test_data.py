@@ -1,0 +1,337 @@
+"""Small files in the originals' schemas, converted to verl's rows; every error line."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from iapo import data, verbose_arithmetic
+
+GSM8K_TRAIN = [
+    {
+        "question": "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips "
+        "in May. How many clips did she sell in all?",
+        "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nIn all 48+24 = <<48+24=72>>72.\n#### 72",
+    },
+    {
+        "question": "A house costs $1,200,000 less $119,500. What is left?",
+        "answer": "Subtract.\n#### 1,080,500",
+    },
+    {"question": "a  HOUSE costs $1,200,000 less $119,500.\nWhat is left?", "answer": "Again.\n#### 1"},
+    {"question": "Two plus two?", "answer": "2+2=4\n#### 4"},
+]
+GSM8K_TEST = [
+    {"question": "two plus  two?", "answer": "#### 4"},
+    {"question": "It is 5 below zero. How many degrees?", "answer": "Below zero.\n#### -5"},
+]
+MATH500 = [
+    {
+        "problem": f"Compute $\\frac{{{k}}}{{7}}$.",
+        "solution": f"We have $\\boxed{{\\frac{{{k}}}{{7}}}}$.",
+        "answer": f"\\frac{{{k}}}{{7}}",
+        "subject": "Algebra",
+        "level": 2,
+        "unique_id": f"test/algebra/{k}.json",
+    }
+    for k in range(1, 11)
+]
+
+
+def dapo_row(question: str, truth: str, index: str = "9a9b6eb4-a1cb-49d1-8c1e-62eaf2f74079") -> dict:
+    content = (
+        "Solve the following math problem step by step. The last line of your response should be of the form "
+        "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n"
+        + question
+        + '\n\nRemember to put your answer on its own line after "Answer:".'
+    )
+    return {
+        "data_source": "math_dapo",
+        "prompt": [{"content": content, "role": "user"}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": truth, "style": "rule-lighteval/MATH_v2"},
+        "extra_info": {"index": index},
+    }
+
+
+def write(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(paths: dict[str, Path], split: str) -> list[dict]:
+    return pq.read_table(paths[split]).to_pylist()
+
+
+def questions(rows: list[dict]) -> list[str]:
+    return [row["prompt"][0]["content"].removesuffix("\n\n" + data.INSTRUCTION) for row in rows]
+
+
+def gsm8k_directory(path: Path, train=GSM8K_TRAIN, test=GSM8K_TEST, suffix=".jsonl") -> str:
+    write(path / f"train-00000-of-00001{suffix}", train)
+    write(path / f"test-00000-of-00001{suffix}", test)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".json"])
+def test_gsm8k_rows_by_hand(tmp_path, capsys, suffix):
+    source = gsm8k_directory(tmp_path / "original", suffix=suffix)
+    paths = data.prepare("gsm8k", tmp_path / "data", source)
+    assert paths == {s: tmp_path / "data" / "gsm8k" / f"{s}.parquet" for s in ("train", "test")}
+    assert read(paths, "train") == [
+        {
+            "data_source": "gsm8k",
+            "prompt": [{"role": "user", "content": f"{GSM8K_TRAIN[0]['question']}\n\n{data.INSTRUCTION}"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": "72"},
+            "extra_info": {"split": "train", "index": 0},
+        },
+        {
+            "data_source": "gsm8k",
+            "prompt": [{"role": "user", "content": f"{GSM8K_TRAIN[1]['question']}\n\n{data.INSTRUCTION}"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": "1080500"},
+            "extra_info": {"split": "train", "index": 1},
+        },
+    ]
+    test = read(paths, "test")
+    assert questions(test) == ["two plus  two?", "It is 5 below zero. How many degrees?"]
+    assert [row["reward_model"]["ground_truth"] for row in test] == ["4", "-5"]
+    assert "dropped 1 repeated rows, and 1 train rows that are in test" in capsys.readouterr().out
+
+
+def test_the_instruction_shows_the_form_that_the_reward_wants():
+    assert "<think> ... </think>\n<answer> ... </answer>" in data.INSTRUCTION
+
+
+def test_verl_reads_the_rows(tmp_path):
+    from datasets import load_dataset
+
+    paths = data.prepare("verbose_arithmetic", tmp_path / "data", train_size=3, test_size=2)
+    rows = load_dataset("parquet", data_files=str(paths["train"]), cache_dir=str(tmp_path / "cache"))["train"]
+    assert rows[0]["prompt"][0]["role"] == "user"
+    assert rows[0]["reward_model"]["ground_truth"] == str(
+        sum(verbose_arithmetic.parse_prompt(rows[0]["prompt"][0]["content"]))
+    )
+
+
+def test_math500_is_split_80_20_by_seed_without_overlap(tmp_path):
+    source = str(write(tmp_path / "test.jsonl", MATH500))
+    paths = data.prepare("math500", tmp_path / "a", source, seed=1)
+    train, test = read(paths, "train"), read(paths, "test")
+    assert (len(train), len(test)) == (8, 2)
+    assert sorted(questions(train) + questions(test)) == sorted(row["problem"] for row in MATH500)
+    for row in train + test:
+        assert row["reward_model"]["ground_truth"] == MATH500[row["extra_info"]["index"]]["answer"]
+        assert questions([row]) == [MATH500[row["extra_info"]["index"]]["problem"]]
+    again = data.prepare("math500", tmp_path / "b", source, seed=1)
+    assert read(again, "test") == test
+    splits = {tuple(questions(read(data.prepare("math500", tmp_path / "c", source, s), "test"))) for s in range(8)}
+    assert len(splits) > 1
+
+
+def test_dapo_questions_lose_the_fixed_sentences_and_repeats(tmp_path, capsys):
+    rows = [dapo_row(f"What is $6\\cdot{k}$?", str(6 * k)) for k in range(10)]
+    source = str(write(tmp_path / "dapo.parquet", rows * 3))
+    paths = data.prepare("dapo_math_17k", tmp_path / "data", source)
+    both = read(paths, "train") + read(paths, "test")
+    assert sorted(questions(both)) == sorted(f"What is $6\\cdot{k}$?" for k in range(10))
+    assert all(row["data_source"] == "dapo_math_17k" and row["ability"] == "math" for row in both)
+    truths = {questions([row])[0]: row["reward_model"] for row in both}
+    assert truths["What is $6\\cdot7$?"] == {"style": "rule", "ground_truth": "42"}
+    assert not any("Answer:" in row["prompt"][0]["content"] for row in both)
+    assert "dropped 20 repeated rows" in capsys.readouterr().out
+
+
+def test_dapo_takes_the_first_7000_distinct_questions(tmp_path):
+    rows = [dapo_row(f"What is {k}?", str(k)) for k in range(7003)]
+    source = str(write(tmp_path / "dapo.parquet", [rows[0], *rows]))
+    paths = data.prepare("dapo_math_17k", tmp_path / "data", source)
+    train, test = read(paths, "train"), read(paths, "test")
+    assert (len(train), len(test)) == (5600, 1400)
+    assert {int(row["reward_model"]["ground_truth"]) for row in train + test} == set(range(7000))
+
+
+def test_verbose_arithmetic_is_distinct_disjoint_and_follows_the_seed(tmp_path):
+    paths = data.prepare("verbose_arithmetic", tmp_path / "a", train_size=300, test_size=40)
+    train, test = read(paths, "train"), read(paths, "test")
+    prompts = [row["prompt"][0]["content"] for row in train + test]
+    assert (len(train), len(test), len(set(prompts))) == (300, 40, 340)
+    for row, text in zip(train + test, prompts, strict=True):
+        assert row["prompt"] == [{"role": "user", "content": text}]
+        assert row["reward_model"]["ground_truth"] == str(sum(verbose_arithmetic.parse_prompt(text)))
+        assert row["data_source"] == "verbose_arithmetic"
+    same = data.prepare("verbose_arithmetic", tmp_path / "b", train_size=300, test_size=40)
+    other = data.prepare("verbose_arithmetic", tmp_path / "c", train_size=300, test_size=40, seed=1)
+    assert read(same, "train") == train
+    assert questions(read(other, "test")) != questions(test)
+
+
+def test_a_failed_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch):
+    paths = data.prepare("verbose_arithmetic", tmp_path, train_size=3, test_size=2)
+    before = {split: path.read_bytes() for split, path in paths.items()}
+    original, calls = pq.write_table, []
+
+    def fail_on_second(table, path):
+        calls.append(path)
+        original(table, path)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(data.pq, "write_table", fail_on_second)
+    with pytest.raises(OSError, match="No space left"):
+        data.prepare("verbose_arithmetic", tmp_path, train_size=5, test_size=2, seed=9)
+    assert {split: path.read_bytes() for split, path in paths.items()} == before
+    assert sorted(f.name for f in (tmp_path / "verbose_arithmetic").iterdir()) == [
+        "test.parquet",
+        "train.parquet",
+    ]
+
+
+def test_unused_options_warn(tmp_path):
+    with pytest.warns(UserWarning, match="source='x' has no effect on verbose_arithmetic"):
+        data.prepare("verbose_arithmetic", tmp_path, source="x", train_size=2, test_size=1)
+    source = str(write(tmp_path / "math.jsonl", MATH500))
+    with pytest.warns(UserWarning, match="train_size=7 has no effect on math500"):
+        data.prepare("math500", tmp_path, source, train_size=7)
+
+
+def failure(name, out_dir, source=None, **options) -> str:
+    with pytest.raises(ValueError) as error:
+        data.prepare(name, out_dir, None if source is None else str(source), **options)
+    assert not (Path(out_dir) / name).exists()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_unknown_name_and_sizes(tmp_path):
+    assert failure("gsm9k", tmp_path) == (
+        "name: got 'gsm9k', choose one of gsm8k, math500, dapo_math_17k, verbose_arithmetic"
+    )
+    assert failure("verbose_arithmetic", tmp_path, train_size=0) == "train_size: got 0, give at least 1"
+    assert failure("verbose_arithmetic", tmp_path, test_size=-3) == "test_size: got -3, give at least 1"
+
+
+def test_missing_or_unsuitable_files(tmp_path):
+    out = tmp_path / "out"
+    line = failure("math500", out, tmp_path / "absent.jsonl")
+    assert "absent.jsonl" in line and "does not exist; give a file, a directory or a hub id" in line
+    assert "needs one file of type" in failure("math500", out, write(tmp_path / "math.csv", MATH500))
+    assert "needs one file of type" in failure("math500", out, tmp_path)
+    line = failure("gsm8k", out, write(tmp_path / "both.jsonl", GSM8K_TRAIN))
+    assert "with 0 train* files; gsm8k needs a directory with one train* and one test* file" in line
+    gsm8k_directory(tmp_path / "twice")
+    write(tmp_path / "twice" / "test.json", GSM8K_TEST)
+    assert "with 2 test* files" in failure("gsm8k", out, tmp_path / "twice")
+
+
+def test_broken_files(tmp_path):
+    out = tmp_path / "out"
+    lines = tmp_path / "a.jsonl"
+    lines.write_text(json.dumps(MATH500[0]) + "\n{oops\n")
+    assert "a.jsonl line 2 is not valid JSON" in failure("math500", out, lines)
+    whole = tmp_path / "a.json"
+    whole.write_text(json.dumps({"rows": MATH500}))
+    assert "holds a dict; give a list of rows" in failure("math500", out, whole)
+    table = tmp_path / "a.parquet"
+    table.write_bytes(b"not a table")
+    assert "is not a parquet file" in failure("math500", out, table)
+
+
+def test_missing_column_names_the_column_and_what_is_there(tmp_path):
+    source = write(tmp_path / "math.jsonl", [{"question": "1+1?", "answer": "2"}])
+    line = failure("math500", tmp_path / "out", source)
+    assert line.endswith(
+        "row 0 has no column 'problem', it has ['question', 'answer']; needed are ['problem', 'answer']"
+    )
+    source = write(tmp_path / "text.jsonl", [MATH500[0], "1+1?"])
+    assert "row 1 has no column 'problem', it has str" in failure("math500", tmp_path / "out", source)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "reason"),
+    [
+        ("math500", {"problem": "1+1?", "answer": " "}, "question or answer is empty or not text, got ' '"),
+        ("math500", {"problem": "1+1?", "answer": None}, "question or answer is empty or not text, got None"),
+        ("math500", {"problem": "", "answer": "2"}, "question or answer is empty or not text, got ''"),
+        ("dapo_math_17k", {"prompt": [], "reward_model": {}}, "unexpected structure, IndexError"),
+        (
+            "dapo_math_17k",
+            {"prompt": [{"role": "user"}], "reward_model": {}},
+            "unexpected structure, KeyError",
+        ),
+        (
+            "dapo_math_17k",
+            {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}},
+            "prompt lacks the data set's fixed first and last sentence, got '1+1?'",
+        ),
+    ],
+)
+def test_unparsable_rows_are_named_by_number(tmp_path, name, bad, reason):
+    good = {"math500": MATH500[0], "dapo_math_17k": dapo_row("2+2?", "4")}[name]
+    source = write(tmp_path / "rows.jsonl", [good, bad])
+    line = failure(name, tmp_path / "out", source)
+    assert f"row 1 cannot be parsed: {reason}" in line
+    assert line.endswith("; correct or remove it")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("It is 72.", "answer has no '####', got 'It is 72.'"),
+        ("72 ####", "is empty"),
+        (72, "unexpected structure"),
+    ],
+)
+def test_unparsable_gsm8k_answers(tmp_path, answer, reason):
+    source = gsm8k_directory(tmp_path / "original", train=[GSM8K_TRAIN[0], {"question": "?", "answer": answer}])
+    line = failure("gsm8k", tmp_path / "out", source)
+    assert "(train): row 1 cannot be parsed" in line and reason in line
+
+
+def test_data_too_small_for_both_splits(tmp_path):
+    source = write(tmp_path / "math.jsonl", [])
+    assert failure("math500", tmp_path / "out", source).endswith("leaves no rows for train; give a larger one")
+    write(source, MATH500[:1])
+    assert failure("math500", tmp_path / "out", source).endswith("leaves no rows for test; give a larger one")
+    original = gsm8k_directory(tmp_path / "original", train=[], test=GSM8K_TEST)
+    assert "leaves no rows for train" in failure("gsm8k", tmp_path / "out", original)
+
+
+def test_an_unreachable_hub_gives_one_line(tmp_path, monkeypatch):
+    def unreachable(*args, **options):
+        raise ConnectionError("Couldn't reach the hub\nwith more lines")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    line = failure("math500", tmp_path / "out", "someone/math-v1.5")
+    assert line == (
+        "source: cannot load 'someone/math-v1.5' from the hub (ConnectionError: Couldn't reach the hub); "
+        "check the id and the network, or give a local file"
+    )
+
+
+def test_the_hub_is_asked_for_the_originals(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(hub_id, config, split):
+        asked.append((hub_id, config, split))
+        return {"train": GSM8K_TRAIN, "test": GSM8K_TEST}[split]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    paths = data.prepare("gsm8k", tmp_path)
+    assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
+    assert len(read(paths, "train")) == 2
+
+
+def test_the_command_prints_one_error_line(tmp_path):
+    data.main(["verbose_arithmetic", "--out", str(tmp_path), "--train-size", "3", "--test-size", "2"])
+    assert (tmp_path / "verbose_arithmetic" / "test.parquet").exists()
+    with pytest.raises(SystemExit, match="error: name: got 'nothing'"):
+        data.main(["nothing"])

@@ -1,0 +1,80 @@
+"""The estimator inside verl's own advantage computation."""
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+
+from iapo.config import IapoConfig
+
+
+@pytest.fixture(scope="module")
+def verl_v1():
+    pytest.importorskip("transfer_queue")
+    from verl.protocol import DataProto
+    from verl.trainer.ppo.v1.utils import compute_advantage_for_multi_trajectories
+
+    from iapo.verl_adapter import estimator
+
+    return DataProto, compute_advantage_for_multi_trajectories, estimator
+
+
+def batch(DataProto, B=12, T=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, T + 1, (B, 1), generator=generator)
+    lengths[-1] = 0  # a padding row of verl's balancing
+    mask = (torch.arange(T) < lengths).long()
+    rewards = torch.zeros(B, T)
+    for i in range(B - 1):
+        rewards[i, lengths[i, 0] - 1] = [-1.5, -0.5, 0.5, 1.5][i % 4 if i < 8 else 0]  # the last group: no variance
+    uids = np.array([f"u{i // 4}" for i in range(B - 1)] + ["pad"], dtype=object)
+    keys = [f"{uid}_{i}_0" for i, uid in enumerate(uids)]
+    data = DataProto(
+        batch=TensorDict({"token_level_rewards": rewards, "response_mask": mask}, batch_size=B),
+        non_tensor_batch={"uid": uids},
+    )
+    return data, keys
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+def test_zero_weights_equal_grpo_bit_for_bit(verl_v1, by_std):
+    DataProto, compute, estimator = verl_v1
+    config = OmegaConf.create({"norm_adv_by_std_in_grpo": by_std})
+    results = []
+    for name in ("grpo", "iapo"):
+        data, keys = batch(DataProto)
+        with estimator.bind(estimator.AdvantageInputs(IapoConfig())):
+            result = compute(data, keys, name, norm_adv_by_std_in_grpo=by_std, config=config)
+        results.append(result.batch)
+    assert results[0]["advantages"].abs().sum() > 0
+    assert torch.equal(results[0]["advantages"], results[1]["advantages"])
+    assert torch.equal(results[0]["returns"], results[1]["returns"])
+
+
+def test_terms_reach_the_advantage_and_padding_rows_get_none(verl_v1):
+    DataProto, compute, estimator = verl_v1
+    data, keys = batch(DataProto)
+    mask = data.batch["response_mask"]
+    B, T = mask.shape
+    inputs = estimator.AdvantageInputs(
+        IapoConfig(alpha=0.3, rho=0.1),
+        exit_entropy=torch.rand(B, T + 1, generator=torch.Generator().manual_seed(1)),
+        region_mask=torch.ones(B, T),  # wider than the response: the estimator cuts it
+        correct=torch.ones(B),
+    )
+    with estimator.bind(inputs):
+        advantages = compute(data, keys, "iapo", config=OmegaConf.create({})).batch["advantages"]
+    assert list(inputs.terms) == ["outcome", "informativeness", "information_rate"]
+    torch.testing.assert_close(advantages, sum(inputs.terms.values()))
+    assert (advantages[mask == 0] == 0).all()
+    # Zero-sum over each completion's tokens, and over each group's completions.
+    torch.testing.assert_close(inputs.terms["informativeness"].sum(1), torch.zeros(B), atol=1e-5, rtol=0)
+    assert inputs.terms["information_rate"].abs().sum() > 0
+
+
+def test_without_the_trainer_the_error_says_what_to_do(verl_v1):
+    DataProto, compute, _ = verl_v1
+    data, keys = batch(DataProto)
+    with pytest.raises(RuntimeError, match="trainer.v1.trainer_mode=iapo"):
+        compute(data, keys, "iapo", config=OmegaConf.create({}))

@@ -1,0 +1,179 @@
+"""Every variant x model x data x platform composes and passes verl's validation; bad input gets one clear line."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from iapo import train
+from iapo.checks import ConfigError, check
+
+VARIANTS = ["grpo", "dapo", "iapo", "iapo_rate"]
+MODELS = ["tiny", "qwen2.5-0.5b-instruct", "qwen2.5-1.5b-instruct", "qwen2.5-7b-instruct", "my-org/my-model"]
+DATA = ["verbose_arithmetic", "gsm8k", "math500", "dapo_math_17k", "/some/folder"]
+PLATFORMS = ["cpu", "gpu"]
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IAPO_DATA_DIR", raising=False)
+
+
+def resolve(*overrides):
+    return train.resolve(list(overrides))
+
+
+def test_the_lists_above_are_complete():
+    recipes = train.recipes_dir()
+    for group, names in (("variant", VARIANTS), ("model", MODELS[:-1] + ["path"]), ("platform", PLATFORMS)):
+        assert sorted(names) == sorted(path.stem for path in (recipes / group).glob("*.yaml"))
+    assert {path.stem for path in (recipes / "data").glob("*.yaml")} == {*DATA[:-1], "parquet", "iapo_data"}
+
+
+@pytest.mark.parametrize("variant,platform", itertools.product(VARIANTS, PLATFORMS))
+def test_every_combination_composes_and_passes_verl(variant, platform):
+    for model, data in itertools.product(MODELS, DATA):
+        config = resolve(
+            f"variant={variant}", f"model={model}", f"data={data}", f"platform={platform}", "trainer.n_gpus_per_node=8"
+        )
+        train.check_with_verl(config)
+        assert not OmegaConf.missing_keys(config.data) and not OmegaConf.missing_keys(config.iapo)
+        assert config.trainer.v1.trainer_mode == "iapo"
+        assert config.data.train_files.endswith("train.parquet")
+
+
+def test_variants_differ_where_they_should():
+    grpo, dapo, iapo, rate = (resolve(f"variant={name}", "platform=cpu") for name in VARIANTS)
+    assert [c.algorithm.adv_estimator for c in (grpo, dapo, iapo, rate)] == ["grpo", "grpo", "iapo", "iapo"]
+    assert (iapo.iapo.alpha > 0, iapo.iapo.beta > 0, iapo.iapo.rho) == (True, True, 0)
+    assert (rate.iapo.alpha, rate.iapo.beta, rate.iapo.rho > 0) == (0, 0, True)
+    assert [c.actor_rollout_ref.actor.use_kl_loss for c in (grpo, dapo, iapo, rate)] == [True, False, True, True]
+    assert [c.algorithm.filter_groups.enable for c in (grpo, dapo, iapo, rate)] == [False, True, False, False]
+    actor, overlong = dapo.actor_rollout_ref.actor, dapo.reward.reward_kwargs.overlong_buffer_cfg
+    assert (actor.clip_ratio_low, actor.clip_ratio_high, actor.loss_agg_mode) == (0.2, 0.28, "token-mean")
+    assert (overlong.enable, overlong.len, dapo.reward.reward_kwargs.max_resp_len) == (True, 25, 128)
+
+
+def test_overrides_of_the_command_line_win():
+    config = resolve("variant=iapo", "model=qwen2.5-0.5b-instruct", "data=gsm8k", "platform=gpu", "iapo.alpha=0.05")
+    assert config.iapo.alpha == 0.05
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert config.data.train_files == str(Path.cwd() / "data" / "gsm8k" / "train.parquet")
+    assert config.run_dir == str(Path.cwd() / "runs" / "iapo-qwen2.5-0.5b-instruct-gsm8k")
+    assert config.trainer.default_local_dir == config.run_dir + "/checkpoints"
+
+
+def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
+    (tmp_path / "mymodel").mkdir()
+    assert resolve("model=mymodel", "platform=cpu").actor_rollout_ref.model.path == str(tmp_path / "mymodel")
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["variant=ipo"], "variant/ipo.*iapo"),
+        (["model=qwen"], "model/qwen"),
+        (["iapo.alfa=0.1"], "iapo.alfa"),
+        (["actor_rollout_ref.actor.optim.learning_rate=1"], "learning_rate"),
+        (["iapo.alpha"], "iapo.alpha"),
+    ],
+)
+def test_what_does_not_compose_gets_one_line(overrides, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        resolve("platform=cpu", *overrides)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides,message",
+    [
+        (["iapo.alpha=-1"], "iapo.alpha: -1 must be a number >= 0"),
+        (["iapo.gate=some"], "iapo.gate: 'some' must be one of"),
+        (["variant=grpo", "iapo.alpha=0.1"], "iapo.alpha=0.1.*no effect with algorithm.adv_estimator=grpo"),
+        (["actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n: 1"),
+        (["actor_rollout_ref.actor.strategy=fsdp"], "strategy: 'fsdp' must be fsdp2"),
+        (["actor_rollout_ref.model.use_fused_kernels=true"], "use_fused_kernels: true"),
+        (["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"], "ulysses_sequence_parallel_size: 2"),
+        (["trainer.v1.trainer_mode=sync"], "trainer_mode: 'sync' must be 'iapo'"),
+        (["trainer.use_v1=false"], "trainer.use_v1"),
+        (["variant=dapo", "algorithm.filter_groups.metric=length"], "filter_groups.metric: 'length'"),
+        (
+            ["variant=dapo", "reward.reward_kwargs.overlong_buffer_cfg.len=500"],
+            "overlong_buffer_cfg.len: 500 must be between 1 and data.max_response_length=128",
+        ),
+        (["data.train_batch_size=99999"], "data.train_batch_size: 99999 exceeds the"),
+        (["data=gsm8k"], "gsm8k/train.parquet is no file; make it with python -m iapo.data"),
+        (["model=/no/such/model"], "actor_rollout_ref.model.path: /no/such/model can't be loaded"),
+        (["iapo.probe=\\#\\#"], "iapo.probe"),
+    ],
+)
+def test_contradictions_are_refused(overrides, message, verbose_arithmetic):
+    with pytest.raises(ConfigError, match=message):
+        check(resolve("platform=cpu", *overrides))
+
+
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    from iapo.data import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    prepare("verbose_arithmetic", folder)
+    return folder
+
+
+@pytest.fixture
+def verbose_arithmetic(generated, monkeypatch):
+    monkeypatch.setenv("IAPO_DATA_DIR", str(generated))
+
+
+def test_the_embedded_default_passes_every_check(verbose_arithmetic):
+    check(resolve("platform=cpu"))
+
+
+def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
+    config = resolve("platform=cpu", "run_dir=r")
+    train.save_provenance(config)
+    check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7"))  # no checkpoint yet: nothing to mix up
+    checkpoints = Path(config.trainer.default_local_dir)
+    checkpoints.mkdir()
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
+    check(resolve("platform=cpu", "run_dir=r"))
+    with pytest.raises(ConfigError, match="holds a checkpoint made with iapo.rho=0.1, but now it is 0.7"):
+        check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7"))
+    check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7", "trainer.resume_mode=disable"))
+
+
+def run_command(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "iapo.train", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+def test_the_command_fails_before_ray_with_exit_status_2(verbose_arithmetic):
+    result = run_command("platform=cpu", "variant=grpo", "iapo.alpha=0.1", "actor_rollout_ref.rollout.n=1")
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("iapo.train: ")]
+    assert len(lines) == 2 and "Traceback" not in result.stderr
+    assert not Path("runs").exists()
+
+
+def test_dry_run_prints_the_resolved_configuration(verbose_arithmetic):
+    result = run_command("--dry-run", "platform=cpu", "variant=iapo", "iapo.alpha=0.05")
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout[result.stdout.index("actor_rollout_ref:") :].split("\n\n[validate_config]")[0]
+    config = OmegaConf.create(printed[: printed.rindex("validation_information")] + "validation_information: true")
+    assert config.iapo.alpha == 0.05 and "${" not in printed
+
+
+def test_a_missing_plugin_is_loud(verbose_arithmetic):
+    result = run_command("platform=cpu", VERL_USE_EXTERNAL_PLUGINS="none")
+    assert result.returncode == 2 and "didn't load this package's plugin" in result.stderr

@@ -1,0 +1,64 @@
+import subprocess
+import sys
+
+from iapo.console import ProgressConsole
+from iapo.metrics_file import MetricsFile
+from iapo.report import Validation, draw, table, validations
+
+
+def held_out(accuracy, tokens, rate=None):
+    data = {
+        "val-core/gsm8k/acc/mean@1": accuracy,
+        "val-aux/gsm8k/response_length/mean@1": tokens,
+        "val-aux/gsm8k/acc_success_only/mean@1": 9.0,
+    }
+    return data if rate is None else data | {"val-aux/gsm8k/information_rate/mean@1": rate}
+
+
+def make_run(run_dir, *entries):
+    file = MetricsFile(run_dir / "metrics.jsonl", 0)
+    for step, data in entries:
+        file.log(data, step)
+    file.finish()
+
+
+def test_validations_and_table_by_hand(tmp_path):
+    make_run(tmp_path, (0, held_out(0.8, 50.0, 0.01)), (1, {"actor/loss": 1.0}), (2, held_out(0.79, 40.0, 0.02)))
+    found = validations(tmp_path)
+    assert found == [Validation(0, 0.8, 50.0, 0.01), Validation(2, 0.79, 40.0, 0.02)]
+    lines = table(found[0], found[-1]).splitlines()
+    assert lines[2].split() == ["held-out", "accuracy", "0.800", "0.790", "-1.0", "points"]
+    assert lines[3].split() == ["mean", "response", "tokens", "50.0", "40.0", "-20.0%"]
+    assert lines[4].split() == ["information", "rate", "(nats/token)", "0.0100", "0.0200", "+100.0%"]
+
+
+def test_several_data_sources_count_equally():
+    from iapo.report import validation
+
+    data = held_out(0.8, 50.0) | {"val-core/math/acc/mean@1": 0.4, "val-aux/math/response_length/mean@1": 100.0}
+    assert validation(3, data) == Validation(3, 0.6000000000000001, 75.0, None)
+
+
+def test_picture_and_command(tmp_path):
+    make_run(tmp_path / "a", (0, held_out(0.8, 50.0)), (2, held_out(0.79, 40.0)))
+    make_run(tmp_path / "b", (0, held_out(0.8, 50.0)))
+    picture = tmp_path / "p.png"
+    draw({"a": validations(tmp_path / "a")}, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    command = [sys.executable, "-m", "iapo.report"]
+    good = subprocess.run([*command, tmp_path / "a"], capture_output=True, text=True)
+    assert good.returncode == 0 and "-20.0%" in good.stdout
+    for run_dir, message in ((tmp_path / "b", "has 1 validation"), (tmp_path / "c", "holds no metrics.jsonl")):
+        bad = subprocess.run([*command, run_dir], capture_output=True, text=True)
+        assert bad.returncode == 2 and message in bad.stderr and len(bad.stderr.splitlines()) == 1
+
+
+def test_console_shows_progress_and_time_left(capsys, monkeypatch):
+    now = iter([100.0, 130.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    console = ProgressConsole(total_steps=12, first_step=0)
+    console.log({"training/global_step": 2, "iapo/reward/acc": 0.5, "response_length/mean": 40.25}, step=2)
+    # 30 s for 2 steps, 10 steps to go
+    assert capsys.readouterr().out == "iapo: step 2/12 | accuracy 0.500 | tokens 40.2 | 2:30 left\n"
+    console.log(held_out(0.8, 50.0), step=0)
+    assert capsys.readouterr().out == "iapo: held-out: accuracy 0.800 tokens 50.0\n"
