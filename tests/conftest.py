@@ -50,3 +50,12 @@ def make_batch(prompt_lengths, response_lengths, seed=0, extra_prompt=0, extra_r
 @pytest.fixture(scope="session")
 def models():
     return {family: make_model(family) for family in CONFIGS}
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -50,6 +50,7 @@ class IapoTrainer(PPOTrainerSync):
         def checked_sample(*, global_steps, partition_id, batch_size):
             batch, metrics = sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
             self._check_rollouts(batch, metrics, batch_size)
+            self._order_rows(batch)
             if partition_id == "val" and self.iapo.validation_information:
                 self._record_validation_information(batch)
             return batch, metrics
@@ -164,6 +165,11 @@ class IapoTrainer(PPOTrainerSync):
         if batch.partition_id == "train":
             expected = prompts * self.config.actor_rollout_ref.rollout.n
             metrics["iapo/rollout_failures"] = expected - len(batch)
+
+    def _order_rows(self, batch: KVBatchMeta) -> None:
+        """By prompt and rollout number: the buffer's own order is that of random ids, which would change rounding."""
+        index = [int(getattr(i, "data", i)) for i in self._fetch(batch, ["index"])["index"]]
+        batch.reorder(sorted(range(len(batch)), key=lambda i: (index[i], batch.keys[i].split("_", 1)[1])))
 
     def _reward_infos(self, keys: list[str], partition_id: str) -> list[dict]:
         data = self._fetch(KVBatchMeta(keys=keys, tags=[{}] * len(keys), partition_id=partition_id), ["extra_fields"])

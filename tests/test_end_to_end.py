@@ -1,0 +1,271 @@
+"""Real runs: verl's trainer, Ray, FSDP2 and a vLLM server on a CPU. A minute each; skip with -m "not e2e"."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from iapo.metrics_file import read_metrics
+from iapo.shared_memory import removes_own_segments
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+SMALL = [
+    "platform=cpu",
+    "data.train_batch_size=4",
+    "data.val_max_samples=8",
+    "actor_rollout_ref.rollout.n=4",
+    "trainer.test_freq=-1",
+    "trainer.save_freq=-1",
+    "trainer.val_before_train=false",
+]
+
+
+class Run:
+    """One `python -m iapo.train`; every process that it starts carries a marker in its environment."""
+
+    def __init__(self, folder: Path, data_dir: Path, *overrides: str):
+        self.folder = folder
+        self.marker = uuid.uuid4().hex
+        folder.mkdir(exist_ok=True)
+        self.log = folder / f"{self.marker}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-m", "iapo.train", *SMALL, f"run_dir={folder}", *overrides],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"IAPO_TEST_RUN": self.marker, "IAPO_DATA_DIR": str(data_dir)},
+                start_new_session=True,
+            )
+
+    def wait(self, timeout: float = 360) -> int:
+        return self.process.wait(timeout)
+
+    def wait_for(self, condition, timeout: float = 300) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, f"the run ended early:\n{self.tail()}"
+            assert time.monotonic() < deadline, f"waited {timeout} s:\n{self.tail()}"
+            time.sleep(0.2)
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def metrics(self) -> dict[int, dict]:
+        return dict(read_metrics(self.folder / "metrics.jsonl"))
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("IAPO_TEST_RUN") == self.marker and process.status() != "zombie":
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def wait_until_gone(self, timeout: float = 30) -> list[psutil.Process]:
+        deadline = time.monotonic() + timeout
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return left
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    from iapo.data import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    prepare("verbose_arithmetic", folder)
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, data_dir):
+    """Start runs; at the end stop what is left of them, by process id, and remove the shared memory they made."""
+    runs = []
+
+    def start(*overrides, folder="run"):
+        runs.append(Run(tmp_path / folder, data_dir, *overrides))
+        return runs[-1]
+
+    with removes_own_segments():
+        yield start
+        for run in runs:
+            for process in run.processes():
+                process.kill()
+            run.wait_until_gone()
+
+
+def finished(run: Run) -> Run:
+    assert run.wait() == 0, run.tail()
+    assert not run.wait_until_gone(), "processes are left behind"
+    return run
+
+
+def segments() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("psm_*")} | {p.name for p in Path("/dev/shm").glob("sem.mp-*")}
+
+
+def test_two_ranks_train_with_every_term(train):
+    before = segments()
+    run = finished(
+        train(
+            "variant=iapo",
+            "iapo.alpha=0.1",
+            "iapo.beta=0.1",
+            "iapo.rho=0.1",
+            "trainer.n_gpus_per_node=2",
+            "trainer.total_training_steps=2",
+            "trainer.test_freq=2",
+            "trainer.val_before_train=true",
+        )
+    )
+    assert segments() <= before, "shared memory is left behind"
+    metrics = run.metrics()
+    assert list(metrics) == [0, 1, 2]
+    for step in (1, 2):
+        shares = {k: v for k, v in metrics[step].items() if k.startswith("iapo/advantage_share/")}
+        assert len(shares) == 4 and sum(shares.values()) == pytest.approx(1)
+        assert shares["iapo/advantage_share/informativeness"] > 0 and shares["iapo/advantage_share/exploration"] > 0
+        for name in (
+            "iapo/exit_entropy/start",
+            "iapo/information_gain/std",
+            "iapo/probe_tokens_per_second",
+            "timing_s/exit_entropy",
+        ):
+            assert metrics[step][name] > 0, name
+        # The answer is nearly certain at the end of the reasoning, and the gains add up to what was learned.
+        assert metrics[step]["iapo/exit_entropy/end"] < metrics[step]["iapo/exit_entropy/start"]
+        assert 0 <= metrics[step]["iapo/reward/acc"] <= 1
+        assert metrics[step]["actor/ppo_kl"] == pytest.approx(0, abs=1e-4)
+    for name in (
+        "val-core/{}/acc",
+        "val-aux/{}/response_length",
+        "val-aux/{}/information_rate",
+        "val-aux/{}/truncated",
+    ):
+        assert name.format("verbose_arithmetic") + "/mean@1" in metrics[2]
+    for name in ("config.yaml", "versions.json", "validation/0.jsonl", "tensorboard"):
+        assert (run.folder / name).exists(), name
+    assert "held-out accuracy" in run.tail() and "iapo: step 2/2" in run.log.read_text()
+
+
+def test_zero_weights_train_exactly_as_grpo(train):
+    steps = ["trainer.total_training_steps=3"]
+    grpo = finished(train("variant=grpo", *steps, folder="grpo")).metrics()
+    iapo = finished(train("variant=iapo", "iapo.alpha=0", "iapo.beta=0", *steps, folder="iapo")).metrics()
+    names = [
+        *(f"critic/advantages/{k}" for k in ("mean", "max", "min")),
+        *("actor/pg_loss", "actor/kl_loss", "actor/loss", "actor/grad_norm", "actor/entropy"),
+        *("critic/score/mean", "response_length/mean"),
+    ]
+    for step in (1, 2, 3):
+        assert {name: iapo[step][name] for name in names} == {name: grpo[step][name] for name in names}
+        assert "timing_s/exit_entropy" not in iapo[step]  # no probe pass
+    assert grpo[3]["actor/grad_norm"] > 0
+
+
+def test_dapo_filters_groups_and_applies_its_own_loss_settings(train):
+    run = finished(train("variant=dapo", "trainer.total_training_steps=2", "trainer.save_freq=2"))
+    metrics = run.metrics()
+    # With groups of four and an accuracy of 0.85 about half of the groups are all right and are replaced.
+    assert sum(metrics[step].get("training/filter_groups/evicted_samples", 0) for step in (1, 2)) > 0
+    for step in (1, 2):
+        # Every group that is left has both right and wrong completions.
+        assert 0 < metrics[step]["iapo/reward/acc"] < 1
+        assert metrics[step]["critic/advantages/max"] > 0
+        assert metrics[step]["iapo/reward/overlong_reward"] <= 0
+        assert "actor/kl_loss" not in metrics[step]
+    # The checkpoint is one that verl's own merger and Hugging Face can read.
+    merged = run.folder / "merged"
+    command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+    checkpoint = run.folder / "checkpoints" / "global_step_2" / "actor"
+    result = subprocess.run(
+        [*command, "--local_dir", checkpoint, "--target_dir", merged],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"VERL_PLATFORM": "cpu"},
+        timeout=180,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    from transformers import AutoModelForCausalLM
+
+    trained = AutoModelForCausalLM.from_pretrained(merged)
+    start = AutoModelForCausalLM.from_pretrained(Path(__file__).parent.parent / "iapo" / "assets" / "tiny")
+    changes = [(a - b).abs().max() for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert 0 < max(changes) < 0.01
+
+
+def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
+    steps = ["variant=iapo_rate", "trainer.total_training_steps=4", "trainer.save_freq=2"]
+    unbroken = finished(train(*steps, folder="unbroken"))
+
+    run = train(*steps, folder="killed")
+    tracker = run.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    run.wait_for(lambda: tracker.is_file() and tracker.read_text() == "2" and 2 in run.metrics())
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.wait()
+    for process in run.wait_until_gone(60):  # Ray notices that its driver is gone; stop what is slow to
+        process.kill()
+    before = (run.folder / "metrics.jsonl").read_bytes().splitlines()
+
+    resumed = finished(train(*steps, folder="killed"))
+    after = (resumed.folder / "metrics.jsonl").read_bytes().splitlines()
+    assert after[:2] == before[:2], "the first process's lines changed"
+    assert list(resumed.metrics()) == [1, 2, 3, 4]
+    # Same prompts, same rollouts, same optimizer state: the same numbers, to rounding.
+    for step in (3, 4):
+        for name in ("critic/score/mean", "response_length/mean", "actor/pg_loss", "actor/grad_norm", "actor/lr"):
+            expected = unbroken.metrics()[step][name]
+            assert resumed.metrics()[step][name] == pytest.approx(expected, rel=1e-4, abs=1e-6), (step, name)
+
+    def weights(folder):
+        shard = folder / "checkpoints" / "global_step_4" / "actor" / "model_world_size_1_rank_0.pt"
+        state = torch.load(shard, weights_only=False)
+        return {name: getattr(value, "_local_tensor", value) for name, value in state.items()}
+
+    first, second = weights(unbroken.folder), weights(resumed.folder)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_a_reward_that_raises_stops_the_run_with_one_clear_line(train, tmp_path):
+    reward = tmp_path / "broken_reward.py"
+    reward.write_text("def compute_score(**_):\n    raise KeyError('no such answer')\n")
+    run = train(f"reward.custom_reward_function.path={reward}", "trainer.total_training_steps=2")
+    assert run.wait() == 1, run.tail()
+    last = run.tail(1)
+    assert last.startswith("iapo.train: the run failed: RuntimeError: reward: the reward function raised on 16 of 16")
+    assert "KeyError: 'no such answer'" in last
+    assert not run.wait_until_gone(), "processes are left behind"
+
+
+def test_a_wrong_configuration_stops_before_ray(train):
+    run = train("iapo.rho=-1")
+    assert run.wait(60) == 2
+    assert run.tail() == "iapo.train: iapo.rho: -1 must be a number >= 0."
+    missing = train("model=/no/such/model", folder="missing")
+    assert missing.wait(60) == 2
+    assert missing.tail(1).startswith("iapo.train: actor_rollout_ref.model.path: /no/such/model can't be loaded")
+    assert not (missing.folder / "config.yaml").exists()
+
+
+def test_a_polite_stop_leaves_nothing_behind(train):
+    before = segments()
+    run = train("trainer.total_training_steps=50")
+    run.wait_for(lambda: (run.folder / "metrics.jsonl").is_file() and run.metrics())
+    run.process.terminate()
+    assert run.wait(60) == 143
+    assert not run.wait_until_gone()
+    assert segments() <= before
+    assert json.loads((run.folder / "versions.json").read_text())["versions"]["verl"] == "0.9.1"

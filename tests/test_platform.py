@@ -1,0 +1,60 @@
+"""The plugins are inert unless asked for, and complete when they are."""
+
+import os
+import subprocess
+import sys
+
+CODE = """
+import importlib.metadata, torch.distributed.fsdp as fsdp
+before = importlib.metadata.version, fsdp.CPUOffloadPolicy.__init__
+import verl, verl.utils.distributed as distributed
+from verl.plugin.platform import PlatformRegistry, get_platform
+print(
+    PlatformRegistry.get("cpu") is not None,
+    importlib.metadata.version is before[0],
+    fsdp.CPUOffloadPolicy.__init__ is before[1],
+    hasattr(distributed.initialize_global_process_group_ray, "__wrapped__"),
+)
+"""
+
+
+def run(code, **environment):
+    kept = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip().splitlines()[-1].split()
+
+
+def test_nothing_is_touched_without_the_environment_variable():
+    assert run(CODE) == ["False", "True", "True", "False"]
+
+
+def test_everything_is_in_place_with_it():
+    assert run(CODE, VERL_PLATFORM="cpu") == ["True", "False", "False", "True"]
+
+
+def test_the_platform_answers_what_verl_asks():
+    code = """
+import torch, importlib.metadata
+from verl.utils import device
+platform = device.get_platform()
+x = torch.zeros(1).to(device.get_device_id())
+print(device.get_device_name(), f"{device.get_device_name()}:{device.get_device_id()}", device.get_nccl_backend(),
+      device.get_resource_name(), x.device, device.get_torch_device().is_available(),
+      device.get_torch_device().memory_allocated(), importlib.metadata.version("vllm").endswith("+cpu"))
+"""
+    assert run(code, VERL_PLATFORM="cpu") == ["cpu", "cpu:0", "gloo", "GPU", "cpu", "False", "0", "True"]
+
+
+def test_vllm_keeps_its_own_kernels_without_the_environment_variable():
+    code = """
+from vllm.model_executor.layers import utils
+original = utils.dispatch_cpu_unquantized_gemm
+from iapo.verl_adapter.vllm_cpu import register
+register()
+print(utils.dispatch_cpu_unquantized_gemm is original)
+"""
+    assert run(code) == ["True"]
+    assert run(code, VERL_PLATFORM="cpu", VLLM_TARGET_DEVICE="cpu") == ["False"]

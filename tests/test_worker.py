@@ -1,0 +1,115 @@
+"""The worker's remote method on two real FSDP2 ranks over gloo, against the naive reference."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from iapo.batching import Completion, pad
+from iapo.config import IapoConfig
+from iapo.information import exit_entropy_naive
+from tests.conftest import VOCAB, make_model
+
+CONFIG = IapoConfig(alpha=1.0, chunk_size=4, max_tokens_per_micro_batch=40, exit_marker="Z", probe="pq")
+Z = VOCAB - 1
+# (prompt length, response length, tokens before the exit marker; None: never written) for the two ranks: they need
+# different numbers of forwards, and one holds verl's padding row.
+ROWS = [
+    [(3, 13, None), (9, 1, None), (1, 20, 7), (6, 5, 0), (2, 30, None)],
+    [(4, 2, None), (7, 1, "padding")],
+]
+
+
+class Tokenizer:
+    """Decodes token Z to the exit marker and encodes the probe."""
+
+    def encode(self, text, add_special_tokens):
+        assert (text, add_special_tokens) == ("pq", False)
+        return [5, 11]
+
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        return "".join("Z" if i == Z else "x" for i in ids)
+
+
+def make_rows(rank):
+    generator = torch.Generator().manual_seed(rank)
+    rows = []
+    for prompt_length, length, marker in ROWS[rank]:
+        prompt = torch.randint(0, Z, (prompt_length,), generator=generator)
+        response = torch.randint(0, Z, (length,), generator=generator)
+        mask = torch.ones(length, dtype=torch.long)
+        region = length
+        if marker == "padding":
+            mask[:], region = 0, 0
+        elif marker is not None:
+            response[marker], region = Z, marker
+        rows.append((Completion(prompt, response, region), mask))
+    return rows
+
+
+def run_rank(rank, port, folder):
+    os.environ.update(VERL_PLATFORM="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    import torch.distributed as dist
+    from tensordict import TensorDict
+    from torch.distributed.fsdp import fully_shard
+    from verl.utils import tensordict_utils as tu
+
+    from iapo.verl_adapter.worker import IapoWorker
+
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    model = make_model("qwen2")
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    worker = object.__new__(IapoWorker)
+    worker.actor = SimpleNamespace(
+        model_config=SimpleNamespace(tokenizer=Tokenizer()),
+        engine=SimpleNamespace(
+            module=model,
+            eval_mode=nullcontext,
+            get_data_parallel_group=lambda: dist.group.WORLD,
+            _autocast_dtype=torch.float32,
+        ),
+    )
+    rows = make_rows(rank)
+
+    def jagged(tensors):
+        return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
+
+    data = TensorDict(
+        {
+            "prompts": jagged([row.prompt for row, _ in rows]),
+            "responses": jagged([row.response for row, _ in rows]),
+            "response_mask": jagged([mask for _, mask in rows]),
+        },
+        batch_size=len(rows),
+    )
+    tu.assign_non_tensor_data(data, "iapo", asdict(CONFIG))
+    result = worker.compute_exit_entropy(data)
+    torch.save(
+        {name: [row.clone() for row in result[name].unbind()] for name in ("exit_entropy", "region_mask")},
+        folder / f"{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+@pytest.mark.timeout(180)
+def test_two_fsdp2_ranks_equal_the_naive_reference(tmp_path, free_port):
+    mp.spawn(run_rank, args=(free_port, tmp_path), nprocs=2)
+    model = make_model("qwen2")
+    for rank in range(2):
+        result = torch.load(tmp_path / f"{rank}.pt")
+        rows = make_rows(rank)
+        assert len(result["exit_entropy"]) == len(rows)
+        for (row, mask), h, region in zip(rows, result["exit_entropy"], result["region_mask"], strict=True):
+            expected = exit_entropy_naive(model, *pad([row]), [5, 11])[0]
+            n = row.region_length
+            torch.testing.assert_close(h[: n + 1], expected, atol=1e-5, rtol=0)
+            assert len(h) == len(row.response) + 1 and (h[n:] == h[n]).all()
+            assert region.tolist() == [1] * n + [0] * (len(mask) - n)
