@@ -220,7 +220,7 @@ def _get_pool() -> ProcessPool:
             _pool.stop()
             _pool.join()
         if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("math-verify is not installed; run: pip install 'math-verify[antlr4_9_3]'")
+            raise ImportError("math-verify is not installed; run: pip install math-verify")
         # spawn, not fork: a Ray worker has threads, and a fork would copy the locks they hold.
         _pool = ProcessPool(
             max_workers=_WORKERS,

@@ -16,7 +16,7 @@ import torch
 from iapo.metrics_file import read_metrics
 from iapo.shared_memory import removes_own_segments
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SMALL = [
     "platform=cpu",

@@ -143,7 +143,7 @@ def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
     checkpoints.mkdir()
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
     check(resolve("platform=cpu", "run_dir=r"))
-    with pytest.raises(ConfigError, match="holds a checkpoint made with iapo.rho=0.1, but now it is 0.7"):
+    with pytest.raises(ConfigError, match="holds a checkpoint made with iapo.rho=1.0, but now it is 0.7"):
         check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7"))
     check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7", "trainer.resume_mode=disable"))
 
