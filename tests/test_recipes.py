@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,18 @@ def test_dry_run_prints_the_resolved_configuration(verbose_arithmetic):
 def test_a_missing_plugin_is_loud(verbose_arithmetic):
     result = run_command("platform=cpu", VERL_USE_EXTERNAL_PLUGINS="none")
     assert result.returncode == 2 and "didn't load this package's plugin" in result.stderr
+
+
+def test_an_installed_wheel_composes_from_any_folder(tmp_path):
+    """The recipes and the embedded model travel inside the wheel."""
+    repository = Path(train.__file__).parent.parent
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "wheel", repository]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    (wheel,) = (tmp_path / "wheel").glob("iapo-*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    result = run_command("--dry-run", "platform=cpu", "variant=dapo", PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stderr
+    assert f"path: {site}/iapo/assets/tiny" in result.stdout
+    assert f"agent_loop_config_path: {site}/iapo/recipes/agent_loops.yaml" in result.stdout
