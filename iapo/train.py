@@ -201,17 +201,19 @@ def run(config) -> int:
     print(f"iapo: run folder {config.run_dir}", flush=True)
     # A polite stop (Slurm, Ctrl-C, kill) unwinds through the clean-up below.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    failure = None
     with removes_own_segments():
         try:
             run_ppo(config, task_runner_class=ray.remote(IapoTaskRunner))
         except ray.exceptions.RayError as error:
             print(error, file=sys.stderr)
-            cause = getattr(error, "cause", None) or error
-            reason = (str(cause).strip().splitlines() or [""])[-1]
-            print(f"iapo.train: the run failed: {type(cause).__name__}: {reason}", file=sys.stderr)
-            return 1
+            failure = getattr(error, "cause", None) or error
         finally:
             ray.shutdown()
+    if failure is not None:  # last of all, behind what Ray still had to print
+        reason = (str(failure).strip().splitlines() or [""])[-1]
+        print(f"iapo.train: the run failed: {type(failure).__name__}: {reason}", file=sys.stderr)
+        return 1
     print_table(Path(config.run_dir))
     return 0
 
