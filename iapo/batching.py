@@ -16,10 +16,11 @@ class Completion(NamedTuple):
     region_length: int
 
 
-def micro_batches(completions: Sequence[Completion], max_tokens: int) -> list[list[int]]:
-    """Row numbers, split so that a padded batch holds at most `max_tokens` tokens (one row always fits).
+def micro_batches(completions: Sequence[Completion], max_tokens: int, probe_tokens: int = 0) -> list[list[int]]:
+    """Row numbers, split so that no forward of a batch has more than `max_tokens` tokens (one row always fits).
 
-    Rows of similar length go together, so little is padded. The result of the pass does not depend on the split.
+    A row costs its padded trajectory in the first forward and `probe_tokens`, those of a chunk, in the others. Rows of
+    similar length go together, so little is padded. The result of the pass does not depend on the split.
     """
     order = sorted(range(len(completions)), key=lambda i: (completions[i].region_length, len(completions[i].prompt)))
     batches: list[list[int]] = []
@@ -27,7 +28,8 @@ def micro_batches(completions: Sequence[Completion], max_tokens: int) -> list[li
     for i in order:
         prompt_width = max(prompt_width, len(completions[i].prompt))
         region_width = max(region_width, completions[i].region_length)
-        if batches and (len(batches[-1]) + 1) * (prompt_width + region_width) <= max_tokens:
+        row_tokens = max(prompt_width + region_width, probe_tokens)
+        if batches and (len(batches[-1]) + 1) * row_tokens <= max_tokens:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -63,7 +65,7 @@ def exit_entropies(
     device: torch.device | str,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(row number, its h_0 .. h_{R_i} on the CPU) for every completion, micro-batch by micro-batch."""
-    for rows in micro_batches(completions, max_tokens):
+    for rows in micro_batches(completions, max_tokens, chunk_size * len(probe_ids)):
         input_ids, attention_mask, region_mask = (x.to(device) for x in pad([completions[i] for i in rows]))
         h_BT1 = exit_entropy(
             model, input_ids, attention_mask, region_mask, probe_ids, chunk_size=chunk_size, stride=stride
@@ -73,10 +75,12 @@ def exit_entropies(
             yield i, torch.cat([h_BT1[b, : n + 1], h_BT1[b, n].expand(length - n)])
 
 
-def total_forwards(completions: Sequence[Completion], *, chunk_size: int, stride: int, max_tokens: int) -> int:
+def total_forwards(
+    completions: Sequence[Completion], probe_ids: Sequence[int], *, chunk_size: int, stride: int, max_tokens: int
+) -> int:
     """Model forwards that `exit_entropies` makes; the ranks of an FSDP model must make equally many."""
     count = 0
-    for rows in micro_batches(completions, max_tokens):
+    for rows in micro_batches(completions, max_tokens, chunk_size * len(probe_ids)):
         T = max(completions[i].region_length for i in rows)
         longest = torch.ones(1, T, dtype=torch.long)
         count += forward_count(longest, chunk_size=chunk_size, stride=stride)

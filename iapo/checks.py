@@ -3,28 +3,38 @@
 Each check returns a list of problems, one line each: field, value, fix.
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from iapo.config import IapoConfig
+from iapo.provenance import differences
 
 
 class ConfigError(ValueError):
     """One or more problems of a configuration, one line each."""
 
 
-def check(config: DictConfig) -> None:
-    """Raise ConfigError with every problem found."""
+def check(config: DictConfig, files: bool = True) -> None:
+    """Raise ConfigError with every problem found; warn of options without effect.
+
+    Args:
+        config: resolved.
+        files: also look at data, model and run folder.
+    """
     try:
         iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    problems = [*_terms(config, iapo), *_engine(config, iapo), *_data(config), *_resume(config)]
-    problems += _model(config, iapo)
+    problems = [*_terms(config, iapo), *_engine(config, iapo)]
+    if files:
+        problems += [*_data(config), *_resume(config), *_model(config, iapo)]
     if problems:
         raise ConfigError("\n".join(problems))
+    for line in _without_effect(config, iapo):
+        warnings.warn(line, stacklevel=2)
 
 
 def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
@@ -107,41 +117,31 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     if not iapo.needs_exit_entropy and not iapo.validation_information:
         return
     probe = tokenizer.encode(iapo.probe, add_special_tokens=False)
-    if not probe or tokenizer.unk_token_id in probe:
-        yield f"iapo.probe: {iapo.probe!r} is not in the vocabulary of {path}; use text that it can encode."
-        return
+    for name in ("probe", "exit_marker"):
+        text = getattr(iapo, name)
+        if tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) != text:
+            yield f"iapo.{name}: {text!r} can't be written with the vocabulary of {path}; use other text."
+            return
     length = config.data.max_prompt_length + config.data.max_response_length + len(probe)
     reason = unsupported(model_config, length)
     if reason:
         yield f"actor_rollout_ref.model.path: {path} can't serve the exit-entropy pass at {length} tokens: {reason}."
 
 
-# A checkpoint can't be resumed, or would silently become another experiment, when one of these changes.
-RESUME_FIELDS = (
-    "trainer.nnodes",
-    "trainer.n_gpus_per_node",
-    "actor_rollout_ref.model.path",
-    "actor_rollout_ref.actor.strategy",
-    "algorithm.adv_estimator",
-    "data.train_files",
-    "data.train_batch_size",
-    "iapo.alpha",
-    "iapo.beta",
-    "iapo.rho",
-    "seed",
-)
-
-
 def _resume(config: DictConfig) -> Iterator[str]:
-    saved_path = Path(config.run_dir) / "config.yaml"
-    tracker = Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
-    if config.trainer.resume_mode != "auto" or not saved_path.is_file() or not tracker.is_file():
-        return
-    saved = OmegaConf.load(saved_path)
-    for field in RESUME_FIELDS:
-        before, now = OmegaConf.select(saved, field), OmegaConf.select(config, field)
-        if before != now:
-            yield (
-                f"run_dir: {config.run_dir} holds a checkpoint made with {field}={before}, but now it is {now}; set "
-                "it back to resume, or choose another run_dir."
-            )
+    for field, before, now in differences(config):
+        yield (
+            f"run_dir: {config.run_dir} holds a checkpoint made with {field}={before}, but now it is {now}; set it "
+            "back to resume, or choose another run_dir."
+        )
+
+
+def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    if iapo.gate != "all" and iapo.alpha == 0:
+        yield f"iapo.gate={iapo.gate} has no effect with iapo.alpha=0."
+    if not iapo.needs_exit_entropy and not iapo.validation_information:
+        for name in ("region", "stride", "probe", "exit_marker"):
+            if getattr(iapo, name) != getattr(IapoConfig(), name):
+                yield f"iapo.{name}={getattr(iapo, name)!r} has no effect without a probe pass."
+    if iapo.region == "response" and iapo.exit_marker != IapoConfig().exit_marker:
+        yield "iapo.exit_marker has no effect with iapo.region=response."

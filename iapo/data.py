@@ -359,7 +359,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--source", help="local file or directory, or hub id (default: the original on the hub)")
-    parser.add_argument("--out", default="data", help="directory in which NAME/ is made (default data)")
+    out = os.environ.get("IAPO_DATA_DIR", "data")  # where iapo.train looks
+    parser.add_argument("--out", default=out, help="directory in which NAME/ is made (default $IAPO_DATA_DIR, or data)")
     parser.add_argument("--seed", type=int, default=0, help="of the 80/20 split or the generated problems (default 0)")
     parser.add_argument("--train-size", type=int, help=f"verbose_arithmetic only (default {TRAIN_SIZE})")
     parser.add_argument("--test-size", type=int, help=f"verbose_arithmetic only (default {TEST_SIZE})")

@@ -189,9 +189,12 @@ def check_model(model, length: int) -> None:
             rotary frequencies that depend on the length, more tokens than learned positions, an encoder-decoder.
     """
     reason = unsupported(model.config, length)
-    if reason is None and "position_ids" not in inspect.signature(model.forward).parameters:
+    # FSDP1 and PEFT wrap the model in one whose own forward takes anything.
+    unwrapped = getattr(model, "_fsdp_wrapped_module", model)
+    unwrapped = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+    if reason is None and "position_ids" not in inspect.signature(unwrapped.forward).parameters:
         reason = "its forward takes no position_ids (ALiBi?), so probes can't be placed"
-    if reason is None and getattr(model, "_is_stateful", False):
+    if reason is None and getattr(unwrapped, "_is_stateful", False):
         reason = "it keeps a recurrent state instead of a KV cache"
     if reason is not None:
         raise ValueError(
@@ -251,7 +254,8 @@ def _probe_chunk(model, cache, chunk_BC, attention_mask, prompt_width, probe_ids
         use_cache=True,
         logits_to_keep=torch.arange(P - 1, C * P, P, device=chunk_BC.device),
     ).logits
-    return entropy(logits)
+    # One completion at a time: the temporaries of an entropy are as large as its logits.
+    return torch.stack([entropy(logits_CV) for logits_CV in logits])
 
 
 def _interpolate(h_BJ: torch.Tensor, positions_BJ: torch.Tensor, T: int, stride: int) -> torch.Tensor:
@@ -285,6 +289,8 @@ def _maskable_attention(model) -> Iterator[bool]:
         yield before == "eager"
         return
     model.set_attn_implementation("sdpa")
+    if model.config._attn_implementation != "sdpa":  # transformers only warns where it can't switch
+        raise ValueError(f"model: its attention {before!r} takes no 4-D mask and can't be switched to 'sdpa'.")
     try:
         yield False
     finally:
@@ -304,9 +310,11 @@ def _fp32_logits(model) -> Iterator[None]:
             return output
         with torch.autocast(output.device.type, enabled=False):
             hidden = args[0].float()
-            logits = [F.linear(hidden, weight.float()) for weight in layer.weight.split(_VOCABULARY_SLICE)]
-            logits = torch.cat(logits, dim=-1)
-            return logits if layer.bias is None else logits + layer.bias.float()
+            logits = torch.empty_like(output, dtype=torch.float32)
+            for rows in torch.arange(len(layer.weight)).split(_VOCABULARY_SLICE):
+                part = slice(rows[0], rows[-1] + 1)
+                logits[..., part] = F.linear(hidden, layer.weight[part].float())
+            return logits if layer.bias is None else logits.add_(layer.bias.float())
 
     handle = model.get_output_embeddings().register_forward_hook(fp32_linear)
     try:

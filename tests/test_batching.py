@@ -51,7 +51,7 @@ def test_result_does_not_depend_on_the_split(models, max_tokens, chunk_size, str
     split = dict(chunk_size=chunk_size, stride=stride, max_tokens=max_tokens)
     result = dict(exit_entropies(models["qwen2"], rows, PROBE, device="cpu", **split))
     handle.remove()
-    assert len(calls) == total_forwards(rows, **split)
+    assert len(calls) == total_forwards(rows, PROBE, **split)
     for i, row in enumerate(rows):
         expected = exit_entropy_naive(models["qwen2"], *pad([row]), PROBE, stride=stride)[0]
         assert len(result[i]) == len(row.response) + 1

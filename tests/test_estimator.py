@@ -70,7 +70,11 @@ def test_terms_reach_the_advantage_and_padding_rows_get_none(verl_v1):
     assert (advantages[mask == 0] == 0).all()
     # Zero-sum over each completion's tokens, and over each group's completions.
     torch.testing.assert_close(inputs.terms["informativeness"].sum(1), torch.zeros(B), atol=1e-5, rtol=0)
-    assert inputs.terms["information_rate"].abs().sum() > 0
+    rate_B = inputs.terms["information_rate"][:, 0]
+    for uid in set(keys_uid := [key.split("_")[0] for key in keys]):
+        rows = [i for i, other in enumerate(keys_uid) if other == uid]
+        assert rate_B[rows].sum().abs() < 1e-6
+    assert rate_B.abs().sum() > 0
 
 
 def test_without_the_trainer_the_error_says_what_to_do(verl_v1):

@@ -242,6 +242,18 @@ def test_a_window_longer_than_the_sequence_is_served():
     torch.testing.assert_close(exit_entropy(model, *batch, PROBE, chunk_size=6), expected, atol=1e-5, rtol=0)
 
 
+def test_a_lora_model_is_served():
+    peft = pytest.importorskip("peft")
+    lora = peft.get_peft_model(make_model("qwen2"), peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    for name, parameter in lora.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    batch = make_batch([5, 2], [6, 3])
+    expected = exit_entropy_naive(lora, *batch, PROBE)
+    assert (expected - exit_entropy_naive(make_model("qwen2"), *batch, PROBE)).abs().max() > 0.01
+    torch.testing.assert_close(exit_entropy(lora, *batch, PROBE, chunk_size=4), expected, atol=1e-5, rtol=0)
+
+
 def test_fp32_hook_is_removed(models):
     exit_entropy(models["qwen2"], *make_batch([2], [3]), PROBE, chunk_size=4)
     assert not models["qwen2"].get_output_embeddings()._forward_hooks

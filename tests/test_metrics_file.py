@@ -35,6 +35,14 @@ def test_a_half_written_line_is_dropped(tmp_path):
     assert [step for step, _ in read_metrics(path)] == [0, 1, 2]
 
 
+def test_a_run_from_the_beginning_does_not_mix_with_an_earlier_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, 0, [0, 1], value=1.0)
+    write(path, 0, [0, 1, 2], value=2.0)
+    assert [(step, data["a"]) for step, data in read_metrics(path)] == [(0, 2), (1, 2), (2, 2)]
+    assert len(path.with_suffix(".replaced.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_resume_step_that_was_never_logged_is_written(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, 0, [1])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from iapo import train
+from iapo import provenance, train
 from iapo.checks import ConfigError, check
 
 VARIANTS = ["grpo", "dapo", "iapo", "iapo_rate"]
@@ -138,12 +138,15 @@ def test_the_embedded_default_passes_every_check(verbose_arithmetic):
 
 def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
     config = resolve("platform=cpu", "run_dir=r")
-    train.save_provenance(config)
+    provenance.save(config)
     check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7"))  # no checkpoint yet: nothing to mix up
     checkpoints = Path(config.trainer.default_local_dir)
     checkpoints.mkdir()
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
-    check(resolve("platform=cpu", "run_dir=r"))
+    check(resolve("platform=cpu", "run_dir=r", "trainer.total_training_steps=80", "iapo.chunk_size=8"))
+    for change in ("actor_rollout_ref.actor.optim.lr=1e-5", "iapo.region=response", "actor_rollout_ref.rollout.n=4"):
+        with pytest.raises(ConfigError, match=change.split("=")[0]):
+            check(resolve("platform=cpu", "run_dir=r", change))
     with pytest.raises(ConfigError, match="holds a checkpoint made with iapo.rho=1.0, but now it is 0.7"):
         check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7"))
     check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7", "trainer.resume_mode=disable"))
@@ -173,6 +176,24 @@ def test_dry_run_prints_the_resolved_configuration(verbose_arithmetic):
     printed = result.stdout[result.stdout.index("actor_rollout_ref:") :].split("\n\n[validate_config]")[0]
     config = OmegaConf.create(printed[: printed.rindex("validation_information")] + "validation_information: true")
     assert config.iapo.alpha == 0.05 and "${" not in printed
+
+
+def test_a_running_ray_cluster_gets_no_resources(monkeypatch):
+    assert resolve("platform=cpu", "trainer.n_gpus_per_node=2").ray_kwargs.ray_init.num_gpus == 2
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    ray_init = resolve("platform=cpu").ray_kwargs.ray_init
+    assert (ray_init.num_cpus, ray_init.num_gpus) == (None, None)
+
+
+def test_options_without_effect_warn(verbose_arithmetic):
+    with pytest.warns(UserWarning, match="iapo.gate=correct has no effect with iapo.alpha=0"):
+        check(resolve("platform=cpu", "iapo.gate=correct"))
+
+
+def test_gpus_that_are_not_there_are_refused(verbose_arithmetic):
+    config = resolve("platform=gpu", "trainer.n_gpus_per_node=0", "trainer.nnodes=4")
+    with pytest.raises(ConfigError, match="trainer.n_gpus_per_node: 0"):
+        train.check_machine(config)
 
 
 def test_a_missing_plugin_is_loud(verbose_arithmetic):

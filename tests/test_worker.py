@@ -16,16 +16,19 @@ from tests.conftest import VOCAB, make_model
 
 CONFIG = IapoConfig(alpha=1.0, chunk_size=4, max_tokens_per_micro_batch=40, exit_marker="Z", probe="pq")
 Z = VOCAB - 1
-# (prompt length, response length, tokens before the exit marker; None: never written) for the two ranks: they need
-# different numbers of forwards, and one holds verl's padding row.
+EOS, OTHER_EOS = VOCAB - 2, VOCAB - 3
+# (prompt length, response length, tokens before the exit marker or how the completion ends) for the two ranks: they
+# need different numbers of forwards, and one holds verl's padding row.
 ROWS = [
-    [(3, 13, None), (9, 1, None), (1, 20, 7), (6, 5, 0), (2, 30, None)],
-    [(4, 2, None), (7, 1, "padding")],
+    [(3, 13, "truncated"), (9, 1, "truncated"), (1, 20, 7), (6, 5, 0), (2, 30, "eos"), (2, 4, "other eos")],
+    [(4, 2, "truncated"), (7, 1, "padding")],
 ]
 
 
 class Tokenizer:
     """Decodes token Z to the exit marker and encodes the probe."""
+
+    eos_token_id = EOS
 
     def encode(self, text, add_special_tokens):
         assert (text, add_special_tokens) == ("pq", False)
@@ -39,13 +42,15 @@ def make_rows(rank):
     generator = torch.Generator().manual_seed(rank)
     rows = []
     for prompt_length, length, marker in ROWS[rank]:
-        prompt = torch.randint(0, Z, (prompt_length,), generator=generator)
-        response = torch.randint(0, Z, (length,), generator=generator)
+        prompt = torch.randint(0, OTHER_EOS, (prompt_length,), generator=generator)
+        response = torch.randint(0, OTHER_EOS, (length,), generator=generator)
         mask = torch.ones(length, dtype=torch.long)
         region = length
         if marker == "padding":
             mask[:], region = 0, 0
-        elif marker is not None:
+        elif marker in ("eos", "other eos"):
+            response[-1], region = {"eos": EOS, "other eos": OTHER_EOS}[marker], length - 1
+        elif marker != "truncated":
             response[marker], region = Z, marker
         rows.append((Completion(prompt, response, region), mask))
     return rows
@@ -67,9 +72,13 @@ def run_rank(rank, port, folder):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    # Like flash attention it takes no 4-D mask of ours and must be switched for the pass.
+    model.set_attn_implementation("flex_attention")
     worker = object.__new__(IapoWorker)
     worker.actor = SimpleNamespace(
-        model_config=SimpleNamespace(tokenizer=Tokenizer()),
+        model_config=SimpleNamespace(
+            tokenizer=Tokenizer(), generation_config=SimpleNamespace(eos_token_id=[EOS, OTHER_EOS])
+        ),
         engine=SimpleNamespace(
             module=model,
             eval_mode=nullcontext,
@@ -92,6 +101,7 @@ def run_rank(rank, port, folder):
     )
     tu.assign_non_tensor_data(data, "iapo", asdict(CONFIG))
     result = worker.compute_exit_entropy(data)
+    assert model.config._attn_implementation == "flex_attention"
     torch.save(
         {name: [row.clone() for row in result[name].unbind()] for name in ("exit_entropy", "region_mask")},
         folder / f"{rank}.pt",

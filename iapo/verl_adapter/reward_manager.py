@@ -36,8 +36,9 @@ class IapoRewardManager(DAPORewardManager):
     - response_length: tokens of the response, end-of-sequence token included.
     - truncated: 1.0 if the response has `data.max_response_length` tokens and does not end with an
       end-of-sequence token, else 0.0.
-    - reward_error: "" or, if the reward function raised, "TypeName: message" on one line. The reward is then
-      0.0 and says nothing: whoever reads the batch must stop the run.
+    - reward_error: "" or, if the reward function raised, "TypeName: message" on one line. The reward and all
+      numbers are then NaN: whoever reads the batch must stop the run, and DAPO's filter, which replaces groups
+      of equal numbers for as long as it takes, lets the group through to be read.
 
     Raises:
         ValueError: the overlong penalty is on and max_resp_len is below data.max_response_length.
@@ -57,7 +58,7 @@ class IapoRewardManager(DAPORewardManager):
         # a good one. Until a good one is seen, these are the keys of `iapo.reward.compute_score`.
         self._blank_info = _blank_like(score_dict(False, False, "", ""))
         if penalty_on and self.overlong_buffer_cfg.log:
-            self._blank_info |= {"overlong_reward": 0.0, "overlong": 0.0}
+            self._blank_info |= {"overlong_reward": math.nan, "overlong": math.nan}
 
     async def run_single(self, data: DataProto) -> dict:
         """Scores the last sequence in `data`: {"reward_score": float, "reward_extra_info": dict}.
@@ -74,7 +75,7 @@ class IapoRewardManager(DAPORewardManager):
             reward_error = ""
         except Exception as error:
             logger.exception("the reward function failed")
-            reward, info = 0.0, dict(self._blank_info)
+            reward, info = math.nan, dict(self._blank_info)
             reward_error = " ".join(f"{type(error).__name__}: {error}".split())
         info |= length_info(data[-1], self.max_response_length, self.eos_token_ids)
         info["reward_error"] = reward_error
@@ -112,4 +113,4 @@ def _plain(value):
 
 
 def _blank_like(info: dict) -> dict[str, float | str]:
-    return {key: "" if isinstance(value, str) else 0.0 for key, value in info.items()}
+    return {key: "" if isinstance(value, str) else math.nan for key, value in info.items()}

@@ -21,6 +21,9 @@ from iapo.metrics_file import MetricsFile
 from iapo.verl_adapter.estimator import AdvantageInputs, bind
 from iapo.verl_adapter.worker import INPUT_FIELDS, OUTPUT_FIELDS, IapoWorker
 
+# Batches of prompts that dynamic sampling may draw for one step before the run is stopped.
+MAX_REFILLS = 100
+
 
 @register_trainer("iapo")
 class IapoTrainer(PPOTrainerSync):
@@ -48,6 +51,7 @@ class IapoTrainer(PPOTrainerSync):
         sample = buffer.sample
 
         def checked_sample(*, global_steps, partition_id, batch_size):
+            self._refilled = 0
             batch, metrics = sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
             self._check_rollouts(batch, metrics, batch_size)
             self._order_rows(batch)
@@ -57,6 +61,17 @@ class IapoTrainer(PPOTrainerSync):
 
         buffer.sample = checked_sample
         return buffer
+
+    def _add_prompts_to_generate(self, num_prompts: int) -> int:
+        """verl's refill of groups that dynamic sampling dropped; it would go on for ever if none is ever mixed."""
+        self._refilled += num_prompts
+        limit = MAX_REFILLS * self.config.data.train_batch_size
+        if self._refilled > limit:
+            raise RuntimeError(
+                f"algorithm.filter_groups: {limit} extra prompts of step {self.global_steps} gave too few groups with "
+                "different values of the metric, so there is nothing to learn from; use other data or enable=false."
+            )
+        return super()._add_prompts_to_generate(num_prompts)
 
     @property
     def logger(self):
@@ -168,8 +183,8 @@ class IapoTrainer(PPOTrainerSync):
 
     def _order_rows(self, batch: KVBatchMeta) -> None:
         """By prompt and rollout number: the buffer's own order is that of random ids, which would change rounding."""
-        index = [int(getattr(i, "data", i)) for i in self._fetch(batch, ["index"])["index"]]
-        batch.reorder(sorted(range(len(batch)), key=lambda i: (index[i], batch.keys[i].split("_", 1)[1])))
+        index = [str(getattr(i, "data", i)) for i in self._fetch(batch, ["index"])["index"]]
+        batch.reorder(sorted(range(len(batch)), key=lambda i: (index[i], int(batch.keys[i].split("_")[1]))))
 
     def _reward_infos(self, keys: list[str], partition_id: str) -> list[dict]:
         data = self._fetch(KVBatchMeta(keys=keys, tags=[{}] * len(keys), partition_id=partition_id), ["extra_fields"])

@@ -37,8 +37,9 @@ class IapoWorker(ActorRolloutRefWorker):
         """
         config = IapoConfig(**tu.get_non_tensor_data(data, "iapo", None))
         tokenizer = self.actor.model_config.tokenizer
+        ends = end_tokens(tokenizer, self.actor.model_config.generation_config)
         completions = [
-            Completion(prompt, response, self._region_length(response, mask, config, tokenizer))
+            Completion(prompt, response, region_length(response, mask, config, tokenizer, ends))
             for prompt, response, mask in zip(*(data[name].unbind() for name in INPUT_FIELDS), strict=True)
         ]
         probe_ids = tokenizer.encode(config.probe, add_special_tokens=False)
@@ -47,7 +48,7 @@ class IapoWorker(ActorRolloutRefWorker):
         engine = self.actor.engine
         # Ranks agree on what to refuse and on how often to call the model before the first forward: FSDP gathers
         # parameters in every forward, so a rank that makes one less, or raises alone, would leave the others waiting.
-        own_forwards = total_forwards(completions, **split)
+        own_forwards = total_forwards(completions, probe_ids, **split)
         longest = max(len(c.prompt) + c.region_length for c in completions) + len(probe_ids)
         forwards, longest = self._maximum_over_ranks(own_forwards, longest)
         check_model(engine.module, longest)
@@ -72,18 +73,27 @@ class IapoWorker(ActorRolloutRefWorker):
         }
         return TensorDict(output, batch_size=len(completions))
 
-    @staticmethod
-    def _region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer) -> int:
-        valid = int(mask.sum())
-        if config.region == "response" or valid == 0:
-            return valid
-
-        def decode(ids):
-            return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-        return min(valid, reasoning_length(response.tolist(), decode, config.exit_marker))
-
     def _maximum_over_ranks(self, *numbers: int) -> list[int]:
         tensor = torch.tensor(numbers, device=get_device_id())
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.actor.engine.get_data_parallel_group())
         return tensor.tolist()
+
+
+def region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer, ends: set[int]) -> int:
+    """Response tokens that are probed: `iapo.region`, never the token that ends the completion."""
+    length = int(mask.sum())
+    if length and int(response[length - 1]) in ends:
+        length -= 1
+    if config.region == "response" or length == 0:
+        return length
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    return min(length, reasoning_length(response.tolist(), decode, config.exit_marker))
+
+
+def end_tokens(tokenizer, generation_config) -> set[int]:
+    """Every token that ends a completion: the tokenizer's and those of the generation config, one or a list."""
+    listed = getattr(generation_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}

