@@ -17,7 +17,8 @@ _FOLDER = Path("/dev/shm")
 def removes_own_segments(patience_s: float = 10.0) -> Iterator[None]:
     """On exit, remove segments that appeared inside the context, belong to this user and that no process maps.
 
-    Waits up to `patience_s` seconds for killed processes to let go of theirs.
+    Waits up to `patience_s` seconds for killed processes to let go of theirs. Other containers of the same user that
+    share this /dev/shm but not the process list can't be told from ended ones; give each its own (docker's default).
     """
     before = _segments()
     try:

@@ -58,6 +58,12 @@ if [ "$platform" = cpu ]; then
         pip install -q "torch==$torch"
     say "torch $torch is there, now verl, vLLM and the rest"
 fi
+if [ "$platform" = gpu ] && ! "$python" -c 'import flash_attn' 2>/dev/null; then
+    # verl's flash-attn is built against the torch that is there, which pip's isolated build would hide from it.
+    torch=$(sed -n 's/^gpu = .*"torch==\([0-9.]*\)".*/\1/p' pyproject.toml)
+    pip install -q "torch==$torch" packaging ninja psutil wheel setuptools
+    pip install -q --no-build-isolation flash-attn==2.8.3
+fi
 pip install -q -e ".[$extras]"
 if [ "$platform" = cpu ]; then
     # CUDA builds that come along and break `import vllm` on a machine without CUDA.
