@@ -33,6 +33,7 @@ class IapoTrainer(PPOTrainerSync):
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"
         self.iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
+        self._refilled = 0  # prompts that dynamic sampling drew for the step at hand
         super().__init__(config)
 
     # -- wiring -------------------------------------------------------------------------------------------------
