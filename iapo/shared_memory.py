@@ -1,54 +1,80 @@
-"""Remove the shared-memory segments and semaphores that a run leaves behind.
+"""Remove the shared memory and semaphores that a run leaves behind.
 
 verl hands weights to vLLM through Python shared memory; when a run ends Ray kills its processes, and what they had in
-/dev/shm would stay there for ever.
+/dev/shm would stay there for ever. Names are random and other runs may share the machine, so only files that a process
+of this run was seen to map are removed.
 """
 
 import os
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-_FOLDER = Path("/dev/shm")
+# Every process of a run inherits this variable, whoever its parent becomes.
+RUN_ID = "IAPO_RUN_ID"
 
 
 @contextmanager
-def removes_own_segments(patience_s: float = 10.0) -> Iterator[None]:
-    """On exit, remove segments that appeared inside the context, belong to this user and that no process maps.
+def removes_own_segments(interval_s: float = 3.0, patience_s: float = 10.0) -> Iterator[None]:
+    """Watch what this process's descendants map in /dev/shm and, on exit, remove it once nobody maps it.
 
-    Waits up to `patience_s` seconds for killed processes to let go of theirs. Other containers of the same user that
-    share this /dev/shm but not the process list can't be told from ended ones; give each its own (docker's default).
+    Args:
+        interval_s: seconds between looks.
+        patience_s: seconds to wait on exit for killed processes to let go of theirs.
     """
-    before = _segments()
+    os.environ[RUN_ID] = uuid.uuid4().hex
+    seen: set[Path] = set()
+    done = threading.Event()
+
+    def watch():
+        while not done.wait(interval_s):
+            seen.update(mapped_segments(run_processes(os.environ[RUN_ID])))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
-        deadline = time.monotonic() + patience_s
-        while new := _segments() - before:
-            for path in new - _mapped():
-                path.unlink(missing_ok=True)
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.2)
+        done.set()
+        watcher.join()
+        remove_unmapped(seen, patience_s)
 
 
-def _segments() -> set[Path]:
-    own = set()
-    for path in [*_FOLDER.glob("psm_*"), *_FOLDER.glob("sem.mp-*")]:
-        with suppress(FileNotFoundError):  # another process may remove its own meanwhile
-            if path.stat().st_uid == os.getuid():
-                own.add(path)
-    return own
-
-
-def _mapped() -> set[Path]:
-    """Segments that a living process maps; another run may share this machine."""
-    mapped = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
+def run_processes(run_id: str) -> list[int]:
+    """Ids of the living processes that were started with this run id in their environment."""
+    wanted = f"{RUN_ID}={run_id}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            text = maps.read_text()
-        except OSError:  # the process ended, or isn't ours
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:  # it ended, or isn't ours
             continue
-        mapped |= {Path(line.split()[-1]) for line in text.splitlines() if "/dev/shm/" in line}
-    return mapped
+    return found
+
+
+def mapped_segments(processes: Iterable[int | str]) -> set[Path]:
+    """Python's shared memory and semaphores that these processes map."""
+    mapped = set()
+    for process in processes:
+        try:
+            lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+        except OSError:
+            continue
+        mapped |= {Path(line.split()[-1]) for line in lines if "/dev/shm/psm_" in line or "/dev/shm/sem.mp-" in line}
+    return {path for path in mapped if path.parent == Path("/dev/shm")}  # an unlinked one ends in "(deleted)"
+
+
+def remove_unmapped(segments: set[Path], patience_s: float) -> None:
+    """Unlink these once no process maps them; those still mapped after `patience_s` seconds stay."""
+    deadline = time.monotonic() + patience_s
+    while left := {path for path in segments if path.exists()}:
+        everyone = [folder.name for folder in Path("/proc").glob("[0-9]*")]
+        for path in left - mapped_segments(everyone):
+            path.unlink(missing_ok=True)
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)

@@ -198,7 +198,7 @@ def run(config) -> int:
 
     from iapo.provenance import save
     from iapo.report import print_table
-    from iapo.shared_memory import removes_own_segments
+    from iapo.shared_memory import RUN_ID, removes_own_segments
     from iapo.verl_adapter.runner import IapoTaskRunner
 
     save(config)
@@ -207,6 +207,7 @@ def run(config) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failure = None
     with removes_own_segments():
+        config.ray_kwargs.ray_init.runtime_env.env_vars[RUN_ID] = os.environ[RUN_ID]
         try:
             run_ppo(config, task_runner_class=ray.remote(IapoTaskRunner))
         except ray.exceptions.RayError as error:

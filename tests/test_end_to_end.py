@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from iapo.metrics_file import read_metrics
-from iapo.shared_memory import removes_own_segments
+from iapo.shared_memory import mapped_segments, remove_unmapped
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -75,6 +75,15 @@ class Run:
                 continue
         return found
 
+    def kill(self) -> None:
+        """Stop every process of the run and remove the shared memory that they had mapped."""
+        processes = self.processes()
+        segments = mapped_segments(process.pid for process in processes)
+        for process in processes:
+            process.kill()
+        self.wait_until_gone()
+        remove_unmapped(segments, patience_s=5)
+
     def wait_until_gone(self, timeout: float = 30) -> list[psutil.Process]:
         deadline = time.monotonic() + timeout
         while (left := self.processes()) and time.monotonic() < deadline:
@@ -100,12 +109,9 @@ def train(tmp_path, data_dir):
         runs.append(Run(tmp_path / folder, data_dir, *overrides))
         return runs[-1]
 
-    with removes_own_segments():
-        yield start
-        for run in runs:
-            for process in run.processes():
-                process.kill()
-            run.wait_until_gone()
+    yield start
+    for run in runs:
+        run.kill()
 
 
 def finished(run: Run) -> Run:
@@ -115,7 +121,7 @@ def finished(run: Run) -> Run:
 
 
 def segments() -> set[str]:
-    return {path.name for path in Path("/dev/shm").glob("psm_*")} | {p.name for p in Path("/dev/shm").glob("sem.mp-*")}
+    return {path.name for path in Path("/dev/shm").glob("psm_*")}
 
 
 @pytest.fixture
@@ -238,8 +244,7 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
     run.wait_for(lambda: tracker.is_file() and tracker.read_text() == "2" and 2 in run.metrics())
     os.kill(run.process.pid, signal.SIGKILL)
     run.wait()
-    for process in run.wait_until_gone(60):  # Ray notices that its driver is gone; stop what is slow to
-        process.kill()
+    run.kill()
     before = (run.folder / "metrics.jsonl").read_bytes().splitlines()
 
     resumed = finished(train(*steps, folder="killed"))
