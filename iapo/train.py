@@ -194,6 +194,7 @@ def check_with_verl(config) -> None:
 
 def run(config) -> int:
     import ray
+    from omegaconf import OmegaConf
     from verl.trainer.main_ppo import run_ppo
 
     from iapo.provenance import save
@@ -207,7 +208,9 @@ def run(config) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     failure = None
     with removes_own_segments():
-        config.ray_kwargs.ray_init.runtime_env.env_vars[RUN_ID] = os.environ[RUN_ID]
+        OmegaConf.update(
+            config, f"ray_kwargs.ray_init.runtime_env.env_vars.{RUN_ID}", os.environ[RUN_ID], force_add=True
+        )
         try:
             run_ppo(config, task_runner_class=ray.remote(IapoTaskRunner))
         except ray.exceptions.RayError as error:

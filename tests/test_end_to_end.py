@@ -282,7 +282,7 @@ def test_a_reward_that_raises_stops_the_run_with_one_clear_line(train, tmp_path,
 def test_a_wrong_configuration_stops_before_ray(train):
     run = train("iapo.rho=-1")
     assert run.wait(60) == 2
-    assert run.tail() == "iapo.train: iapo.rho: -1 must be a number >= 0."
+    assert run.tail(1) == "iapo.train: iapo.rho: -1 must be a number >= 0."
     missing = train("model=/no/such/model", folder="missing")
     assert missing.wait(60) == 2
     assert missing.tail(1).startswith("iapo.train: actor_rollout_ref.model.path: /no/such/model can't be loaded")
