@@ -12,7 +12,9 @@ key=value any key of recipes/iapo_defaults.yaml or of verl, e.g. iapo.alpha=0.05
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 # What platform=cpu needs in the environment of every process, before verl is imported.
 CPU_ENVIRONMENT = {
@@ -26,7 +28,7 @@ CPU_ENVIRONMENT = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 trained, 1 the run failed, 2 the configuration is wrong (nothing was started or written)."""
+    """Exit status: 0 trained, 1 failed, 2 wrong configuration (nothing was started or written), 143 stopped."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -204,20 +206,37 @@ def run(config) -> int:
 
     save(config)
     print(f"iapo: run folder {config.run_dir}", flush=True)
-    # A polite stop (Slurm, Ctrl-C, kill) unwinds through the clean-up below.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    runner_class = ray.remote(IapoTaskRunner)
+    stopped = threading.Event()
+
+    def stop(*_):
+        stopped.set()
+        sys.exit()
+
+    def start_runner(*arguments, **options):
+        # A polite stop (Slurm, kill) unwinds through the clean-up below. Ray puts in a handler of its own when it
+        # starts, which aborts, so ours comes after that.
+        signal.signal(signal.SIGTERM, stop)
+        return runner_class.remote(*arguments, **options)
+
     failure = None
     with removes_own_segments():
         OmegaConf.update(
             config, f"ray_kwargs.ray_init.runtime_env.env_vars.{RUN_ID}", os.environ[RUN_ID], force_add=True
         )
         try:
-            run_ppo(config, task_runner_class=ray.remote(IapoTaskRunner))
+            run_ppo(config, task_runner_class=SimpleNamespace(remote=start_runner, options=runner_class.options))
         except ray.exceptions.RayError as error:
             print(error, file=sys.stderr)
             failure = getattr(error, "cause", None) or error
+        except SystemExit:
+            if not stopped.is_set():
+                raise
         finally:
             ray.shutdown()
+    if stopped.is_set():
+        print("iapo.train: stopped by SIGTERM; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 143
     if failure is not None:  # last of all, behind what Ray still had to print
         reason = (str(failure).strip().splitlines() or [""])[-1]
         print(f"iapo.train: the run failed: {type(failure).__name__}: {reason}", file=sys.stderr)
