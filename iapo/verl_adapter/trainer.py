@@ -146,7 +146,7 @@ class IapoTrainer(PPOTrainerSync):
     def _record_validation_information(self, batch: KVBatchMeta) -> None:
         """Add the information rate to the reward infos of validation completions, which verl averages per source."""
         if len(batch) < self.actor_rollout_wg.world_size:
-            return
+            return  # fewer completions than ranks can't be shared out; verl averages over the other batches
         self._run_exit_entropy(batch)
         data = self._fetch(batch, ["exit_entropy", "extra_fields"])
         extra_fields = []
