@@ -3,6 +3,7 @@
 Each check returns a list of problems, one line each: field, value, fix.
 """
 
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,13 +29,43 @@ def check(config: DictConfig, files: bool = True) -> None:
         iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    problems = [*_terms(config, iapo), *_engine(config, iapo)]
-    if files:
-        problems += [*_data(config), *_resume(config), *_model(config, iapo)]
+    problems = list(_numbers(config))
+    if not problems:  # the checks below compare them
+        problems += [*_terms(config, iapo), *_engine(config, iapo)]
+        if files:
+            problems += [*_paths(config), *_data(config), *_resume(config), *_model(config, iapo)]
     if problems:
         raise ConfigError("\n".join(problems))
     for line in _without_effect(config, iapo):
         warnings.warn(line, stacklevel=2)
+
+
+# verl finds these wrong only after Ray and vLLM have started, if at all: field, type, smallest value.
+NUMBERS = (
+    ("seed", int, 0),
+    ("data.train_batch_size", int, 1),
+    ("data.max_prompt_length", int, 1),
+    ("data.max_response_length", int, 1),
+    ("actor_rollout_ref.rollout.n", int, 1),
+    ("actor_rollout_ref.rollout.temperature", float, 0),
+    ("actor_rollout_ref.actor.optim.lr", float, 0),
+    ("actor_rollout_ref.actor.ppo_mini_batch_size", int, 1),
+    ("trainer.total_training_steps", int, 1),
+    ("trainer.total_epochs", int, 1),
+    ("trainer.test_freq", int, -1),
+    ("trainer.save_freq", int, -1),
+    ("trainer.nnodes", int, 1),
+    ("trainer.n_gpus_per_node", int, 0),
+)
+
+
+def _numbers(config: DictConfig) -> Iterator[str]:
+    for field, kind, smallest in NUMBERS:
+        value = OmegaConf.select(config, field)
+        right_type = isinstance(value, int | kind) and not isinstance(value, bool)
+        if not right_type or value < smallest:
+            name = "a whole number" if kind is int else "a number"
+            yield f"{field}: {value!r} must be {name} of at least {smallest}."
 
 
 def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
@@ -84,17 +115,41 @@ def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
 
 
 def _data(config: DictConfig) -> Iterator[str]:
-    import pyarrow.parquet
-
     for field in ("train_files", "val_files"):
         value = OmegaConf.select(config, f"data.{field}")
         for name in [value] if isinstance(value, str) else value or [None]:
-            if name is None or not Path(name).expanduser().is_file():
-                yield f"data.{field}: {name} is no file; make it with python -m iapo.data NAME, or set the path."
-            elif field == "train_files":
-                rows = pyarrow.parquet.read_metadata(Path(name).expanduser()).num_rows
-                if isinstance(value, str) and rows < config.data.train_batch_size:
-                    yield f"data.train_batch_size: {config.data.train_batch_size} exceeds the {rows} rows of {name}."
+            yield from _parquet(config, field, name)
+
+
+def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = Path(str(name)).expanduser()
+    if name is None or not path.is_file():
+        yield f"data.{field}: {name} is no file; make it with python -m iapo.data NAME, or set the path."
+        return
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns, rows = file.schema_arrow.names, file.metadata.num_rows
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
+        return
+    missing = [column for column in ("prompt", "data_source", "reward_model") if column not in columns]
+    if missing:
+        yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}."
+    if field == "train_files" and isinstance(config.data.train_files, str) and rows < config.data.train_batch_size:
+        yield f"data.train_batch_size: {config.data.train_batch_size} exceeds the {rows} rows of {name}."
+
+
+def _paths(config: DictConfig) -> Iterator[str]:
+    run_dir = Path(config.run_dir)
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK) or str(existing) == "/proc":
+        yield f"run_dir: {run_dir} can't be made, {existing} is no folder that can be written to; choose another."
+    reward = config.reward.custom_reward_function.path
+    if reward and not reward.startswith("pkg://") and not Path(reward.removeprefix("file://")).is_file():
+        yield f"reward.custom_reward_function.path: {reward} is no file; set a Python file or pkg://module."
 
 
 def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
@@ -103,6 +158,9 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     from iapo.information import unsupported
 
     path = config.actor_rollout_ref.model.path
+    if os.path.isabs(path) and not os.path.isdir(path):
+        yield f"actor_rollout_ref.model.path: {path} is no folder; give one that holds a Hugging Face model."
+        return
     trust = config.actor_rollout_ref.model.trust_remote_code
     try:
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)

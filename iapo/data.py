@@ -174,6 +174,10 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _split_file(name: str, directory: Path, split: str) -> Path:
+    if not directory.is_dir():
+        raise ValueError(
+            f"source: got the file {str(directory)!r}; {name} needs a directory with one train* and one test* file"
+        )
     files = sorted(f for f in directory.glob(f"{split}*") if f.suffix in SUFFIXES)
     if len(files) != 1:
         raise ValueError(
@@ -369,6 +373,8 @@ def main(arguments: list[str] | None = None) -> None:
         prepare(options.name, options.out, options.source, options.seed, options.train_size, options.test_size)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        raise SystemExit(f"error: out: cannot write to {options.out!r} ({error}); choose another folder") from error
 
 
 if __name__ == "__main__":

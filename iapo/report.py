@@ -107,6 +107,9 @@ def main() -> int:
         except FileNotFoundError:
             print(f"iapo.report: {run_dir}: holds no metrics.jsonl; give the folder of a run.", file=sys.stderr)
             return 2
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"iapo.report: {run_dir}/metrics.jsonl: not the metrics of a run ({error!r}).", file=sys.stderr)
+            return 2
         if len(found) < 2:
             print(f"iapo.report: {run_dir}: has {len(found)} validation(s), two are needed.", file=sys.stderr)
             return 2

@@ -10,9 +10,11 @@ key=value any key of recipes/iapo_defaults.yaml or of verl, e.g. iapo.alpha=0.05
 """
 
 import os
+import re
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     dry_run = "--dry-run" in arguments
+    unknown = [argument for argument in arguments if argument.startswith("-") and argument != "--dry-run"]
+    if unknown:
+        print(f"iapo.train: {unknown[0]}: unknown option; known are --dry-run and --help", file=sys.stderr)
+        return 2
     overrides = [argument for argument in arguments if argument != "--dry-run"]
     platform = choose_platform(overrides)
     if platform == "cpu":
@@ -108,8 +114,10 @@ def resolve(overrides: list[str]):
         OmegaConf.resolve(config)
         return config
     except (HydraException, OmegaConfBaseException) as error:
-        # Hydra names the field and the known ones, then lists where it looked, which says nothing here.
-        raise ConfigError(" ".join(str(error).split("Config search path")[0].split())) from None
+        # Hydra names the field and the known ones. What follows, that one could add the key or where it looked, doesn't
+        # help: an unknown key has no effect.
+        text = re.split("Config search path|To append to your config|See https", str(error))[0]
+        raise ConfigError(" ".join(text.split())) from None
 
 
 def register_resolvers() -> None:
@@ -176,7 +184,7 @@ def check_machine(config) -> None:
     elif not 1 <= config.trainer.n_gpus_per_node <= (gpu_count() if config.trainer.nnodes == 1 else 1024):
         raise ConfigError(
             f"trainer.n_gpus_per_node: {config.trainer.n_gpus_per_node}, but this machine has {gpu_count()} usable "
-            "GPU(s); set it to at most that, or use platform=cpu model=tiny."
+            "GPU(s); set it to between 1 and that, or use platform=cpu model=tiny."
         )
     auto_set_device(config)
 
@@ -229,6 +237,9 @@ def run(config) -> int:
         except ray.exceptions.RayError as error:
             print(error, file=sys.stderr)
             failure = getattr(error, "cause", None) or error
+        except Exception as error:  # Ray's start raises plain ones
+            traceback.print_exc()
+            failure = error
         except SystemExit:
             if not stopped.is_set():
                 raise

@@ -226,7 +226,7 @@ def test_missing_or_unsuitable_files(tmp_path):
     assert "needs one file of type" in failure("math500", out, write(tmp_path / "math.csv", MATH500))
     assert "needs one file of type" in failure("math500", out, tmp_path)
     line = failure("gsm8k", out, write(tmp_path / "both.jsonl", GSM8K_TRAIN))
-    assert "with 0 train* files; gsm8k needs a directory with one train* and one test* file" in line
+    assert "got the file" in line and "gsm8k needs a directory with one train* and one test* file" in line
     gsm8k_directory(tmp_path / "twice")
     write(tmp_path / "twice" / "test.json", GSM8K_TEST)
     assert "with 2 test* files" in failure("gsm8k", out, tmp_path / "twice")
@@ -335,3 +335,9 @@ def test_the_command_prints_one_error_line(tmp_path):
     assert (tmp_path / "verbose_arithmetic" / "test.parquet").exists()
     with pytest.raises(SystemExit, match="error: name: got 'nothing'"):
         data.main(["nothing"])
+
+
+def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="^error: out: cannot write to"):
+        data.main(["verbose_arithmetic", "--out", str(tmp_path / "file"), "--train-size", "4", "--test-size", "2"])

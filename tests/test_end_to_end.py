@@ -285,7 +285,7 @@ def test_a_wrong_configuration_stops_before_ray(train):
     assert run.tail(1) == "iapo.train: iapo.rho: -1 must be a number >= 0."
     missing = train("model=/no/such/model", folder="missing")
     assert missing.wait(60) == 2
-    assert missing.tail(1).startswith("iapo.train: actor_rollout_ref.model.path: /no/such/model can't be loaded")
+    assert missing.tail(1).startswith("iapo.train: actor_rollout_ref.model.path: /no/such/model is no folder")
     assert not (missing.folder / "config.yaml").exists()
 
 

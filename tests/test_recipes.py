@@ -109,7 +109,16 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         ),
         (["data.train_batch_size=99999"], "data.train_batch_size: 99999 exceeds the"),
         (["data=gsm8k"], "gsm8k/train.parquet is no file; make it with python -m iapo.data"),
-        (["model=/no/such/model"], "actor_rollout_ref.model.path: /no/such/model can't be loaded"),
+        (["model=/no/such/model"], "actor_rollout_ref.model.path: /no/such/model is no folder"),
+        (
+            ["actor_rollout_ref.rollout.n=two"],
+            "actor_rollout_ref.rollout.n: 'two' must be a whole number of at least 1",
+        ),
+        (["data.train_batch_size=0"], "data.train_batch_size: 0 must be a whole number"),
+        (["actor_rollout_ref.actor.optim.lr=fast"], "lr: 'fast' must be a number"),
+        (["trainer.total_training_steps=-3"], "trainer.total_training_steps: -3"),
+        (["run_dir=/proc/x"], "run_dir: /proc/x can't be made"),
+        (["reward.custom_reward_function.path=/no/r.py"], "reward.custom_reward_function.path: /no/r.py is no file"),
         (["iapo.probe=\\#\\#"], "iapo.probe"),
     ],
 )
@@ -130,6 +139,25 @@ def generated(tmp_path_factory):
 @pytest.fixture
 def verbose_arithmetic(generated, monkeypatch):
     monkeypatch.setenv("IAPO_DATA_DIR", str(generated))
+
+
+def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "train.parquet").write_bytes(b"x")
+    pq.write_table(pa.table({"prompt": ["1+1="]}), tmp_path / "d" / "test.parquet")
+    with pytest.raises(ConfigError) as error:
+        check(resolve("platform=cpu", "data=d"))
+    first, second = str(error.value).splitlines()
+    assert first.startswith("data.train_files: ") and "can't be read as parquet" in first
+    assert second.endswith("test.parquet lacks the columns data_source, reward_model; it has prompt.")
+
+
+def test_an_unknown_option_is_refused(capsys):
+    assert train.main(["--alpha", "0.1"]) == 2
+    assert capsys.readouterr().err == "iapo.train: --alpha: unknown option; known are --dry-run and --help\n"
 
 
 def test_the_embedded_default_passes_every_check(verbose_arithmetic):

@@ -48,7 +48,13 @@ def test_picture_and_command(tmp_path):
     command = [sys.executable, "-m", "iapo.report"]
     good = subprocess.run([*command, tmp_path / "a"], capture_output=True, text=True)
     assert good.returncode == 0 and "-20.0%" in good.stdout
-    for run_dir, message in ((tmp_path / "b", "has 1 validation"), (tmp_path / "c", "holds no metrics.jsonl")):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "metrics.jsonl").write_text("garbage\n")
+    for run_dir, message in (
+        (tmp_path / "b", "has 1 validation"),
+        (tmp_path / "c", "holds no metrics.jsonl"),
+        (tmp_path / "d", "not the metrics of a run"),
+    ):
         bad = subprocess.run([*command, run_dir], capture_output=True, text=True)
         assert bad.returncode == 2 and message in bad.stderr and len(bad.stderr.splitlines()) == 1
 
