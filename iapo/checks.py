@@ -62,6 +62,8 @@ NUMBERS = (
 def _numbers(config: DictConfig) -> Iterator[str]:
     for field, kind, smallest in NUMBERS:
         value = OmegaConf.select(config, field)
+        if value is None and field == "trainer.total_training_steps":
+            continue  # trainer.total_epochs decides
         right_type = isinstance(value, int | kind) and not isinstance(value, bool)
         if not right_type or value < smallest:
             name = "a whole number" if kind is int else "a number"

@@ -155,6 +155,10 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
     assert second.endswith("test.parquet lacks the columns data_source, reward_model; it has prompt.")
 
 
+def test_epochs_may_decide_when_a_run_ends(verbose_arithmetic):
+    check(resolve("platform=cpu", "trainer.total_training_steps=null", "trainer.total_epochs=3"))
+
+
 def test_an_unknown_option_is_refused(capsys):
     assert train.main(["--alpha", "0.1"]) == 2
     assert capsys.readouterr().err == "iapo.train: --alpha: unknown option; known are --dry-run and --help\n"
