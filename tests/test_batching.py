@@ -42,7 +42,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(shapes, max_tokens)
         assert len(batch) == 1 or len(batch) * width <= max_tokens
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(max_tokens=st.integers(1, 200), chunk_size=st.sampled_from([1, 7, 64]), stride=st.sampled_from([1, 3]))
 def test_result_does_not_depend_on_the_split(models, max_tokens, chunk_size, stride):
     rows = completions([(3, 13, 13), (9, 1, 1), (1, 0, 0), (6, 20, 8), (4, 7, 0), (2, 5, 5)])

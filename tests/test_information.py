@@ -51,7 +51,7 @@ def test_restores_an_attention_that_takes_no_mask(models):
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     rows=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 17)), min_size=1, max_size=4),
     chunk_size=st.integers(1, 30),
