@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -30,8 +31,13 @@ def output_of(program: str) -> str:
 
 def worker_pids() -> set[int]:
     """Spawned children of this process, without Python's resource tracker, which lives as long as it does."""
-    children = psutil.Process().children(recursive=True)
-    return {child.pid for child in children if "spawn_main" in " ".join(child.cmdline())}
+    pids = set()
+    for child in psutil.Process().children(recursive=True):
+        # A child may end meanwhile, and other tests' processes may be zombies, which have no command line.
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "spawn_main" in " ".join(child.cmdline()):
+                pids.add(child.pid)
+    return pids
 
 
 @pytest.fixture(scope="module", autouse=True)
