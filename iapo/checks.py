@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from iapo.config import IapoConfig
 from iapo.provenance import differences
@@ -189,11 +190,22 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
 
 
 def _resume(config: DictConfig) -> Iterator[str]:
-    for field, before, now in differences(config):
+    try:
+        changed = list(differences(config))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        yield (
+            f"run_dir: {config.run_dir}/config.yaml, which says what its checkpoint was made with, can't be read "
+            f"({reason}); restore the file, or choose another run_dir."
+        )
+        return
+    for field, before, now in changed[:5]:
         yield (
             f"run_dir: {config.run_dir} holds a checkpoint made with {field}={before}, but now it is {now}; set it "
             "back to resume, or choose another run_dir."
         )
+    if len(changed) > 5:
+        yield f"run_dir: {config.run_dir}/config.yaml differs in {len(changed) - 5} more fields; choose another one."
 
 
 def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:

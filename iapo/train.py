@@ -9,12 +9,15 @@ key=value any key of recipes/iapo_defaults.yaml or of verl, e.g. iapo.alpha=0.05
 --dry-run prints the resolved configuration and checks it, but not that data, model and GPUs are there.
 """
 
+import difflib
 import os
 import re
 import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,11 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         config = resolve([f"platform={platform}", *overrides])
-        if dry_run:
-            from omegaconf import OmegaConf
-
-            print(OmegaConf.to_yaml(config))
-        else:
+        if not dry_run:
             prepare_data(config)
             check_machine(config)
         check(config, files=not dry_run)
@@ -62,7 +61,12 @@ def main(arguments: list[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"iapo.train: {line}", file=sys.stderr)
         return 2
-    return 0 if dry_run else run(config)
+    if dry_run:
+        from omegaconf import OmegaConf
+
+        print(OmegaConf.to_yaml(config))
+        return 0
+    return run(config)
 
 
 def choose_platform(overrides: list[str]) -> str:
@@ -114,10 +118,37 @@ def resolve(overrides: list[str]):
         OmegaConf.resolve(config)
         return config
     except (HydraException, OmegaConfBaseException) as error:
-        # Hydra names the field and the known ones. What follows, that one could add the key or where it looked, doesn't
-        # help: an unknown key has no effect.
-        text = re.split("Config search path|To append to your config|See https", str(error))[0]
-        raise ConfigError(" ".join(text.split())) from None
+        raise ConfigError(explain(str(error))) from None
+
+
+def explain(hydra_error: str) -> str:
+    """One line with the field, the value and the fix from what Hydra says of an override."""
+    from hydra import compose, initialize_config_dir
+
+    if unknown := re.match("Could not override '(.*)'", hydra_error):
+        with initialize_config_dir(str(recipes_dir()), version_base=None):
+            known = list(flat(compose("iapo")))
+        section, _, name = unknown[1].rpartition(".")
+        beside = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+        likely = [f"{section}.{key}".lstrip(".") for key in difflib.get_close_matches(name, beside, n=1)]
+        likely += [key for key in known if key.endswith(f".{name}")]
+        return f"{unknown[1]}: unknown key; " + (f"did you mean {likely[0]}?" if likely else "--dry-run lists all.")
+    # What follows, that one could add the key or where Hydra looked, doesn't help: an unknown key has no effect.
+    text = " ".join(re.split("Config search path|See https", hydra_error)[0].split())
+    if "expecting" in text or "parsing override" in text:
+        text += " (an argument is key=value; a value with spaces or any of ,:=()[]{} is quoted twice: 'key=\"a, b\"')"
+    return text
+
+
+def flat(node, prefix: str = "") -> Iterator[str]:
+    """The dotted names of every key, without resolving anything."""
+    from omegaconf import DictConfig
+
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            yield from flat(child, f"{prefix}{key}.")
 
 
 def register_resolvers() -> None:
@@ -197,7 +228,8 @@ def check_with_verl(config) -> None:
     from iapo.checks import ConfigError
 
     try:
-        validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+        with redirect_stdout(sys.stderr):  # a dry run prints nothing but the configuration
+            validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"verl: {' '.join(str(error).split()) or type(error).__name__}") from None
 

@@ -43,9 +43,9 @@ def launch(variant, *arguments, cwd, **environment):
 
 
 def resolved(result):
-    """The configuration that a dry run printed, before what verl says about it."""
+    """The configuration that a dry run printed."""
     assert result.returncode == 0, result.stderr
-    return yaml.safe_load(result.stdout.split("\n[validate_config]")[0])
+    return yaml.safe_load(result.stdout)
 
 
 @needs_verl
