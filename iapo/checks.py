@@ -158,7 +158,7 @@ def _paths(config: DictConfig) -> Iterator[str]:
 def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     from transformers import AutoConfig, AutoTokenizer
 
-    from iapo.information import unsupported
+    from iapo.support import unsupported
 
     path = config.actor_rollout_ref.model.path
     if os.path.isabs(path) and not os.path.isdir(path):
@@ -212,8 +212,15 @@ def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     if iapo.gate != "all" and iapo.alpha == 0:
         yield f"iapo.gate={iapo.gate} has no effect with iapo.alpha=0."
     if not iapo.needs_exit_entropy and not iapo.validation_information:
-        for name in ("region", "stride", "probe", "exit_marker"):
+        for name in ("region", "probe_at", "stride", "max_gap", "score", "probe", "exit_marker", "answer_end"):
             if getattr(iapo, name) != getattr(IapoConfig(), name):
                 yield f"iapo.{name}={getattr(iapo, name)!r} has no effect without a probe pass."
-    if iapo.region == "response" and iapo.exit_marker != IapoConfig().exit_marker:
-        yield "iapo.exit_marker has no effect with iapo.region=response."
+        return
+    for name, choice, value in (
+        ("exit_marker", "region", "response"),
+        ("stride", "probe_at", "boundaries"),
+        ("max_gap", "probe_at", "stride"),
+        ("answer_end", "score", "first_token_entropy"),
+    ):
+        if getattr(iapo, choice) == value and getattr(iapo, name) != getattr(IapoConfig(), name):
+            yield f"iapo.{name} has no effect with iapo.{choice}={value}."

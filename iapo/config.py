@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 
 GATES = ("all", "correct")
 REGIONS = ("reasoning", "response")
+PLACES = ("stride", "boundaries")
+SCORES = ("first_token_entropy", "answer_logprob")
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,14 @@ class IapoConfig:
             because a probe after it is off-distribution; or "response", all of them (paper).
         exit_marker: text that ends the reasoning.
         probe: text of the exit probe, appended to a prefix to make the model answer now.
-        chunk_size: positions probed per forward; speed and memory only.
-        stride: probe every k-th position; the gain of a segment is spread evenly over its tokens.
-        max_tokens_per_micro_batch: padded trajectory tokens per forward of the pass; speed and memory only.
+        score: what is measured after the probe: "first_token_entropy", the entropy of the next token (paper), or
+            "answer_logprob", -log p of the completion's own final answer, all its tokens (its pointwise information).
+        answer_end: text that ends the answer, for `score` "answer_logprob".
+        probe_at: "stride", every `stride`-th position, or "boundaries", where a reasoning step ends. The gain of a
+            segment between two probes is spread evenly over its tokens.
+        stride: 1 probes every position (paper).
+        max_gap: with "boundaries": no more tokens than this between two probes.
+        max_tokens_per_micro_batch: tokens per forward of the pass; speed and memory only.
         validation_information: measure the information rate on validation completions too (one more pass each time).
 
     Raises:
@@ -36,8 +43,11 @@ class IapoConfig:
     region: str = "reasoning"
     exit_marker: str = "</think>"
     probe: str = "</think>\n<answer>"
-    chunk_size: int = 64
+    score: str = "first_token_entropy"
+    answer_end: str = "</answer>"
+    probe_at: str = "stride"
     stride: int = 1
+    max_gap: int = 64
     max_tokens_per_micro_batch: int = 16384
     validation_information: bool = False
 
@@ -46,14 +56,14 @@ class IapoConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"iapo.{name}: {value!r} must be a number >= 0.")
-        for name, choices in (("gate", GATES), ("region", REGIONS)):
+        for name, choices in (("gate", GATES), ("region", REGIONS), ("score", SCORES), ("probe_at", PLACES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"iapo.{name}: {getattr(self, name)!r} must be one of {', '.join(choices)}.")
-        for name in ("chunk_size", "stride", "max_tokens_per_micro_batch"):
+        for name in ("stride", "max_gap", "max_tokens_per_micro_batch"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"iapo.{name}: {value!r} must be an integer of at least 1.")
-        for name in ("exit_marker", "probe"):
+        for name in ("exit_marker", "probe", "answer_end"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"iapo.{name}: {value!r} must be a non-empty text.")

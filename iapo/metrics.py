@@ -3,16 +3,15 @@
 import torch
 
 from iapo.advantage import advantage_shares
-from iapo.information import information_gain, information_rate, probe_positions
+from iapo.information import information_gain, information_rate
 
 
-def information_metrics(inputs, response_mask: torch.Tensor, probe_length: int, seconds: float | None) -> dict:
+def information_metrics(inputs, response_mask: torch.Tensor, seconds: float | None) -> dict:
     """Exit entropies, gains, rate and each term's share of the advantage, over completions with at least one token.
 
     Args:
         inputs: `AdvantageInputs` after the estimator ran.
         response_mask: (B, T); rows of zeros are verl's padding.
-        probe_length: tokens of the exit probe.
         seconds: wall time of the exit-entropy pass; None without one.
     """
     metrics = {f"iapo/advantage_share/{k}": v for k, v in advantage_shares(inputs.terms, response_mask).items()}
@@ -29,10 +28,7 @@ def information_metrics(inputs, response_mask: torch.Tensor, probe_length: int, 
         "iapo/information_rate": information_rate(h, response_mask[real]).mean().item(),
     }
     if seconds:
-        positions = probe_positions(inputs.region_mask, inputs.config.stride)
-        # Rows end in repeats of their last position, which are not counted.
-        probes = (positions.diff(dim=1) > 0).sum().item() + len(positions)
-        metrics["iapo/probe_tokens_per_second"] = probes * probe_length / seconds
+        metrics["iapo/probe_tokens_per_second"] = inputs.probe_tokens / seconds
     return metrics
 
 

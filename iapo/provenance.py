@@ -36,7 +36,6 @@ FREE_TO_CHANGE = (
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.max_num_seqs",
     "actor_rollout_ref.rollout.agent.agent_loop_config_path",
-    "iapo.chunk_size",
     "iapo.max_tokens_per_micro_batch",
     "iapo.validation_information",
 )

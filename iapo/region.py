@@ -1,6 +1,11 @@
-"""Which tokens of a response are reasoning: those before the first exit marker that the completion itself wrote."""
+"""What a response's text says about its tokens: where the reasoning ends, where its steps end, what it answers."""
 
 from collections.abc import Callable, Sequence
+
+import torch
+
+# What a reasoning step ends with; after the last of them only white space may follow in the same token.
+STEP_ENDS = (".", "!", "?", ";", "。", "！", "？", "；")
 
 
 def reasoning_length(response_ids: Sequence[int], decode: Callable[[Sequence[int]], str], marker: str) -> int:
@@ -29,3 +34,19 @@ def reasoning_length(response_ids: Sequence[int], decode: Callable[[Sequence[int
     while length > 0 and len(decode(response_ids[:length])) > start:
         length -= 1
     return length
+
+
+def step_ends(decode: Callable[[Sequence[int]], str], vocabulary: int) -> torch.Tensor:
+    """(V,) 1 for tokens that end a reasoning step: with a new line in them, or ending in one of `STEP_ENDS`.
+
+    A point inside a number counts too: a probe more, not a wrong one.
+    """
+    texts = (decode([token]) for token in range(vocabulary))
+    return torch.tensor(["\n" in text or text.rstrip().endswith(STEP_ENDS) for text in texts])
+
+
+def final_answer(text: str, probe: str, end: str) -> str:
+    """What the completion wrote between its last `probe` and the next `end`; "" if it lacks either."""
+    _, found, rest = text.rpartition(probe)
+    answer, closed, _ = rest.partition(end)
+    return answer if found and closed else ""

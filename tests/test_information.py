@@ -6,16 +6,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo import information
-from iapo.information import (
-    entropy,
-    exit_entropy,
-    exit_entropy_naive,
-    forward_count,
-    information_gain,
-    information_rate,
-    probe_positions,
-)
+from iapo import output_layer, packing
+from iapo.information import entropy, exit_entropy, exit_entropy_naive, information_gain, information_rate, interpolate
 from tests.conftest import CONFIGS, VOCAB, make_batch, make_model
 
 PROBE = [5, 11, 7]
@@ -23,7 +15,7 @@ LENGTHS = ([3, 9, 1, 6, 4], [13, 0, 1, 20, 7])
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+@pytest.mark.parametrize("chunk_size", [1, 7, 64, None])
 def test_equals_naive_for_every_family(models, family, chunk_size):
     batch = make_batch(*LENGTHS)
     expected = exit_entropy_naive(models[family], *batch, PROBE)
@@ -51,21 +43,112 @@ def test_restores_an_attention_that_takes_no_mask(models):
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(
-    rows=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 17)), min_size=1, max_size=4),
-    chunk_size=st.integers(1, 30),
+    rows=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 17), st.integers(0, 3)), min_size=1, max_size=4),
+    chunk_size=st.none() | st.integers(1, 30),
+    max_tokens=st.integers(1, 200),
+    stairs_area=st.sampled_from([1, 10, 4096]),
     stride=st.integers(1, 6),
+    at_boundaries=st.booleans(),
+    scores_answers=st.booleans(),
+    shared_prompts=st.booleans(),
     padding=st.tuples(st.integers(0, 5), st.integers(0, 5)),
     probe=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5),
     seed=st.integers(0, 1000),
 )
-def test_equals_naive_for_random_shapes(models, rows, chunk_size, stride, padding, probe, seed):
-    prompts, responses = zip(*rows, strict=True)
-    batch = make_batch(prompts, responses, seed, *padding)
-    expected = exit_entropy_naive(models["qwen2"], *batch, probe, stride=stride)
-    result = exit_entropy(models["qwen2"], *batch, probe, chunk_size=chunk_size, stride=stride)
-    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+def test_equals_naive_for_random_shapes(
+    models,
+    rows,
+    chunk_size,
+    max_tokens,
+    stairs_area,
+    stride,
+    at_boundaries,
+    scores_answers,
+    shared_prompts,
+    padding,
+    probe,
+    seed,
+):
+    prompts, responses, answered = zip(*rows, strict=True)
+    if shared_prompts:
+        prompts = prompts[:1] * len(rows)
+    input_ids, attention_mask, response_mask = make_batch(prompts, responses, seed, *padding)
+    if shared_prompts:
+        width = input_ids.shape[1] - response_mask.shape[1]
+        input_ids[:, :width] = input_ids[0, :width].clone()
+    generator = torch.Generator().manual_seed(seed)
+    options = dict(stride=stride)
+    if at_boundaries:
+        options["boundaries"] = torch.rand(response_mask.shape, generator=generator) < 0.3
+    if scores_answers:
+        options["answers"] = [torch.randint(0, VOCAB, (n,), generator=generator) for n in answered]
+    batch = input_ids, attention_mask, response_mask, probe
+    expected = exit_entropy_naive(models["qwen2"], *batch, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "STAIRS_AREA", stairs_area)
+        result = exit_entropy(models["qwen2"], *batch, chunk_size=chunk_size, max_tokens=max_tokens, **options)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_answers_equal_naive_for_every_family(models, family):
+    batch = make_batch(*LENGTHS)
+    answers = [torch.tensor(ids, dtype=torch.long) for ids in ([1, 2], [3], [4, 5, 6], [7], [])]
+    expected = exit_entropy_naive(models[family], *batch, PROBE, answers=answers)
+    result = exit_entropy(models[family], *batch, PROBE, answers=answers, max_tokens=50)
+    assert expected[:4].std() > 0.5 and (expected[4] == 0).all()
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-6)
+
+
+def test_the_surprisal_of_one_token_answers_bounds_the_entropy(models):
+    """H = sum_a p(a) (-log p(a)): scoring every word of the vocabulary as the answer gives the entropy back."""
+    batch = make_batch([4], [3])
+    words = [exit_entropy(models["llama"], *batch, PROBE, answers=[torch.tensor([word])]) for word in range(VOCAB)]
+    surprisals = torch.stack(words).double()
+    expected = exit_entropy(models["llama"], *batch, PROBE)
+    torch.testing.assert_close(((-surprisals).exp() * surprisals).sum(0).float(), expected, atol=1e-5, rtol=0)
+
+
+def test_a_capped_attention_and_output_are_measured_as_the_model_computes_them():
+    """Gemma 2 in eager mode caps scores and logits; both must reach the entropies."""
+    model = make_model("gemma2", attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    batch = make_batch(*LENGTHS)
+    uncapped = exit_entropy_naive(make_model("gemma2", final_logit_softcapping=None), *batch, PROBE)
+    for implementation in ("eager", "sdpa"):  # transformers' sdpa drops the cap of the scores
+        model.set_attn_implementation(implementation)
+        expected = exit_entropy_naive(model, *batch, PROBE)
+        assert (expected - uncapped).abs().max() > 0.1
+        torch.testing.assert_close(exit_entropy(model, *batch, PROBE), expected, atol=1e-5, rtol=0)
+
+
+def test_scaled_logits_are_measured_as_the_model_computes_them():
+    config = transformers.GraniteConfig(**SMALL, num_key_value_heads=2, intermediate_size=64, logits_scaling=0.2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    batch = make_batch(*LENGTHS)
+    torch.testing.assert_close(
+        exit_entropy(model, *batch, PROBE), exit_entropy_naive(model, *batch, PROBE), atol=1e-5, rtol=0
+    )
+    del model.config.logits_scaling
+    model.lm_head.register_forward_hook(lambda layer, args, output: output * 2)
+    model.config.logits_scaling = 0.2
+    with pytest.raises(ValueError, match="changes its logits after the output layer"):
+        exit_entropy(model, *batch, PROBE)
+
+
+def test_completions_of_one_prompt_push_it_through_the_model_once(models):
+    tokens = []
+    handle = models["qwen2"].register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    input_ids, attention_mask, response_mask = make_batch([9, 9, 9], [5, 3, 0])
+    input_ids[:, :9] = input_ids[0, :9].clone()
+    exit_entropy(models["qwen2"], input_ids, attention_mask, response_mask, PROBE)
+    handle.remove()
+    # One prompt, the responses, and a probe for each of their 6 + 4 + 1 positions: no padding.
+    assert tokens == [9 + 5 + 3, 11 * len(PROBE)]
 
 
 def test_result_does_not_depend_on_batch_order_or_neighbours(models):
@@ -106,38 +189,24 @@ def test_stride_keeps_probed_values_and_the_sum_of_gains(models):
     torch.testing.assert_close(gains[0], gains[1], atol=2e-5, rtol=0)
 
 
-def test_probe_positions_by_hand():
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
-    assert probe_positions(mask).tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 2, 2, 2], [0] * 6]
-    assert probe_positions(mask, stride=2).tolist() == [[0, 2, 4, 5], [0, 2, 2, 2], [0, 0, 0, 0]]
-    assert forward_count(mask, chunk_size=4) == 3
-    assert forward_count(mask, chunk_size=6) == 2
-    assert forward_count(mask[2:], chunk_size=6) == 2
-
-
-@pytest.mark.parametrize("chunk_size,stride", [(1, 1), (4, 1), (4, 3), (64, 1)])
-def test_forward_count_is_the_number_of_forwards(models, chunk_size, stride):
-    calls = []
-    handle = models["qwen2"].register_forward_hook(lambda *_: calls.append(1))
-    batch = make_batch(*LENGTHS)
-    exit_entropy(models["qwen2"], *batch, PROBE, chunk_size=chunk_size, stride=stride)
-    handle.remove()
-    assert len(calls) == forward_count(batch[2], chunk_size=chunk_size, stride=stride)
+def test_interpolation_by_hand():
+    values, positions = torch.tensor([4.0, 2.0, 3.0]), torch.tensor([0, 2, 6])
+    assert interpolate(values, positions, 8).tolist() == [4.0, 3.0, 2.0, 2.25, 2.5, 2.75, 3.0, 3.0, 3.0]
+    assert interpolate(torch.tensor([1.5]), torch.tensor([0]), 2).tolist() == [1.5, 1.5, 1.5]
 
 
 def test_bf16_error_is_that_of_the_weights_not_of_the_logits():
     """Same bf16 hidden states: fp32 logits and entropies agree with fp64 to 1e-4 nats, bf16 logits don't."""
     model = make_model("qwen2").to(torch.bfloat16)
-    hidden = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda layer, args, _: hidden.append(args[0]))
+    layer, hidden = model.get_output_embeddings(), []
+    handle = layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
     batch = make_batch([5], [1])
     result = exit_entropy(model, *batch, PROBE, chunk_size=8)
     handle.remove()
     assert result.dtype == torch.float32
-    weight = model.get_output_embeddings().weight
-    exact = entropy_fp64(hidden[-1].double() @ weight.double().T)
-    rounded = entropy_fp64((hidden[-1] @ weight.T).double())
-    assert (result - exact).abs().max() < 1e-4
+    exact = entropy_fp64(hidden[-1].double() @ layer.weight.double().T)
+    rounded = entropy_fp64((hidden[-1] @ layer.weight.T).double())
+    assert (result[0] - exact).abs().max() < 1e-4
     assert (rounded - exact).abs().max() > 1e-4
 
 
@@ -167,6 +236,10 @@ def test_gain_and_rate_by_hand():
         (dict(probe_ids=[VOCAB]), "probe_ids: \\[97\\]"),
         (dict(chunk_size=0), "chunk_size: 0"),
         (dict(stride=1.5), "stride: 1.5"),
+        (dict(max_tokens=0), "max_tokens: 0"),
+        (dict(boundaries=torch.ones(2, 5)), "boundaries: shape"),
+        (dict(answers=[torch.tensor([1])]), "answers: 1 of them for 2"),
+        (dict(answers=[torch.tensor([1]), torch.tensor([VOCAB])]), "answers: .*97.* below 97"),
         (dict(response_mask=torch.ones(2, 99)), "response_mask: shape"),
         (dict(response_mask=torch.ones(2, 6)), "response_mask: marks padding"),
         (dict(attention_mask=torch.ones(2, 3)), "attention_mask: shape"),
@@ -254,14 +327,38 @@ def test_a_lora_model_is_served():
     torch.testing.assert_close(exit_entropy(lora, *batch, PROBE, chunk_size=4), expected, atol=1e-5, rtol=0)
 
 
-def test_fp32_hook_is_removed(models):
-    exit_entropy(models["qwen2"], *make_batch([2], [3]), PROBE, chunk_size=4)
-    assert not models["qwen2"].get_output_embeddings()._forward_hooks
+def test_an_adapter_on_the_output_layer_is_measured():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    lora = peft.get_peft_model(make_model("qwen2", tie_word_embeddings=False), config).eval()
+    for name, parameter in lora.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    batch = make_batch(*LENGTHS)
+    expected = exit_entropy_naive(lora, *batch, PROBE)
+    assert (expected - exit_entropy_naive(make_model("qwen2"), *batch, PROBE)).abs().max() > 0.01
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output_layer, "ROWS_AT_A_TIME", 5)
+        result = exit_entropy(lora, *batch, PROBE)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
-def test_vocabulary_slices_change_nothing(monkeypatch):
-    model = make_model("qwen2").to(torch.bfloat16)
-    batch = make_batch([5, 2], [6, 3])
-    whole = exit_entropy(model, *batch, PROBE, chunk_size=8)
-    monkeypatch.setattr(information, "_VOCABULARY_SLICE", 10)
-    torch.testing.assert_close(exit_entropy(model, *batch, PROBE, chunk_size=8), whole, atol=1e-6, rtol=0)
+def test_the_model_is_left_as_it_was_also_after_a_failure(models):
+    model = models["qwen2"]
+    before = model.config._attn_implementation, model.lm_head.forward
+    ids = torch.tensor([[1, 2, 3]])
+    logits = model(ids).logits
+    exit_entropy(model, *make_batch([2], [3]), PROBE)
+    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        exit_entropy(model, *make_batch([2], [3]), PROBE)
+    handle.remove()
+    assert (model.config._attn_implementation, model.lm_head.forward) == before
+    assert torch.equal(model(ids).logits, logits)
+
+
+def test_a_layer_with_an_attention_of_its_own_is_refused(models):
+    model = make_model("llama")
+    model.model.layers[0].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(ValueError, match="1 of the 2 layers of LlamaForCausalLM use transformers' attention interface"):
+        exit_entropy(model, *make_batch([2], [3]), PROBE)

@@ -177,7 +177,7 @@ def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
     checkpoints = Path(config.trainer.default_local_dir)
     checkpoints.mkdir()
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
-    check(resolve("platform=cpu", "run_dir=r", "trainer.total_training_steps=80", "iapo.chunk_size=8"))
+    check(resolve("platform=cpu", "run_dir=r", "trainer.total_training_steps=80", "iapo.max_tokens_per_micro_batch=8"))
     for change in ("actor_rollout_ref.actor.optim.lr=1e-5", "iapo.region=response", "actor_rollout_ref.rollout.n=4"):
         with pytest.raises(ConfigError, match=change.split("=")[0]):
             check(resolve("platform=cpu", "run_dir=r", change))
@@ -230,8 +230,13 @@ def test_a_running_ray_cluster_gets_no_resources(monkeypatch):
 
 
 def test_options_without_effect_warn(verbose_arithmetic):
-    with pytest.warns(UserWarning, match="iapo.gate=correct has no effect with iapo.alpha=0"):
-        check(resolve("platform=cpu", "iapo.gate=correct"))
+    for override, message in (
+        ("iapo.gate=correct", "iapo.gate=correct has no effect with iapo.alpha=0"),
+        ("iapo.max_gap=8", "iapo.max_gap has no effect with iapo.probe_at=stride"),
+        ("iapo.answer_end=X", "iapo.answer_end has no effect with iapo.score=first_token_entropy"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            check(resolve("platform=cpu", override))
 
 
 def test_gpus_that_are_not_there_are_refused(verbose_arithmetic):

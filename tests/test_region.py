@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo.region import reasoning_length
+from iapo.region import final_answer, reasoning_length, step_ends
 
 MARKER = "</think>"
 
@@ -37,3 +37,18 @@ def test_finds_the_marker_however_it_is_tokenised(before, cut):
         pieces.append(MARKER[position:end])
         position = end
     assert length(before + pieces + ["z"]) == len(before)
+
+
+def test_step_ends_by_hand():
+    texts = ["a", ".", " end.", "3;", "x\n\n", "\n x", "a.b", "?! ", "。", ""]
+    assert step_ends(lambda ids: texts[ids[0]], len(texts)).tolist() == [
+        *(False, True, True, True, True, True, False, True, True, False)
+    ]
+
+
+def test_final_answer_by_hand():
+    probe, end = "</think>\n<answer>", "</answer>"
+    assert final_answer("<think>a</think>\n<answer>12</answer>", probe, end) == "12"
+    assert final_answer("</think>\n<answer>1</answer></think>\n<answer>2</answer>", probe, end) == "2"
+    assert final_answer("<think>a</think>\n<answer>12", probe, end) == ""
+    assert final_answer("<answer>12</answer>", probe, end) == ""

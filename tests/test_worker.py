@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from iapo.batching import Completion, pad
 from iapo.config import IapoConfig
 from iapo.information import exit_entropy_naive
+from iapo.packing import Completion, probe_positions
 from tests.conftest import VOCAB, make_model
 
-CONFIG = IapoConfig(alpha=1.0, chunk_size=4, max_tokens_per_micro_batch=40, exit_marker="Z", probe="pq")
+CONFIG = IapoConfig(alpha=1.0, max_tokens_per_micro_batch=40, exit_marker="Z", probe="pq")
 Z = VOCAB - 1
 EOS, OTHER_EOS = VOCAB - 2, VOCAB - 3
 # (prompt length, response length, tokens before the exit marker or how the completion ends) for the two ranks: they
@@ -26,16 +26,29 @@ ROWS = [
 
 
 class Tokenizer:
-    """Decodes token Z to the exit marker and encodes the probe."""
+    """Decodes a few tokens to letters of their own, all others to x; encodes letters."""
 
     eos_token_id = EOS
+    letters = {5: "p", 11: "q", 12: "1", 13: "2", 14: "e", 15: ".", Z: "Z"}
 
     def encode(self, text, add_special_tokens):
-        assert (text, add_special_tokens) == ("pq", False)
-        return [5, 11]
+        assert not add_special_tokens
+        return [next(token for token, own in self.letters.items() if own == letter) for letter in text]
 
     def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
-        return "".join("Z" if i == Z else "x" for i in ids)
+        return "".join(self.letters.get(int(i), "x") for i in ids)
+
+
+def make_worker(model, **engine):
+    from iapo.verl_adapter.worker import IapoWorker
+
+    worker = object.__new__(IapoWorker)
+    generation_config = SimpleNamespace(eos_token_id=[EOS, OTHER_EOS])
+    worker.actor = SimpleNamespace(
+        model_config=SimpleNamespace(tokenizer=Tokenizer(), generation_config=generation_config),
+        engine=SimpleNamespace(module=model, **engine),
+    )
+    return worker
 
 
 def make_rows(rank):
@@ -52,7 +65,7 @@ def make_rows(rank):
             response[-1], region = {"eos": EOS, "other eos": OTHER_EOS}[marker], length - 1
         elif marker != "truncated":
             response[marker], region = Z, marker
-        rows.append((Completion(prompt, response, region), mask))
+        rows.append((Completion(prompt, response, probe_positions(region)), mask))
     return rows
 
 
@@ -64,8 +77,6 @@ def run_rank(rank, port, folder):
     from torch.distributed.fsdp import fully_shard
     from verl.utils import tensordict_utils as tu
 
-    from iapo.verl_adapter.worker import IapoWorker
-
     dist.init_process_group("gloo", rank=rank, world_size=2)
     model = make_model("qwen2")
     mesh = dist.init_device_mesh("cpu", (2,))
@@ -74,17 +85,11 @@ def run_rank(rank, port, folder):
     fully_shard(model, mesh=mesh)
     # Like flash attention it takes no 4-D mask of ours and must be switched for the pass.
     model.set_attn_implementation("flex_attention")
-    worker = object.__new__(IapoWorker)
-    worker.actor = SimpleNamespace(
-        model_config=SimpleNamespace(
-            tokenizer=Tokenizer(), generation_config=SimpleNamespace(eos_token_id=[EOS, OTHER_EOS])
-        ),
-        engine=SimpleNamespace(
-            module=model,
-            eval_mode=nullcontext,
-            get_data_parallel_group=lambda: dist.group.WORLD,
-            _autocast_dtype=torch.float32,
-        ),
+    worker = make_worker(
+        model,
+        eval_mode=nullcontext,
+        get_data_parallel_group=lambda: dist.group.WORLD,
+        _autocast_dtype=torch.float32,
     )
     rows = make_rows(rank)
 
@@ -118,8 +123,26 @@ def test_two_fsdp2_ranks_equal_the_naive_reference(tmp_path, free_port):
         rows = make_rows(rank)
         assert len(result["exit_entropy"]) == len(rows)
         for (row, mask), h, region in zip(rows, result["exit_entropy"], result["region_mask"], strict=True):
-            expected = exit_entropy_naive(model, *pad([row]), [5, 11])[0]
-            n = row.region_length
+            n = len(row.trajectory)
+            ids = torch.cat([row.prompt, row.trajectory])[None]
+            everything = torch.ones_like(ids)
+            expected = exit_entropy_naive(model, ids, everything, everything[:, len(row.prompt) :], [5, 11])[0]
             torch.testing.assert_close(h[: n + 1], expected, atol=1e-5, rtol=0)
             assert len(h) == len(row.response) + 1 and (h[n:] == h[n]).all()
             assert region.tolist() == [1] * n + [0] * (len(mask) - n)
+
+
+def test_probes_stand_at_boundaries_and_score_the_completions_own_answer():
+    worker = make_worker(make_model("qwen2"))
+    #         x  x  .  x  x  x  x  x  x  Z  p   q   1   2   e   EOS
+    tokens = [1, 2, 15, 3, 4, 6, 7, 8, 9, Z, 5, 11, 12, 13, 14, EOS]
+    response, mask = torch.tensor(tokens), torch.ones(len(tokens), dtype=torch.long)
+    settings = dict(exit_marker="Z", probe="pq", answer_end="e", probe_at="boundaries", max_gap=4)
+    config = IapoConfig(score="answer_logprob", **settings)
+    prompt = torch.tensor([7])
+    row = worker._completion(prompt, response, mask, config)
+    assert row.positions.tolist() == [0, 3, 6, 9]
+    assert row.answer.tolist() == [12, 13]
+    assert worker._completion(prompt, response, mask, IapoConfig(**settings)).answer is None
+    truncated = worker._completion(prompt, response[:14], mask[:14], config)
+    assert truncated.answer.tolist() == [] and truncated.positions.tolist() == [0, 3, 6, 9]

@@ -25,6 +25,7 @@ class AdvantageInputs:
     region_mask: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+    probe_tokens: int = 0
     # Filled by the estimator: the weighted terms, for the metrics.
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
 

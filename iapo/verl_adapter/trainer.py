@@ -103,8 +103,7 @@ class IapoTrainer(PPOTrainerSync):
         with bind(self._advantage_inputs(batch)) as inputs:
             batch = super()._compute_advantage(batch, metrics)
         response_mask = self._fetch(batch, ["response_mask"])["response_mask"].to_padded_tensor(0)
-        probe_length = len(self.tokenizer.encode(self.iapo.probe, add_special_tokens=False))
-        metrics.update(information_metrics(inputs, response_mask, probe_length, self.timing_raw.get("exit_entropy")))
+        metrics.update(information_metrics(inputs, response_mask, self.timing_raw.get("exit_entropy")))
         return batch
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch):
@@ -131,6 +130,7 @@ class IapoTrainer(PPOTrainerSync):
             data = self._fetch(batch, OUTPUT_FIELDS)
             inputs.exit_entropy = pad_with_last(data["exit_entropy"])
             inputs.region_mask = data["region_mask"].to_padded_tensor(0)
+            inputs.probe_tokens = int(data["probe_tokens"].sum())
         if self.iapo.beta > 0:
             inputs.old_log_probs = self._fetch(batch, ["old_log_probs"])["old_log_probs"].to_padded_tensor(0.0)
         if self.iapo.needs_correctness:

@@ -1,6 +1,7 @@
 """The Ray worker: verl's actor worker plus one remote method, the exit-entropy pass on the FSDP actor shards."""
 
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -11,14 +12,15 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from iapo.batching import Completion, exit_entropies, total_forwards
 from iapo.config import IapoConfig
-from iapo.information import check_model
-from iapo.region import reasoning_length
+from iapo.information import exit_entropies
+from iapo.packing import Completion, forward_count, probe_positions
+from iapo.region import final_answer, reasoning_length, step_ends
+from iapo.support import check_model
 
 # What the pass reads from TransferQueue and what it writes back, as jagged tensors.
 INPUT_FIELDS = ["prompts", "responses", "response_mask"]
-OUTPUT_FIELDS = ["exit_entropy", "region_mask"]
+OUTPUT_FIELDS = ["exit_entropy", "region_mask", "probe_tokens"]
 
 
 class IapoWorker(ActorRolloutRefWorker):
@@ -32,24 +34,24 @@ class IapoWorker(ActorRolloutRefWorker):
                 `IapoConfig`.
 
         Returns:
-            `exit_entropy`: jagged, R_i + 1 values per completion in nats, constant after its region.
-            `region_mask`: jagged, R_i; 1 on the tokens that were probed.
+            `exit_entropy`: jagged, R_i + 1 values per completion in nats, constant after its region; with
+                `iapo.score=answer_logprob` the surprisals of its answer.
+            `region_mask`: jagged, R_i; 1 on the tokens whose information was measured.
+            `probe_tokens`: (B,) tokens that were pushed through the model for it, beside its trajectory.
         """
         config = IapoConfig(**tu.get_non_tensor_data(data, "iapo", None))
-        tokenizer = self.actor.model_config.tokenizer
-        ends = end_tokens(tokenizer, self.actor.model_config.generation_config)
+        probe_ids = self.actor.model_config.tokenizer.encode(config.probe, add_special_tokens=False)
         completions = [
-            Completion(prompt, response, region_length(response, mask, config, tokenizer, ends))
+            self._completion(prompt, response, mask, config)
             for prompt, response, mask in zip(*(data[name].unbind() for name in INPUT_FIELDS), strict=True)
         ]
-        probe_ids = tokenizer.encode(config.probe, add_special_tokens=False)
-        split = dict(chunk_size=config.chunk_size, stride=config.stride, max_tokens=config.max_tokens_per_micro_batch)
+        max_tokens = config.max_tokens_per_micro_batch
 
         engine = self.actor.engine
         # Ranks agree on what to refuse and on how often to call the model before the first forward: FSDP gathers
         # parameters in every forward, so a rank that makes one less, or raises alone, would leave the others waiting.
-        own_forwards = total_forwards(completions, probe_ids, **split)
-        longest = max(len(c.prompt) + c.region_length for c in completions) + len(probe_ids)
+        own_forwards = forward_count(completions, len(probe_ids), max_tokens)
+        longest = max(len(c.prompt) + len(c.trajectory) + c.answered for c in completions) + len(probe_ids)
         forwards, longest = self._maximum_over_ranks(own_forwards, longest)
         check_model(engine.module, longest)
 
@@ -57,21 +59,44 @@ class IapoWorker(ActorRolloutRefWorker):
         dtype = getattr(engine, "_autocast_dtype", torch.bfloat16)
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(get_device_name(), dtype=dtype)
         with engine.eval_mode(), torch.no_grad(), autocast:
-            for i, h in exit_entropies(engine.module, completions, probe_ids, device=get_device_id(), **split):
+            device = get_device_id()
+            for i, h in exit_entropies(engine.module, completions, probe_ids, max_tokens=max_tokens, device=device):
                 values[i] = h
-            dummy = torch.zeros(1, 1, dtype=torch.long, device=get_device_id())
+            dummy = torch.zeros(1, 1, dtype=torch.long, device=device)
             for _ in range(forwards - own_forwards):
                 engine.module(input_ids=dummy, use_cache=False)
 
         regions = [
-            (torch.arange(len(c.response)) < c.region_length).to(torch.int64) * mask
+            (torch.arange(len(c.response)) < len(c.trajectory)).to(torch.int64) * mask
             for c, mask in zip(completions, data["response_mask"].unbind(), strict=True)
         ]
         output = {
             "exit_entropy": torch.nested.as_nested_tensor(values, layout=torch.jagged),
             "region_mask": torch.nested.as_nested_tensor(regions, layout=torch.jagged),
+            "probe_tokens": torch.tensor([len(c.positions) * (len(probe_ids) + c.answered) for c in completions]),
         }
         return TensorDict(output, batch_size=len(completions))
+
+    def _completion(self, prompt, response, mask, config: IapoConfig) -> Completion:
+        tokenizer = self.actor.model_config.tokenizer
+        ends = end_tokens(tokenizer, self.actor.model_config.generation_config)
+        length = region_length(response, mask, config, tokenizer, ends)
+        if config.probe_at == "boundaries":
+            positions = probe_positions(length, config.max_gap, self._step_ends[response])
+        else:
+            positions = probe_positions(length, config.stride)
+        answer = None
+        if config.score == "answer_logprob":
+            text = decode(tokenizer, response[: int(mask.sum())].tolist())
+            answer = tokenizer.encode(final_answer(text, config.probe, config.answer_end), add_special_tokens=False)
+            answer = torch.tensor(answer, dtype=torch.long)
+        return Completion(prompt, response, positions, answer)
+
+    @cached_property
+    def _step_ends(self) -> torch.Tensor:
+        tokenizer = self.actor.model_config.tokenizer
+        vocabulary = self.actor.engine.module.config.get_text_config(decoder=True).vocab_size
+        return step_ends(lambda ids: decode(tokenizer, ids), vocabulary)
 
     def _maximum_over_ranks(self, *numbers: int) -> list[int]:
         tensor = torch.tensor(numbers, device=get_device_id())
@@ -86,11 +111,11 @@ def region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig
         length -= 1
     if config.region == "response" or length == 0:
         return length
+    return min(length, reasoning_length(response.tolist(), lambda ids: decode(tokenizer, ids), config.exit_marker))
 
-    def decode(ids):
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    return min(length, reasoning_length(response.tolist(), decode, config.exit_marker))
+def decode(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def end_tokens(tokenizer, generation_config) -> set[int]:

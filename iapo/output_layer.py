@@ -1,0 +1,133 @@
+"""From last hidden states to entropies and log-probabilities, with few float32 logits in memory at a time.
+
+bf16 logits alone move an entropy over a 152k vocabulary by hundredths of a nat, as much as most tokens gain, and a
+float32 logit per token and word fills a GPU. So the output layer is applied in float32, a slice of the vocabulary after
+the other, with running sums:
+
+    m = max_v z_v,   s = sum_v exp(z_v - m),   w = sum_v exp(z_v - m) (z_v - m)
+    logsumexp(z) = m + log s,     H = log s - w / s
+
+Shape suffixes: N rows, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+
+# Float32 logits that exist at a time (64 MB), and rows of an output layer whose weight can't be sliced.
+LOGITS_AT_A_TIME = 2**24
+ROWS_AT_A_TIME = 64
+
+
+def entropy_and_log_prob(
+    logits: Callable[[slice], torch.Tensor], rows: int, vocabulary: int, targets: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Entropies (N,) and, if there are targets (N,), their log-probabilities (N,); float32, nats.
+
+    Args:
+        logits: gives z (N, words) float32 of a slice of the vocabulary. A logit of -inf has probability 0.
+    """
+    words = max(LOGITS_AT_A_TIME // rows, 1)
+    maximum = None
+    for start in range(0, vocabulary, words):
+        z = logits(slice(start, min(start + words, vocabulary)))
+        highest = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
+        if maximum is None:
+            maximum, total, weighted = highest, torch.zeros_like(highest), torch.zeros_like(highest)
+            target_logit = torch.zeros_like(highest)
+        if targets is not None:
+            inside = (targets >= start) & (targets < start + z.shape[1])
+            place = torch.where(inside, targets - start, 0)
+            target_logit = torch.where(inside, z.gather(1, place[:, None])[:, 0], target_logit)
+        # The sums so far, as if the new maximum had been subtracted from the start.
+        shift = maximum - torch.maximum(maximum, highest)
+        maximum = maximum - shift
+        weighted = (weighted + total * shift) * shift.exp()
+        total = total * shift.exp()
+        z = (z - maximum[:, None]).clamp_(min=-1e30)  # for -inf: 0 times it is 0 below, not NaN
+        probability = z.exp()
+        total += probability.sum(1)
+        weighted += probability.mul_(z).sum(1)
+    log_prob = None if targets is None else target_logit - maximum - total.log()
+    return total.log() - weighted / total, log_prob
+
+
+class MeasuredOutputLayer:
+    """Stands in for the forward of a model's output layer.
+
+    Attributes:
+        entropy, log_prob: (N,) of the last forward's rows, float32 in nats; log_prob is that of the targets.
+    """
+
+    def __init__(self, layer: torch.nn.Module, after: Callable[[torch.Tensor], torch.Tensor]):
+        self.layer, self.original, self.after = layer, layer.forward, after
+        self.entropy = self.log_prob = self.raw = None
+
+    def start(self, targets: torch.Tensor | None, passes_on: bool) -> None:
+        """Before a forward: its targets, or that its logits go on to the model as they always do."""
+        self.targets, self.passes_on = targets, passes_on
+
+    def check(self, model, logits: torch.Tensor) -> None:
+        """After a forward that passed on: refuse a model that does something unknown to its logits.
+
+        Raises:
+            ValueError: the logits that the model returned are not what `after` makes of the layer's output.
+        """
+        if not torch.allclose(self.after(self.raw.float()), logits.float(), rtol=1e-2, atol=1e-3):
+            raise ValueError(
+                f"model: {type(model).__name__} changes its logits after the output layer in a way that is not known "
+                "here, so their entropy can't be measured in float32 slices."
+            )
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.passes_on:
+            self.raw = self.original(hidden)
+            return self.raw
+        with torch.autocast(hidden.device.type, enabled=False):
+            self.entropy, self.log_prob = self._measure(hidden.flatten(0, -2))
+        return hidden[..., :1]  # the rank that the model's code expects; nobody reads it
+
+    def _measure(self, hidden_ND: torch.Tensor):
+        layer, rows = self.layer, len(hidden_ND)
+        targets = None if self.targets is None else self.targets.to(hidden_ND.device)
+        if isinstance(layer, torch.nn.Linear):
+            states = hidden_ND.float()
+
+            def logits(words: slice) -> torch.Tensor:
+                bias = None if layer.bias is None else layer.bias[words].float()
+                return self.after(F.linear(states, layer.weight[words].float(), bias))
+
+            return entropy_and_log_prob(logits, rows, len(layer.weight), targets)
+        results = []  # an adapter or a quantised layer: only its own forward knows its logits
+        for some in torch.arange(rows).split(ROWS_AT_A_TIME):
+            z = self.after(self.original(hidden_ND[some]).float())
+            own_targets = None if targets is None else targets[some]
+            results.append(entropy_and_log_prob(lambda words, z=z: z[:, words], len(z), z.shape[1], own_targets))
+        entropies, log_probs = zip(*results, strict=True)
+        return torch.cat(entropies), None if targets is None else torch.cat(log_probs)
+
+
+@contextmanager
+def measured_output_layer(model) -> Iterator[MeasuredOutputLayer]:
+    """Measure instead of returning logits; within an FSDP model's forward the layer holds its whole weight."""
+    layer = model.get_output_embeddings()
+    measured = MeasuredOutputLayer(layer, _after_output_layer(model.config.get_text_config(decoder=True)))
+    layer.forward = measured
+    try:
+        yield measured
+    finally:
+        layer.forward = measured.original
+
+
+def _after_output_layer(config) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What the model does to the logits of its output layer: Gemma caps, Cohere and Granite scale them."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+
+    def after(z: torch.Tensor) -> torch.Tensor:
+        z = z if scale == 1 else z * scale
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    return after

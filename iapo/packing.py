@@ -1,0 +1,227 @@
+"""What goes through the model together: completions packed into forwards without padding, and who sees whom.
+
+A pack is one forward of trajectories, prompts that several completions share standing in it once, and then probe
+forwards over its keys and values. Everything here is about integers: no model, no floating-point number.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from iapo.cascade import Block
+
+# Largest probes x keys of a block's stairs, half of which are masked out: a larger one makes fewer attention calls and
+# more work in vain.
+STAIRS_AREA = 64 * 64
+
+
+class Completion(NamedTuple):
+    """A prompt (L_i,), its response (R_i,), where it is probed and what is probed for.
+
+    Attributes:
+        positions: (J_i,) response tokens in front of each probe, increasing from 0, see `probe_positions`. What comes
+            after the last of them is not looked at.
+        answer: (A_i,) tokens to score after the probe; None for the entropy of the next token.
+    """
+
+    prompt: torch.Tensor
+    response: torch.Tensor
+    positions: torch.Tensor
+    answer: torch.Tensor | None = None
+
+    @property
+    def trajectory(self) -> torch.Tensor:
+        return self.response[: int(self.positions[-1])]
+
+    @property
+    def answered(self) -> int:
+        """Answer tokens that stand behind the probe: all but the last, which is only predicted."""
+        return 0 if self.answer is None else max(len(self.answer) - 1, 0)
+
+    @property
+    def nothing_to_score(self) -> bool:
+        """An empty answer has probability 1."""
+        return self.answer is not None and len(self.answer) == 0
+
+
+class Forward(NamedTuple):
+    """One call of the model.
+
+    Attributes:
+        token_ids, position_ids: (N,).
+        blocks: who sees whom.
+        runs: (row, first, last): the probes in it, in order, by the places of their positions; none: a forward of
+            trajectories, whose keys and values are to be kept.
+        scored: (M,) the tokens whose logits count.
+        probe_of_scored: (M,) the probe that each of them belongs to.
+        targets: (M,) the tokens whose log-probabilities are asked for; None: the entropies are.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    blocks: list[Block]
+    runs: list[tuple[int, int, int]]
+    scored: torch.Tensor | None = None
+    probe_of_scored: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+
+
+def probe_positions(length: int, stride: int = 1, boundaries: torch.Tensor | None = None) -> torch.Tensor:
+    """Numbers of response tokens in front of the probes of a region of `length` tokens; (J,), increasing, 0 to length.
+
+    Args:
+        stride: without boundaries: 0, k, 2k, ... and the last.
+        boundaries: (length,) 1 on tokens that end a step: probed are 0, the places after them, the last, and as few
+            places in between, evenly, as leave no gap longer than `stride`.
+    """
+    if boundaries is None:
+        return torch.tensor([*range(0, length, stride), length])
+    ends = sorted({0, length, *(boundaries[:length].nonzero().flatten() + 1).tolist()})
+    positions = [0]
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        pieces = math.ceil((end - start) / stride)
+        positions += [start + (end - start) * k // pieces for k in range(1, pieces + 1)]
+    return torch.tensor(positions)
+
+
+def packs(completions: Sequence[Completion], max_tokens: int) -> list[list[list[int]]]:
+    """Packs of groups of row numbers; the completions of a group have the same prompt.
+
+    A pack's trajectory forward has at most `max_tokens` tokens, a shared prompt counted once; one row always fits.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, completion in enumerate(completions):
+        if completion.nothing_to_score:
+            continue
+        groups.setdefault(tuple(completion.prompt.tolist()), []).append(i)
+    result: list[list[list[int]]] = []
+    room = 0
+    for prompt, rows in groups.items():
+        opened = False  # does the current pack hold this prompt?
+        for i in rows:
+            response = len(completions[i].trajectory)
+            needed = response + (0 if opened else len(prompt))
+            if not result or needed > room:
+                result.append([])
+                room, opened, needed = max_tokens, False, response + len(prompt)
+            if opened:
+                result[-1][-1].append(i)
+            else:
+                result[-1].append([i])
+            opened, room = True, room - needed
+    return result
+
+
+def forwards(
+    completions: Sequence[Completion],
+    groups: Sequence[Sequence[int]],
+    probe_ids: torch.Tensor,
+    max_tokens: int,
+    chunk_size: int | None,
+) -> Iterator[Forward]:
+    """The trajectory forward of a pack and then its probe forwards.
+
+    Args:
+        groups: an element of `packs`.
+        chunk_size: probes per forward; None: as many as `max_tokens` holds, at least one.
+    """
+    tokens, positions, blocks = [], [], []
+    prompt_of: dict[int, slice] = {}
+    response_of: dict[int, slice] = {}
+    end = 0
+
+    def place(ids: torch.Tensor, first_position: int) -> slice:
+        nonlocal end
+        tokens.append(ids)
+        positions.append(torch.arange(first_position, first_position + len(ids)))
+        end += len(ids)
+        return slice(end - len(ids), end)
+
+    for group in groups:
+        prompt_ids = completions[group[0]].prompt
+        prompt = place(prompt_ids, 0)
+        blocks.append(Block(prompt, len(prompt_ids)))
+        for i in group:
+            response = place(completions[i].trajectory, len(prompt_ids))
+            if response.start < response.stop:
+                blocks.append(Block(response, response.stop - response.start, (prompt,)))
+            prompt_of[i], response_of[i] = prompt, response
+    yield Forward(torch.cat(tokens), torch.cat(positions), blocks, [])
+
+    for chunk in _chunks(_probes(completions, groups), completions, len(probe_ids), max_tokens, chunk_size):
+        tokens, positions, blocks, runs, scored, targets = [], [], [], [], [], []
+        end = 0
+        for i, first, last in _runs(chunk, completions):
+            completion = completions[i]
+            before = completion.positions[first : last + 1]
+            count = len(before)
+            suffix = probe_ids if completion.answer is None else torch.cat([probe_ids, completion.answer[:-1]])
+            queries = slice(end, end + count * len(suffix))
+            response = response_of[i]
+            lowest, highest = (response.start + int(before[k]) for k in (0, -1))
+            dense = [span for span in (prompt_of[i], slice(response.start, lowest)) if span.start < span.stop]
+            stairs = (slice(lowest, highest), before - before[0]) if lowest < highest else ()
+            blocks.append(Block(queries, len(suffix), dense, *stairs))
+            tokens.append(suffix.repeat(count))
+            first_position = len(completion.prompt) + before
+            positions.append((first_position[:, None] + torch.arange(len(suffix))).flatten())
+            # The logits that count: of the last probe token and of the answer tokens behind it.
+            places = torch.arange(len(probe_ids) - 1, len(suffix))
+            scored.append((torch.arange(queries.start, queries.stop, len(suffix))[:, None] + places).flatten())
+            runs.append((i, first, last))
+            if completion.answer is not None:
+                targets.append(completion.answer.repeat(count))
+            end = queries.stop
+        per_probe = [completions[i].answered + 1 for i, first, last in runs for _ in range(first, last + 1)]
+        yield Forward(
+            torch.cat(tokens),
+            torch.cat(positions),
+            blocks,
+            runs,
+            torch.cat(scored),
+            torch.arange(len(per_probe)).repeat_interleave(torch.tensor(per_probe)),
+            torch.cat(targets) if targets else None,
+        )
+
+
+def forward_count(
+    completions: Sequence[Completion], probe_length: int, max_tokens: int, chunk_size: int | None = None
+) -> int:
+    """Calls of the model for all packs; the ranks of an FSDP model must make equally many."""
+    count = 0
+    for groups in packs(completions, max_tokens):
+        chunks = _chunks(_probes(completions, groups), completions, probe_length, max_tokens, chunk_size)
+        count += 1 + sum(1 for _ in chunks)
+    return count
+
+
+def _probes(completions, groups) -> Iterator[tuple[int, int]]:
+    """(row, place of its position) of every probe of a pack."""
+    return ((i, j) for group in groups for i in group for j in range(len(completions[i].positions)))
+
+
+def _chunks(probes, completions, probe_length, max_tokens, chunk_size) -> Iterator[list[tuple[int, int]]]:
+    """The probes of each forward."""
+    chunk, room = [], max_tokens
+    for i, j in probes:
+        needed = probe_length + completions[i].answered
+        if chunk and (needed > room or len(chunk) == chunk_size):
+            yield chunk
+            chunk, room = [], max_tokens
+        chunk.append((i, j))
+        room -= needed
+    yield chunk
+
+
+def _runs(chunk, completions) -> Iterator[tuple[int, int, int]]:
+    """(row, first, last): the probes of a chunk in runs of one completion, cut where their stairs get too large."""
+    row, first, last = *chunk[0], chunk[0][1]
+    for i, j in chunk[1:]:
+        positions = completions[i].positions
+        if i != row or (j - first + 1) * int(positions[j] - positions[first]) > STAIRS_AREA:
+            yield row, first, last
+            row, first = i, j
+        last = j
+    yield row, first, last

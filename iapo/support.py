@@ -1,0 +1,52 @@
+"""Which models the exit-entropy pass serves exactly; the others are refused with the reason, never silently wrong."""
+
+import inspect
+
+
+def check_model(model, length: int) -> None:
+    """Refuse a model that would be silently wrong at `length` tokens (prompt + response + probe).
+
+    Raises:
+        ValueError: recurrent state, sliding or chunked attention shorter than `length`, no position ids (ALiBi),
+            rotary frequencies that depend on the length, more tokens than learned positions, an encoder-decoder.
+    """
+    reason = unsupported(model.config, length)
+    # FSDP1 and PEFT wrap the model in one whose own forward takes anything.
+    unwrapped = getattr(model, "_fsdp_wrapped_module", model)
+    unwrapped = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+    if reason is None and "position_ids" not in inspect.signature(unwrapped.forward).parameters:
+        reason = "its forward takes no position_ids (ALiBi?), so probes can't be placed"
+    if reason is None and getattr(unwrapped, "_is_stateful", False):
+        reason = "it keeps a recurrent state instead of a KV cache"
+    if reason is not None:
+        raise ValueError(
+            f"model: {type(model).__name__} can't serve the exit-entropy pass at {length} tokens: {reason}. "
+            "Use a causal LM with full attention over the sequence, or set iapo.alpha=0 and iapo.rho=0."
+        )
+
+
+def unsupported(config, length: int) -> str | None:
+    """Why a model with this Hugging Face config can't be probed at `length` tokens; None if it can."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "is_encoder_decoder", False):
+        return "it is an encoder-decoder"
+    if getattr(text, "alibi", False):
+        return "it uses ALiBi positions"
+    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "layer_types", None) is None and window is not None:
+        layer_types = {"sliding_attention"}
+    exotic = layer_types - {"full_attention", "sliding_attention"}
+    if exotic:
+        return f"it has layers of type {sorted(exotic)}, which keep no standard KV cache"
+    if "sliding_attention" in layer_types and window is not None and window < length:
+        return f"its sliding window of {window} tokens is shorter than the sequence"
+    rope = getattr(text, "rope_parameters", None) or {}
+    maximum = getattr(text, "max_position_embeddings", None)
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings") or maximum
+        if original is not None and length > original:
+            return f"its {rope['rope_type']} rotary frequencies change with the length beyond {original} tokens"
+    if not rope and maximum is not None and length > maximum:
+        return f"it has learned positions for {maximum} tokens only"
+    return None
