@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -31,9 +30,12 @@ CPU_ENVIRONMENT = {
     "TQ_NUM_THREADS": "1",
 }
 
+# Signals that end a run politely, with exit status 128 + number.
+STOPS = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted"}
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 trained, 1 failed, 2 wrong configuration (nothing was started or written), 143 stopped."""
+    """Exit status: 0 trained, 1 failed, 2 wrong configuration (nothing was started or written), 130/143 stopped."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
@@ -242,29 +244,34 @@ def run(config) -> int:
     from iapo.provenance import save
     from iapo.report import print_table
     from iapo.shared_memory import RUN_ID, removes_own_segments
+    from iapo.signals import recorded_signals
     from iapo.verl_adapter.runner import IapoTaskRunner
 
     save(config)
     print(f"iapo: run folder {config.run_dir}", flush=True)
     runner_class = ray.remote(IapoTaskRunner)
-    stopped = threading.Event()
+
+    def stopped_by():
+        return next((number for number in STOPS if number in arrived()), None)
 
     def stop(*_):
-        stopped.set()
         sys.exit()
 
     def start_runner(*arguments, **options):
         # A polite stop (Slurm, kill) unwinds through the clean-up below. Ray puts in a handler of its own when it
-        # starts, which aborts, so ours comes after that.
+        # starts, so ours comes again after that; what arrived meanwhile may have been lost in one of Ray's destructors.
         signal.signal(signal.SIGTERM, stop)
+        if stopped_by():
+            stop()
         return runner_class.remote(*arguments, **options)
 
     failure = None
-    with removes_own_segments():
+    with recorded_signals() as arrived, removes_own_segments():
         OmegaConf.update(
             config, f"ray_kwargs.ray_init.runtime_env.env_vars.{RUN_ID}", os.environ[RUN_ID], force_add=True
         )
         try:
+            signal.signal(signal.SIGTERM, stop)
             run_ppo(config, task_runner_class=SimpleNamespace(remote=start_runner, options=runner_class.options))
         except ray.exceptions.RayError as error:
             print(error, file=sys.stderr)
@@ -272,14 +279,17 @@ def run(config) -> int:
         except Exception as error:  # Ray's start raises plain ones
             traceback.print_exc()
             failure = error
-        except SystemExit:
-            if not stopped.is_set():
+        except (SystemExit, KeyboardInterrupt):
+            if not stopped_by():
                 raise
         finally:
+            stop_signal = stopped_by()
+            for number in STOPS:  # a second one must not cut the clean-up short
+                signal.signal(number, signal.SIG_IGN)
             ray.shutdown()
-    if stopped.is_set():
-        print("iapo.train: stopped by SIGTERM; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 143
+    if stop_signal:
+        print(f"iapo.train: {STOPS[stop_signal]}; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 128 + stop_signal
     if failure is not None:  # last of all, behind what Ray still had to print
         reason = (str(failure).strip().splitlines() or [""])[-1]
         print(f"iapo.train: the run failed: {type(failure).__name__}: {reason}", file=sys.stderr)

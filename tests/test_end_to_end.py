@@ -298,3 +298,20 @@ def test_a_polite_stop_leaves_nothing_behind(train):
     assert not run.wait_until_gone()
     assert segments() <= before
     assert json.loads((run.folder / "starts.jsonl").read_text())["versions"]["verl"] == "0.9.1"
+
+
+@pytest.mark.parametrize(
+    "number,last",
+    [
+        (signal.SIGTERM, "iapo.train: stopped by SIGTERM; the same command goes on from the last checkpoint"),
+        (signal.SIGINT, "iapo.train: interrupted; the same command goes on from the last checkpoint"),
+    ],
+)
+def test_a_stop_while_ray_starts_is_as_polite(train, number, last):
+    run = train("trainer.total_training_steps=50")
+    run.wait_for(lambda: "ray init kwargs" in run.log.read_text())
+    time.sleep(1)
+    run.process.send_signal(number)
+    assert run.wait(60) == 128 + number
+    assert run.tail(1) == last and "Traceback" not in run.log.read_text()
+    assert not run.wait_until_gone()
