@@ -23,17 +23,33 @@ bash scripts/setup.sh "$IAPO_PLATFORM"
 
 run_dir=runs/quickstart-$variant-$(date +%Y%m%d-%H%M%S)
 mkdir -p "$run_dir"
+touch "$run_dir/train.log" # for tail, which may be first
 echo "quickstart: training $variant; the whole log is in $run_dir/train.log; start-up takes about a minute"
-status=0
-.venv/bin/python -u -m iapo.train "platform=$IAPO_PLATFORM" "variant=$variant" model=tiny data=verbose_arithmetic \
-    "run_dir=$run_dir" "$@" >"$run_dir/train.log" 2>&1 &
+command=(.venv/bin/python -u -m iapo.train "platform=$IAPO_PLATFORM" "variant=$variant" model=tiny
+    data=verbose_arithmetic "run_dir=$run_dir" "$@")
+stop() { # signal number
+    trap '' INT TERM # a second one must not cut the clean-up short
+    kill "$training" 2>/dev/null || true
+    wait
+    echo "quickstart: stopped; this goes on from the last checkpoint, if there is one: ${command[*]@Q}" >&2
+    exit $((128 + $1))
+}
+"${command[@]}" >>"$run_dir/train.log" 2>&1 &
 training=$!
-trap 'kill "$training" 2>/dev/null; wait "$training"' INT TERM
-# Show this package's own lines while the log grows; Ray puts the process's name in front of them.
-tail -n +1 --pid="$training" -f "$run_dir/train.log" | sed -un 's/^.*\(iapo: .*\)$/\1/p' || true
+trap 'stop 2' INT
+trap 'stop 15' TERM
+# Show this package's own lines while the log grows; Ray puts the process's name in front of them. In the background,
+# because only "wait" lets a signal through at once.
+{ tail -n +1 --pid="$training" -f "$run_dir/train.log" | sed -un 's/^.*\(iapo: .*\)$/\1/p'; } &
+status=0
 wait "$training" || status=$?
+wait
 if [ "$status" -ne 0 ]; then
     tail -n 25 "$run_dir/train.log" >&2
+    # A refused configuration has started and written nothing.
+    if [ "$status" -eq 2 ] && [ "$(ls -A "$run_dir")" = train.log ]; then
+        rm -r "$run_dir"
+    fi
     exit "$status"
 fi
 .venv/bin/python -m iapo.report "$run_dir" --picture "$run_dir/accuracy_tokens.png"

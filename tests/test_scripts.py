@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -106,6 +107,52 @@ def stand_in(folder, name, body):
 def stays(name):
     """A command that stays until it is told to stop, and says so."""
     return f"""trap 'echo "{name} stopped" >>"$LOG"; kill $!; exit 143' TERM; sleep 60 >/dev/null 2>&1 & wait"""
+
+
+def quickstart(tmp_path, *arguments, training):
+    """Start quickstart.sh in a folder whose set-up is done and whose Python is a stand-in."""
+    for name in ("scripts", "recipes/variant", ".venv/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "recipes/variant/iapo_rate.yaml").touch()
+    shutil.copy(ROOT / "scripts/quickstart.sh", tmp_path / "scripts")
+    stand_in(tmp_path / "scripts", "setup.sh", "exit 0")
+    stand_in(tmp_path / ".venv/bin", "python", f"case $* in *iapo.train*) {training} ;; *) echo table ;; esac")
+    return subprocess.Popen(
+        ["bash", tmp_path / "scripts/quickstart.sh", *arguments],
+        env=os.environ | {"IAPO_PLATFORM": "cpu", "LOG": str(tmp_path / "log")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_quickstart_shows_progress_and_the_table(tmp_path):
+    script = quickstart(tmp_path, training="echo '(TaskRunner pid=7) iapo: step 1/2'; echo noise")
+    output, errors = script.communicate(timeout=60)
+    assert script.returncode == 0, errors
+    assert output.splitlines()[1:3] == ["iapo: step 1/2", "table"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_quickstart_says_how_to_go_on_after_a_stop(tmp_path, number):
+    script = quickstart(tmp_path, "iapo.probe='a b'", training=f'touch "$LOG"; {stays("train")}')
+    wait_for(lambda: (tmp_path / "log").is_file())
+    script.send_signal(number)
+    _, errors = script.communicate(timeout=60)
+    assert script.returncode == 128 + number
+    assert calls(tmp_path) == ["train stopped"]
+    (folder,) = (tmp_path / "runs").iterdir()
+    (line,) = errors.splitlines()
+    assert line.startswith("quickstart: stopped; this goes on from the last checkpoint, if there is one: ")
+    command = shlex.split(line.partition("there is one: ")[2])
+    assert command[-2:] == [f"run_dir=runs/{folder.name}", "iapo.probe='a b'"] and "iapo.train" in command
+
+
+def test_quickstart_leaves_no_folder_of_a_refused_configuration(tmp_path):
+    script = quickstart(tmp_path, training="echo 'iapo.train: iapo.rho: refused'; exit 2")
+    _, errors = script.communicate(timeout=60)
+    assert script.returncode == 2 and errors == "iapo.train: iapo.rho: refused\n"
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def slurm(tmp_path, *arguments, nodes=3, training="exit 0", ray=None, up=None, **environment):
