@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from iapo.config import IapoConfig
-from iapo.provenance import differences
+from iapo.provenance import differences, saved_config, tracker_file
 
 
 class ConfigError(ValueError):
@@ -90,6 +90,11 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     if config.algorithm.filter_groups.enable and config.algorithm.filter_groups.metric not in ("acc", "reward"):
         metric = config.algorithm.filter_groups.metric
         yield f"algorithm.filter_groups.metric: {metric!r} must be 'acc' (DAPO) or 'reward'."
+    mini_batch, batch = config.actor_rollout_ref.actor.ppo_mini_batch_size, config.data.train_batch_size
+    if mini_batch > batch:  # verl would pad the batch up to it
+        yield (
+            f"actor_rollout_ref.actor.ppo_mini_batch_size: {mini_batch} must not exceed data.train_batch_size={batch}."
+        )
     overlong = config.reward.reward_kwargs.overlong_buffer_cfg
     length = config.data.max_response_length
     if overlong.enable and not 0 < overlong.len <= length:
@@ -190,6 +195,16 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
 
 
 def _resume(config: DictConfig) -> Iterator[str]:
+    tracker = tracker_file(config)
+    if config.trainer.resume_mode != "auto" or not tracker.is_file():
+        return
+    if not saved_config(config).is_file():
+        yield (
+            f"run_dir: {config.run_dir} holds checkpoints but no config.yaml, which says what they were made with; "
+            "restore the file, or choose another run_dir."
+        )
+        return
+    yield from _step_reached(config, tracker)
     try:
         changed = list(differences(config))
     except (OSError, UnicodeDecodeError, YAMLError) as error:
@@ -206,6 +221,23 @@ def _resume(config: DictConfig) -> Iterator[str]:
         )
     if len(changed) > 5:
         yield f"run_dir: {config.run_dir}/config.yaml differs in {len(changed) - 5} more fields; choose another one."
+
+
+def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
+    """verl would train from scratch, and say so in the log only, if the tracker file named no checkpoint."""
+    text = tracker.read_text(errors="replace").strip()
+    numbers = [path.name.removeprefix("global_step_") for path in tracker.parent.glob("global_step_*")]
+    saved = sorted(int(number) for number in numbers if number.isdecimal())
+    if not text.isdecimal() or int(text) not in saved:
+        fix = f"write {saved[-1]}, the last that is there, into the file" if saved else "remove the file to begin anew"
+        yield f"run_dir: {tracker} names step {text!r}, but there is no such global_step_N; {fix}, or choose another."
+        return
+    total = config.trainer.total_training_steps
+    if total is not None and int(text) >= total:
+        yield (
+            f"trainer.total_training_steps: {total}, but the run in {config.run_dir} is complete, at step {text}; "
+            "set a larger number to go on."
+        )
 
 
 def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:

@@ -36,6 +36,7 @@ FREE_TO_CHANGE = (
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.max_num_seqs",
     "actor_rollout_ref.rollout.agent.agent_loop_config_path",
+    "actor_rollout_ref.rollout.trace",
     "iapo.max_tokens_per_micro_batch",
     "iapo.validation_information",
 )
@@ -54,15 +55,24 @@ def save(config: DictConfig) -> None:
 
 def resumes(config: DictConfig) -> bool:
     """Whether this start goes on from a checkpoint in its run folder."""
-    tracker = Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
-    return config.trainer.resume_mode == "auto" and tracker.is_file() and _saved(config).is_file()
+    return config.trainer.resume_mode == "auto" and tracker_file(config).is_file() and saved_config(config).is_file()
+
+
+def tracker_file(config: DictConfig) -> Path:
+    """Where verl keeps the number of the last checkpoint."""
+    return Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
+
+
+def saved_config(config: DictConfig) -> Path:
+    """The configuration that the run began with."""
+    return Path(config.run_dir) / "config.yaml"
 
 
 def differences(config: DictConfig) -> Iterator[tuple[str, object, object]]:
     """(field, value that the run began with, value now) of what may not differ; nothing if this is no resume."""
     if not resumes(config):
         return
-    before, now = (_flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(_saved(config)), config))
+    before, now = (_flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(saved_config(config)), config))
     for field in sorted(before.keys() | now.keys()):
         if before.get(field) != now.get(field) and not field.startswith(FREE_TO_CHANGE):
             yield field, before.get(field), now.get(field)
@@ -82,10 +92,6 @@ def versions() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         found["commit"] = "not a checkout"
     return found
-
-
-def _saved(config: DictConfig) -> Path:
-    return Path(config.run_dir) / "config.yaml"
 
 
 def _flat(node, prefix: str = "") -> dict:

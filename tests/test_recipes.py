@@ -122,6 +122,10 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["run_dir=/proc/x"], "run_dir: /proc/x can't be made"),
         (["reward.custom_reward_function.path=/no/r.py"], "reward.custom_reward_function.path: /no/r.py is no file"),
         (["iapo.probe=\\#\\#"], "iapo.probe"),
+        (
+            ["actor_rollout_ref.actor.ppo_mini_batch_size=32"],
+            "ppo_mini_batch_size: 32 must not exceed data.train_batch_size=16",
+        ),
     ],
 )
 def test_contradictions_are_refused(overrides, message, verbose_arithmetic):
@@ -170,14 +174,51 @@ def test_the_embedded_default_passes_every_check(verbose_arithmetic):
     check(resolve("platform=cpu"))
 
 
+def checkpoint(config, step):
+    checkpoints = Path(config.trainer.default_local_dir)
+    (checkpoints / f"global_step_{step}").mkdir(parents=True)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
+
+
+def test_a_tracker_file_that_names_no_checkpoint_is_refused(verbose_arithmetic):
+    config = resolve("platform=cpu", "run_dir=r")
+    provenance.save(config)
+    for step in (9, 10):
+        checkpoint(config, step)
+    tracker = Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
+    for content in (b"20", b"", b"ten", b"\xff"):
+        tracker.write_bytes(content)
+        with pytest.raises(ConfigError, match="^run_dir: .*names step .*; write 10, the last that is there"):
+            check(resolve("platform=cpu", "run_dir=r"))
+    check(resolve("platform=cpu", "run_dir=r", "trainer.resume_mode=disable"))
+    for folder in tracker.parent.glob("global_step_*"):
+        folder.rmdir()
+    with pytest.raises(ConfigError, match="^run_dir: .*; remove the file to begin anew, or choose another.$"):
+        check(resolve("platform=cpu", "run_dir=r"))
+
+
+def test_checkpoints_of_an_unknown_configuration_are_refused(verbose_arithmetic):
+    checkpoint(resolve("platform=cpu", "run_dir=r"), 2)
+    with pytest.raises(ConfigError, match="^run_dir: .*/r holds checkpoints but no config.yaml"):
+        check(resolve("platform=cpu", "run_dir=r"))
+
+
+def test_a_complete_run_is_not_started_again(verbose_arithmetic):
+    config = resolve("platform=cpu", "run_dir=r")
+    provenance.save(config)
+    checkpoint(config, 5)
+    check(resolve("platform=cpu", "run_dir=r", "trainer.total_training_steps=6"))
+    with pytest.raises(ConfigError, match="^trainer.total_training_steps: 5, .*/r is complete, at step 5"):
+        check(resolve("platform=cpu", "run_dir=r", "trainer.total_training_steps=5"))
+
+
 def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
     config = resolve("platform=cpu", "run_dir=r")
     provenance.save(config)
     check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7"))  # no checkpoint yet: nothing to mix up
-    checkpoints = Path(config.trainer.default_local_dir)
-    checkpoints.mkdir()
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2")
-    check(resolve("platform=cpu", "run_dir=r", "trainer.total_training_steps=80", "iapo.max_tokens_per_micro_batch=8"))
+    checkpoint(config, 2)
+    for free in ("trainer.total_training_steps=80", "iapo.max_tokens_per_micro_batch=8", "trainer.experiment_name=x"):
+        check(resolve("platform=cpu", "run_dir=r", free))
     for change in ("actor_rollout_ref.actor.optim.lr=1e-5", "iapo.region=response", "actor_rollout_ref.rollout.n=4"):
         with pytest.raises(ConfigError, match=change.split("=")[0]):
             check(resolve("platform=cpu", "run_dir=r", change))
