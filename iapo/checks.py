@@ -3,6 +3,7 @@
 Each check returns a list of problems, one line each: field, value, fix.
 """
 
+import inspect
 import os
 import warnings
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def check(config: DictConfig, files: bool = True) -> None:
     if not problems:  # the checks below compare them
         problems += [*_terms(config, iapo), *_engine(config, iapo)]
         if files:
-            problems += [*_paths(config), *_data(config), *_resume(config), *_model(config, iapo)]
+            problems += [*_paths(config), *_reward(config), *_data(config), *_resume(config), *_model(config, iapo)]
     if problems:
         raise ConfigError("\n".join(problems))
     for line in _without_effect(config, iapo):
@@ -58,6 +59,10 @@ NUMBERS = (
     ("trainer.nnodes", int, 1),
     ("trainer.n_gpus_per_node", int, 0),
 )
+
+
+# What verl's DAPORewardManager passes to a reward function, by keyword.
+REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
 def _numbers(config: DictConfig) -> Iterator[str]:
@@ -155,9 +160,32 @@ def _paths(config: DictConfig) -> Iterator[str]:
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK) or str(existing) == "/proc":
         yield f"run_dir: {run_dir} can't be made, {existing} is no folder that can be written to; choose another."
-    reward = config.reward.custom_reward_function.path
-    if reward and not reward.startswith("pkg://") and not Path(reward.removeprefix("file://")).is_file():
-        yield f"reward.custom_reward_function.path: {reward} is no file; set a Python file or pkg://module."
+
+
+def _reward(config: DictConfig) -> Iterator[str]:
+    from verl.utils.import_utils import load_module
+
+    reward = config.reward.custom_reward_function
+    if not reward.path:
+        return  # verl has one of its own
+    if not reward.path.startswith("pkg://") and not Path(reward.path.removeprefix("file://")).is_file():
+        yield f"reward.custom_reward_function.path: {reward.path} is no file; set a Python file or pkg://module."
+        return
+    try:
+        module = load_module(reward.path)
+    except Exception as error:  # whatever the module raises; verl wraps it for files
+        reason = " ".join(f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".split())
+        yield f"reward.custom_reward_function.path: {reward.path} can't be loaded ({reason}); mend it."
+        return
+    name = f"reward.custom_reward_function.name: {reward.name!r}"
+    if not callable(function := getattr(module, str(reward.name), None)):
+        yield f"{name} is no function of {reward.path}; set the name of one."
+        return
+    passed = dict.fromkeys(REWARD_ARGUMENTS) | dict(reward.get("reward_kwargs") or {})
+    try:
+        inspect.signature(function).bind(**passed)
+    except TypeError as error:
+        yield f"{name} can't be called by keyword with {', '.join(passed)} ({error}); let it take these, or **kwargs."
 
 
 def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:

@@ -161,6 +161,36 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
     assert second.endswith("test.parquet lacks the columns data_source, reward_model; it has prompt.")
 
 
+@pytest.mark.parametrize(
+    "source,message",
+    [
+        ("def compute_score(:", "path: .*/r.py can't be loaded \\(SyntaxError: invalid syntax"),
+        ("import no_such_module", "path: .*/r.py can't be loaded \\(ModuleNotFoundError: No module named 'no_such_mod"),
+        ("def score(**_): return 1", "name: 'compute_score' is no function of .*/r.py; set the name of one.$"),
+        ("compute_score = 1", "name: 'compute_score' is no function of .*/r.py"),
+        (
+            "def compute_score(solution_str, ground_truth): return 1",
+            "name: 'compute_score' can't be called by keyword with data_source, solution_str, ground_truth, extra_info "
+            "\\(got an unexpected keyword argument 'data_source'\\)",
+        ),
+        ("def compute_score(answer, **_): return 1", "\\(missing a required argument: 'answer'\\)"),
+    ],
+)
+def test_a_reward_function_that_verl_cannot_call_is_refused(source, message, verbose_arithmetic):
+    Path("r.py").write_text(source)
+    with pytest.raises(ConfigError, match=message) as error:
+        check(resolve("platform=cpu", f"reward.custom_reward_function.path={Path.cwd()}/r.py"))
+    assert str(error.value).startswith("reward.custom_reward_function.") and len(str(error.value).splitlines()) == 1
+
+
+def test_a_reward_function_may_take_arguments_of_the_configuration(verbose_arithmetic):
+    Path("r.py").write_text("async def f(data_source, solution_str, ground_truth, extra_info, weight): return weight")
+    given = ["reward.custom_reward_function.path=r.py", "reward.custom_reward_function.name=f"]
+    check(resolve("platform=cpu", *given, "+reward.custom_reward_function.reward_kwargs.weight=2"))
+    with pytest.raises(ConfigError, match="missing a required argument: 'weight'"):
+        check(resolve("platform=cpu", *given))
+
+
 def test_epochs_may_decide_when_a_run_ends(verbose_arithmetic):
     check(resolve("platform=cpu", "trainer.total_training_steps=null", "trainer.total_epochs=3"))
 
