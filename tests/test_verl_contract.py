@@ -1,6 +1,7 @@
 """What this package takes for granted about verl. A failure here names what moved; see iapo/verl_adapter."""
 
 import inspect
+import re
 from importlib import metadata
 
 import pytest
@@ -61,6 +62,14 @@ def test_replay_buffer_sample():
     assert "poll_interval" in parameters(ReplayBuffer.__init__)
 
 
+def test_a_step_without_any_completion_raises_what_the_trainer_looks_for():
+    from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+
+    from iapo.verl_adapter.trainer import NO_COMPLETION
+
+    assert NO_COMPLETION in inspect.getsource(inspect.unwrap(ReplayBuffer.sample))
+
+
 def test_task_runner_can_be_subclassed():
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 
@@ -108,7 +117,11 @@ def test_tracking_calls_backends_with_data_and_step():
 def test_reward_manager():
     from verl.experimental.reward_loop.reward_manager.dapo import DAPORewardManager
 
+    from iapo.checks import REWARD_ARGUMENTS
+
     assert parameters(DAPORewardManager.run_single) == ["self", "data"]
+    call = " ".join(inspect.getsource(DAPORewardManager.run_single).partition("await self.compute_score(")[2].split())
+    assert re.findall(r"(\w+)=", call.partition("**extra_reward_kwargs")[0]) == list(REWARD_ARGUMENTS)
 
 
 def test_validation_averages_numeric_reward_infos():

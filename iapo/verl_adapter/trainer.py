@@ -24,6 +24,9 @@ from iapo.verl_adapter.worker import INPUT_FIELDS, OUTPUT_FIELDS, IapoWorker
 # Batches of prompts that dynamic sampling may draw for one step before the run is stopped.
 MAX_REFILLS = 100
 
+# What verl's replay buffer says when every rollout of a training step failed.
+NO_COMPLETION = "Sync replay buffer selected terminal groups with no materializable trajectories."
+
 
 @register_trainer("iapo")
 class IapoTrainer(PPOTrainerSync):
@@ -53,7 +56,12 @@ class IapoTrainer(PPOTrainerSync):
 
         def checked_sample(*, global_steps, partition_id, batch_size):
             self._refilled = 0
-            batch, metrics = sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
+            try:
+                batch, metrics = sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
+            except RuntimeError as error:
+                if NO_COMPLETION not in str(error):
+                    raise
+                raise self._no_completion(batch_size) from error
             self._check_rollouts(batch, metrics, batch_size)
             self._order_rows(batch)
             if partition_id == "val" and self.iapo.validation_information:
@@ -164,10 +172,7 @@ class IapoTrainer(PPOTrainerSync):
     def _check_rollouts(self, batch: KVBatchMeta, metrics: dict, prompts: int) -> None:
         """Stop with one clear line where verl would go on with missing rollouts or hide a raising reward."""
         if len(batch) == 0:
-            raise RuntimeError(
-                f"rollout: none of the {prompts} prompts of step {self.global_steps} gave a completion; the first "
-                "error is in the log above, from AgentLoopWorkerTQ."
-            )
+            raise self._no_completion(prompts)
         errors = [
             info["reward_error"]
             for info in self._reward_infos(batch.keys, batch.partition_id)
@@ -181,6 +186,12 @@ class IapoTrainer(PPOTrainerSync):
         if batch.partition_id == "train":
             expected = prompts * self.config.actor_rollout_ref.rollout.n
             metrics["iapo/rollout_failures"] = expected - len(batch)
+
+    def _no_completion(self, prompts: int) -> RuntimeError:
+        return RuntimeError(
+            f"rollout: none of the {prompts} prompts of step {self.global_steps} gave a completion; the first error is "
+            "in the log above, from AgentLoopWorkerTQ."
+        )
 
     def _order_rows(self, batch: KVBatchMeta) -> None:
         """By prompt and rollout number: the buffer's own order is that of random ids, which would change rounding."""
