@@ -100,6 +100,7 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         yield (
             f"actor_rollout_ref.actor.ppo_mini_batch_size: {mini_batch} must not exceed data.train_batch_size={batch}."
         )
+    yield from _loggers(config.trainer.logger)
     overlong = config.reward.reward_kwargs.overlong_buffer_cfg
     length = config.data.max_response_length
     if overlong.enable and not 0 < overlong.len <= length:
@@ -109,11 +110,23 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         )
 
 
+def _loggers(chosen) -> Iterator[str]:
+    from verl.utils.tracking import Tracking
+
+    known = Tracking.supported_backend
+    for name in [chosen] if isinstance(chosen, str) else chosen or []:
+        if name not in known:
+            yield f"trainer.logger: {name!r} must be one of {', '.join(known)}."
+
+
 def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     allowed = ("fsdp2",) if config.trainer.device == "cpu" else ("fsdp", "fsdp2")
     if actor.strategy not in allowed:
         yield f"actor_rollout_ref.actor.strategy: {actor.strategy!r} must be {' or '.join(allowed)} here."
+    size = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    if config.trainer.device == "cpu" and size != 1:
+        yield f"actor_rollout_ref.rollout.tensor_model_parallel_size: {size!r} must be 1 with platform=cpu."
     if not iapo.needs_exit_entropy and not iapo.validation_information:
         return
     off = "or set iapo.alpha=0 iapo.rho=0 iapo.validation_information=false."
@@ -144,15 +157,39 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
         return
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns, rows = file.schema_arrow.names, file.metadata.num_rows
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+            sources = file.read(columns=["data_source"] if "data_source" in schema.names else [])
     except (OSError, pyarrow.ArrowInvalid) as error:
         yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
         return
-    missing = [column for column in ("prompt", "data_source", "reward_model") if column not in columns]
+    missing = [column for column in ("prompt", "data_source", "reward_model") if column not in schema.names]
     if missing:
-        yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(columns)}."
+        yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
+    else:
+        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, sources["data_source"]))
     if field == "train_files" and isinstance(config.data.train_files, str) and rows < config.data.train_batch_size:
         yield f"data.train_batch_size: {config.data.train_batch_size} exceeds the {rows} rows of {name}."
+
+
+def _columns(schema, sources) -> Iterator[str]:
+    """What verl would stumble over at the first row; `sources` is the column data_source."""
+    import pyarrow.types as types
+
+    prompt, reward = schema.field("prompt").type, schema.field("reward_model").type
+    is_list = types.is_list(prompt) or types.is_large_list(prompt) or types.is_fixed_size_list(prompt)
+    if not is_list or not {"role", "content"} <= _fields(prompt.value_type):
+        yield f"prompt: {prompt} must be a list of chat messages, structs with role and content."
+    if "ground_truth" not in _fields(reward):
+        yield f'reward_model: {reward} must be a struct with ground_truth, as {{"style": "rule", "ground_truth": "4"}}.'
+    if sources.null_count:
+        yield f"data_source: {sources.null_count} rows are null; each must name the data set it is from."
+
+
+def _fields(kind) -> set[str]:
+    """The names in an Arrow struct; none for any other type."""
+    import pyarrow.types as types
+
+    return {field.name for field in kind} if types.is_struct(kind) else set()
 
 
 def _paths(config: DictConfig) -> Iterator[str]:
@@ -208,7 +245,9 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             "(model=/a/folder) or a hub name that this machine can reach."
         )
         return
-    if not iapo.needs_exit_entropy and not iapo.validation_information:
+    problems = [*_model_files(config, tokenizer), *_positions(config, model_config)]
+    yield from problems
+    if problems or (not iapo.needs_exit_entropy and not iapo.validation_information):
         return
     probe = tokenizer.encode(iapo.probe, add_special_tokens=False)
     for name in ("probe", "exit_marker"):
@@ -220,6 +259,33 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     reason = unsupported(model_config, length)
     if reason:
         yield f"actor_rollout_ref.model.path: {path} can't serve the exit-entropy pass at {length} tokens: {reason}."
+
+
+def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
+    path = config.actor_rollout_ref.model.path
+    if os.path.isdir(path) and not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
+        yield f"actor_rollout_ref.model.path: {path} holds no weights (*.safetensors or *.bin); put them there."
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
+        yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
+    elif not tokenizer.chat_template and not config.actor_rollout_ref.model.custom_chat_template:
+        yield (
+            f"actor_rollout_ref.model.path: {path} has a tokenizer without a chat template; add chat_template.jinja, "
+            "or set actor_rollout_ref.model.custom_chat_template."
+        )
+
+
+def _positions(config: DictConfig, model_config) -> Iterator[str]:
+    text = model_config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    maximum = getattr(text, "max_position_embeddings", None)
+    length = config.data.max_prompt_length + config.data.max_response_length
+    # Other rotary types go beyond the number, each in its own way.
+    if maximum and rope.get("rope_type", "default") == "default" and length > maximum:
+        yield (
+            f"data.max_response_length: {config.data.max_response_length}, with "
+            f"data.max_prompt_length={config.data.max_prompt_length}, exceeds the {maximum} positions of "
+            f"{config.actor_rollout_ref.model.path}; lower them."
+        )
 
 
 def _resume(config: DictConfig) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,6 +18,10 @@ VARIANTS = ["grpo", "dapo", "iapo", "iapo_rate"]
 MODELS = ["tiny", "qwen2.5-0.5b-instruct", "qwen2.5-1.5b-instruct", "qwen2.5-7b-instruct", "my-org/my-model"]
 DATA = ["verbose_arithmetic", "gsm8k", "math500", "dapo_math_17k", "/some/folder"]
 PLATFORMS = ["cpu", "gpu"]
+# Lengths and batches that suit the embedded model.
+SHORT = ["data.max_prompt_length=32", "data.max_response_length=128", "data.train_batch_size=16"]
+PROMPT = [[{"role": "user", "content": "1+1="}]] * 16
+REWARD = [{"style": "rule", "ground_truth": "2"}] * 16
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +127,13 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["run_dir=/proc/x"], "run_dir: /proc/x can't be made"),
         (["reward.custom_reward_function.path=/no/r.py"], "reward.custom_reward_function.path: /no/r.py is no file"),
         (["iapo.probe=\\#\\#"], "iapo.probe"),
+        (["trainer.logger=[console,wanbd]"], "trainer.logger: 'wanbd' must be one of wandb, .*tensorboard"),
+        (["trainer.logger=wanbd"], "trainer.logger: 'wanbd' must be one of"),
+        (["actor_rollout_ref.rollout.tensor_model_parallel_size=2"], "parallel_size: 2 must be 1 with platform=cpu"),
+        (
+            ["data.max_response_length=500"],
+            "data.max_response_length: 500, with data.max_prompt_length=32, exceeds the 512 positions of .*/tiny",
+        ),
         (
             ["actor_rollout_ref.actor.ppo_mini_batch_size=32"],
             "ppo_mini_batch_size: 32 must not exceed data.train_batch_size=16",
@@ -155,10 +167,55 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
     (tmp_path / "d" / "train.parquet").write_bytes(b"x")
     pq.write_table(pa.table({"prompt": ["1+1="]}), tmp_path / "d" / "test.parquet")
     with pytest.raises(ConfigError) as error:
-        check(resolve("platform=cpu", "data=d"))
+        check(resolve("platform=cpu", "data=d", *SHORT))
     first, second = str(error.value).splitlines()
     assert first.startswith("data.train_files: ") and "can't be read as parquet" in first
     assert second.endswith("test.parquet lacks the columns data_source, reward_model; it has prompt.")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"prompt": ["1+1="] * 16}, "prompt: string must be a list of chat messages, structs with role and content."),
+        ({"prompt": [["1+1="]] * 16}, "prompt: list<.*string> must be a list of chat messages"),
+        ({"prompt": [[{"role": "user"}]] * 16}, "prompt: list<.*> must be a list of chat messages"),
+        ({"reward_model": ["2"] * 16}, "reward_model: string must be a struct with ground_truth"),
+        ({"reward_model": [{"answer": "2"}] * 16}, "reward_model: struct<answer: string> must be a struct with"),
+        ({"data_source": ["x"] * 13 + [None] * 3}, "data_source: 3 rows are null; each must name the data set"),
+    ],
+)
+def test_rows_that_verl_cannot_use_are_refused(change, message, verbose_arithmetic):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Path("d").mkdir()
+    good = {"prompt": PROMPT, "reward_model": REWARD, "data_source": ["x"] * 16}
+    pq.write_table(pa.table(good), "d/test.parquet")
+    pq.write_table(pa.table(good | change), "d/train.parquet")
+    with pytest.raises(ConfigError, match=f"^data.train_files: .*/d/train.parquet, column {message}") as error:
+        check(resolve("platform=cpu", "data=d", *SHORT))
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "lost,message",
+    [
+        (["model.safetensors"], "holds no weights \\(\\*.safetensors or \\*.bin\\); put them there.$"),
+        (["tokenizer.json", "tokenizer_config.json"], "holds no tokenizer \\(tokenizer.json and the like\\)"),
+        (["chat_template.jinja"], "has a tokenizer without a chat template; add chat_template.jinja, or set"),
+    ],
+)
+def test_a_model_folder_that_lacks_files_is_refused(lost, message, verbose_arithmetic):
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m", ignore=lambda *_: lost)
+    with pytest.raises(ConfigError, match=f"^actor_rollout_ref.model.path: .*/m {message}") as error:
+        check(resolve("platform=cpu", "model=m", "data=verbose_arithmetic"))
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_chat_template_of_the_configuration_will_do(verbose_arithmetic):
+    ignore = shutil.ignore_patterns("chat_template.jinja")
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m", ignore=ignore)
+    check(resolve("platform=cpu", "model=m", "actor_rollout_ref.model.custom_chat_template=x"))
 
 
 @pytest.mark.parametrize(
