@@ -5,6 +5,7 @@ Each check returns a list of problems, one line each: field, value, fix.
 
 import inspect
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from iapo.config import IapoConfig
+from iapo.data import NAMES
 from iapo.provenance import differences, saved_config, tracker_file
 
 
@@ -153,7 +155,9 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
 
     path = Path(str(name)).expanduser()
     if name is None or not path.is_file():
-        yield f"data.{field}: {name} is no file; make it with python -m iapo.data NAME, or set the path."
+        known = path.parent.name in NAMES
+        make = f"make it with python -m iapo.data {path.parent.name} --out {path.parent.parent}, or " if known else ""
+        yield f"data.{field}: {name} is no file; {make}set the path of a parquet file."
         return
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -195,8 +199,10 @@ def _fields(kind) -> set[str]:
 def _paths(config: DictConfig) -> Iterator[str]:
     run_dir = Path(config.run_dir)
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK) or str(existing) == "/proc":
-        yield f"run_dir: {run_dir} can't be made, {existing} is no folder that can be written to; choose another."
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()  # permissions alone say little to root, or of /proc
+    except OSError as error:
+        yield f"run_dir: {run_dir} can't be made, {existing} can't be written to ({error.strerror}); choose another."
 
 
 def _reward(config: DictConfig) -> Iterator[str]:

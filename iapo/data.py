@@ -21,6 +21,7 @@ import json
 import os
 import random
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -357,7 +358,8 @@ def _warn_if_set(name: str, **options: object) -> None:
             warnings.warn(f"{option}={value!r} has no effect on {name}", stacklevel=3)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 written, 2 nothing written, with the reason in one line."""
     parser = argparse.ArgumentParser(
         prog="python -m iapo.data", description="Write train.parquet and test.parquet for verl."
     )
@@ -371,11 +373,13 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         prepare(options.name, options.out, options.source, options.seed, options.train_size, options.test_size)
+        return 0
     except ValueError as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        raise SystemExit(f"error: out: cannot write to {options.out!r} ({error}); choose another folder") from error
+        print(f"error: out: cannot write to {options.out!r} ({error}); choose another folder", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,6 +13,7 @@ import difflib
 import os
 import re
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -135,8 +136,8 @@ def explain(hydra_error: str) -> str:
         likely = [f"{section}.{key}".lstrip(".") for key in difflib.get_close_matches(name, beside, n=1)]
         likely += [key for key in known if key.endswith(f".{name}")]
         return f"{unknown[1]}: unknown key; " + (f"did you mean {likely[0]}?" if likely else "--dry-run lists all.")
-    # What follows, that one could add the key or where Hydra looked, doesn't help: an unknown key has no effect.
-    text = " ".join(re.split("Config search path|See https", hydra_error)[0].split())
+    # What follows, where Hydra looked or that it could start several runs, doesn't help.
+    text = " ".join(re.split("Config search path|See https|3. To sweep", hydra_error)[0].split())
     if "expecting" in text or "parsing override" in text:
         text += " (an argument is key=value; a value with spaces or any of ,:=()[]{} is quoted twice: 'key=\"a, b\"')"
     return text
@@ -202,7 +203,7 @@ def prepare_data(config) -> None:
 
 
 def check_machine(config) -> None:
-    """The platform is usable: verl loaded this package's plugin, whose failure it hides; the GPUs are there."""
+    """The platform is usable: verl loaded this package's plugin, whose failure it hides; GPUs and Ray are there."""
     from verl.plugin.platform import PlatformRegistry
     from verl.utils.device import auto_set_device
 
@@ -214,12 +215,29 @@ def check_machine(config) -> None:
                 "platform: 'cpu', but verl didn't load this package's plugin (entry point verl.plugins); install the "
                 "package with pip install -e '.[cpu]' and leave VERL_USE_EXTERNAL_PLUGINS unset."
             )
-    elif not 1 <= config.trainer.n_gpus_per_node <= (gpu_count() if config.trainer.nnodes == 1 else 1024):
-        raise ConfigError(
-            f"trainer.n_gpus_per_node: {config.trainer.n_gpus_per_node}, but this machine has {gpu_count()} usable "
-            "GPU(s); set it to between 1 and that, or use platform=cpu model=tiny."
-        )
+    else:
+        most = gpu_count() if config.trainer.nnodes == 1 else 1024
+        if not 1 <= config.trainer.n_gpus_per_node <= most:
+            raise ConfigError(
+                f"trainer.n_gpus_per_node: {config.trainer.n_gpus_per_node}, but this machine has {gpu_count()} usable "
+                f"GPU(s); {f'set it to between 1 and {most}' if most else 'run on one with GPUs'}, or use platform=cpu "
+                "model=tiny."
+            )
+    check_ray_answers(os.environ.get("RAY_ADDRESS", ""))
     auto_set_device(config)
+
+
+def check_ray_answers(address: str) -> None:
+    """Ray itself would try for minutes to reach a cluster at host:port that isn't there."""
+    from iapo.checks import ConfigError
+
+    if not (match := re.fullmatch(r"([\w.-]+):(\d+)", address)):
+        return  # none, or "auto", "local", ray://...
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        reason = f"RAY_ADDRESS: nothing answers at {address} ({error})"
+        raise ConfigError(f"{reason}; start Ray there, or unset the variable.") from None
 
 
 def check_with_verl(config) -> None:

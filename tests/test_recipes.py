@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -88,6 +89,7 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
         (["trainer.lr=1"], "^trainer.lr: unknown key; did you mean actor_rollout_ref.actor.optim.lr\\?$"),
         (["trainer.zzz=1"], "^trainer.zzz: unknown key; --dry-run lists all.$"),
         (["iapo.alpha"], "'iapo.alpha'.*an argument is key=value"),
+        (["iapo.alpha=1,2"], "iapo.alpha=1,2' 1. To use it as a list.*quote the value: key='value1,value2'$"),
         (["iapo.probe=a b)"], "iapo.probe=a b\\)'.*quoted twice"),
     ],
 )
@@ -115,7 +117,8 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
             "overlong_buffer_cfg.len: 500 must be between 1 and data.max_response_length=128",
         ),
         (["data.train_batch_size=99999"], "data.train_batch_size: 99999 exceeds the"),
-        (["data=gsm8k"], "gsm8k/train.parquet is no file; make it with python -m iapo.data"),
+        (["data=math500"], "math500/train.parquet is no file; make it with python -m iapo.data math500 --out /"),
+        (["data=/my/own"], "data.val_files: /my/own/test.parquet is no file; set the path of a parquet file."),
         (["model=/no/such/model"], "actor_rollout_ref.model.path: /no/such/model is no folder"),
         (
             ["actor_rollout_ref.rollout.n=two"],
@@ -124,7 +127,9 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["data.train_batch_size=0"], "data.train_batch_size: 0 must be a whole number"),
         (["actor_rollout_ref.actor.optim.lr=fast"], "lr: 'fast' must be a number"),
         (["trainer.total_training_steps=-3"], "trainer.total_training_steps: -3"),
-        (["run_dir=/proc/x"], "run_dir: /proc/x can't be made"),
+        (["run_dir=/proc/x"], "run_dir: /proc/x can't be made, /proc can't be written to"),
+        (["run_dir=/sys/x"], "run_dir: /sys/x can't be made, /sys can't be written to"),
+        (["run_dir=/etc/passwd/x"], "run_dir: /etc/passwd/x can't be made, /etc/passwd can't be written to"),
         (["reward.custom_reward_function.path=/no/r.py"], "reward.custom_reward_function.path: /no/r.py is no file"),
         (["iapo.probe=\\#\\#"], "iapo.probe"),
         (["trainer.logger=[console,wanbd]"], "trainer.logger: 'wanbd' must be one of wandb, .*tensorboard"),
@@ -371,6 +376,17 @@ def test_gpus_that_are_not_there_are_refused(verbose_arithmetic):
     config = resolve("platform=gpu", "trainer.n_gpus_per_node=0", "trainer.nnodes=4")
     with pytest.raises(ConfigError, match="trainer.n_gpus_per_node: 0"):
         train.check_machine(config)
+
+
+def test_a_ray_cluster_that_does_not_answer_is_refused(free_port):
+    with pytest.raises(ConfigError, match=f"^RAY_ADDRESS: nothing answers at 127.0.0.1:{free_port} .*refused"):
+        train.check_ray_answers(f"127.0.0.1:{free_port}")
+    with pytest.raises(ConfigError, match="^RAY_ADDRESS: nothing answers at localhost:99999 "):
+        train.check_ray_answers("localhost:99999")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        train.check_ray_answers(f"127.0.0.1:{server.getsockname()[1]}")
+    for elsewhere in ("", "auto", "ray://head:10001"):
+        train.check_ray_answers(elsewhere)
 
 
 def test_a_missing_plugin_is_loud(verbose_arithmetic):
