@@ -26,37 +26,39 @@ from transformers import AttentionInterface
 IMPLEMENTATION = "iapo_cascade"
 
 
-class Block(NamedTuple):
-    """Consecutive queries of a forward and the keys that they see.
+class Range(NamedTuple):
+    """Consecutive queries of a forward and some of the keys that they see.
 
     Attributes:
         queries: their place in the forward.
-        width: they are runs of this many tokens; a token sees its run up to itself, and no other run.
-        dense: ranges of the stored keys that all of them see.
-        stairs: range of the stored keys of which run j sees the first `visible[j]`; at least one run sees none.
-        visible: (runs,) increasing, from 0.
+        keys: a range of the stored keys; None: their own, of which each run of `width` queries sees itself, causally.
+        width: the queries are runs of this many tokens.
+        visible: (runs,) how many of `keys` each run sees, from the first; None: every query sees all of them.
     """
 
     queries: slice
+    keys: slice | None
     width: int
-    dense: Sequence[slice] = ()
-    stairs: slice | None = None
     visible: torch.Tensor | None = None
 
 
+# Ranges of disjoint queries; what the parts say of one query is merged.
+Part = Sequence[Range]
+
+
 class Cascade:
-    """The keys and values of one forward of trajectories, and the blocks of the forward at hand."""
+    """The keys and values of one forward of trajectories, and who sees what in the forward at hand."""
 
     def __init__(self, ignores_softcap: bool):
         self.stored: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.blocks: Sequence[Block] = ()
+        self.parts: Sequence[Part] = ()
         self.storing = True
         self._ignores_softcap = ignores_softcap
         self._masks: dict[int, torch.Tensor] = {}
 
-    def start(self, blocks: Sequence[Block], storing: bool) -> None:
-        """Before a forward: its blocks, and whether its keys and values are the ones to keep."""
-        self.blocks, self.storing = blocks, storing
+    def start(self, parts: Sequence[Part], storing: bool) -> None:
+        """Before a forward: who sees what in it, and whether its keys and values are the ones to keep."""
+        self.parts, self.storing = parts, storing
         self._masks.clear()
         if storing:
             self.stored.clear()
@@ -80,34 +82,38 @@ class Cascade:
             self.stored[module] = (key, value)
         stored_key, stored_value = self.stored[module]
         softcap = None if self._ignores_softcap else softcap
-        heads, _, head_size = query.shape
-        output = query.new_empty(query.shape[1], heads, value.shape[-1])
-        for number, block in enumerate(self.blocks):
-            q = query[:, block.queries]
-            own_key, own_value = (x[:, block.queries].repeat_interleave(heads // len(x), 0) for x in (key, value))
-            out, lse = attend(*(_runs(x, block.width) for x in (q, own_key, own_value)), scale, softcap, causal=True)
-            parts = [(out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2))]
-            for keys in block.dense:
-                parts.append(_attend_shared(q, stored_key[:, keys], stored_value[:, keys], scale, softcap))
-            if block.stairs is not None:
-                out, lse = _attend_shared(
-                    q, stored_key[:, block.stairs], stored_value[:, block.stairs], scale, softcap, self._mask(number, q)
-                )
-                blind = (block.visible == 0).repeat_interleave(block.width)
-                parts.append((out, lse.masked_fill(blind, -math.inf)))
-            output[block.queries] = merge(parts).transpose(0, 1)
-        return output
 
-    def _mask(self, number: int, q: torch.Tensor) -> torch.Tensor:
-        """(N, M) additive mask of a block's stairs; the same in every layer."""
-        if number not in self._masks:
-            block = self.blocks[number]
-            columns = torch.arange(block.stairs.stop - block.stairs.start, device=q.device)
-            hidden = columns >= block.visible[:, None].to(q.device)
-            hidden[:, 0] &= block.visible.to(q.device) > 0  # a row without any key gives NaN; it is dropped later
+        def attend_range(r: Range):
+            q = query[:, r.queries]
+            if r.keys is None:
+                return _attend_own(q, key[:, r.queries], value[:, r.queries], r.width, scale, softcap)
+            k, v = stored_key[:, r.keys], stored_value[:, r.keys]
+            if r.visible is None:
+                return _attend_shared(q, k, v, scale, softcap)
+            out, lse = _attend_shared(q, k, v, scale, softcap, self._mask(r, q))
+            return out, lse.masked_fill((r.visible == 0).repeat_interleave(r.width).to(lse.device), -math.inf)
+
+        merged = []
+        for part in self.parts:
+            if len(part) == 1 and part[0].queries == slice(0, query.shape[1]):
+                merged.append(attend_range(part[0]))
+                continue
+            out = query.new_zeros(*query.shape[:2], value.shape[-1])
+            lse = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)  # no key, no weight
+            for r in part:
+                out[:, r.queries], lse[:, r.queries] = attend_range(r)
+            merged.append((out, lse))
+        return merge(merged).to(value.dtype).transpose(0, 1)
+
+    def _mask(self, r: Range, q: torch.Tensor) -> torch.Tensor:
+        """(N, M) additive mask of a range with `visible`; the same in every layer."""
+        if r.queries.start not in self._masks:
+            # A query without any key would give NaN; it sees one, and gets no weight.
+            visible = r.visible.clamp(min=1).to(q.device)
+            hidden = torch.arange(r.keys.stop - r.keys.start, device=q.device) >= visible[:, None]
             mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, -math.inf)
-            self._masks[number] = mask.repeat_interleave(block.width, 0)
-        return self._masks[number]
+            self._masks[r.queries.start] = mask.repeat_interleave(r.width, 0)
+        return self._masks[r.queries.start]
 
 
 def attend(q, k, v, scale: float, softcap: float | None = None, causal: bool = False, mask=None):
@@ -187,9 +193,17 @@ def _interface(module, query, key, value, attention_mask, scaling=None, softcap=
 AttentionInterface.register(IMPLEMENTATION, _interface)
 
 
-def _runs(x: torch.Tensor, width: int) -> torch.Tensor:
-    """(runs, heads, width, D) view of (heads, runs * width, D)."""
-    return x.unflatten(1, (-1, width)).transpose(0, 1)
+def _attend_own(q, k, v, width: int, scale, softcap):
+    """Queries (H, N, D) over their own keys (K, N, D), in runs of `width` that don't see each other."""
+    group = len(q) // len(k)
+
+    def runs(x):  # (runs, H, width, D)
+        return x.unflatten(1, (-1, width)).transpose(0, 1)
+
+    if group > 1:
+        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
+    out, lse = attend(runs(q), runs(k), runs(v), scale, softcap, causal=True)
+    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
 
 
 def _attend_shared(q, k, v, scale, softcap, mask=None):

@@ -29,7 +29,7 @@ class IapoConfig:
             segment between two probes is spread evenly over its tokens.
         stride: 1 probes every position (paper).
         max_gap: with "boundaries": no more tokens than this between two probes.
-        max_tokens_per_micro_batch: tokens per forward of the pass; speed and memory only.
+        max_tokens_per_micro_batch: tokens per forward of the pass, None: what suits the device; speed and memory only.
         validation_information: measure the information rate on validation completions too (one more pass each time).
 
     Raises:
@@ -48,7 +48,7 @@ class IapoConfig:
     probe_at: str = "stride"
     stride: int = 1
     max_gap: int = 64
-    max_tokens_per_micro_batch: int = 16384
+    max_tokens_per_micro_batch: int | None = None
     validation_information: bool = False
 
     def __post_init__(self):
@@ -61,6 +61,8 @@ class IapoConfig:
                 raise ValueError(f"iapo.{name}: {getattr(self, name)!r} must be one of {', '.join(choices)}.")
         for name in ("stride", "max_gap", "max_tokens_per_micro_batch"):
             value = getattr(self, name)
+            if value is None and name == "max_tokens_per_micro_batch":
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"iapo.{name}: {value!r} must be an integer of at least 1.")
         for name in ("exit_marker", "probe", "answer_end"):

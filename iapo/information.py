@@ -19,8 +19,8 @@ from iapo.output_layer import measured_output_layer
 from iapo.packing import Completion, forwards, packs, probe_positions
 from iapo.support import check_model
 
-# Tokens per forward: enough for the model's matrix products to be fast, few enough for a CPU's caches.
-MAX_TOKENS = 4096
+# Tokens per forward where the caller doesn't say, by device: a CPU's caches like few, a GPU's cores many.
+MAX_TOKENS = {"cpu": 768, "cuda": 16384}
 
 
 def exit_entropy(
@@ -34,7 +34,7 @@ def exit_entropy(
     stride: int = 1,
     boundaries: torch.Tensor | None = None,
     answers: Sequence[torch.Tensor] | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
 ) -> torch.Tensor:
     r"""Entropy of the answer if the model had to answer now, after every response token.
 
@@ -60,7 +60,8 @@ def exit_entropy(
         boundaries: (B, T) 1 on tokens that end a reasoning step: probe after those instead, and in between so that no
             gap is longer than `stride`.
         answers: B tensors of token ids, those that would follow the probe. An empty one has surprisal 0 everywhere.
-        max_tokens: tokens per forward (one trajectory always fits). Speed and memory, not the result.
+        max_tokens: tokens per forward (one trajectory always fits); None: what suits the device. Speed and memory, not
+            the result.
 
     Returns:
         (B, T + 1) float32, h_0 .. h_T in nats, constant after a row's last valid token. A row without a valid token
@@ -86,7 +87,7 @@ def exit_entropies(
     completions: Sequence[Completion],
     probe_ids: Sequence[int] | torch.Tensor,
     *,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     chunk_size: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[int, torch.Tensor]]:
@@ -95,6 +96,7 @@ def exit_entropies(
     Completions of one prompt share its keys and values. The number of forwards is `iapo.packing.forward_count`.
     """
     probe_ids = torch.as_tensor(probe_ids, dtype=torch.long).cpu()
+    max_tokens = max_tokens or default_max_tokens(device)
     for i, completion in enumerate(completions):
         if completion.nothing_to_score:
             yield i, torch.zeros(len(completion.response) + 1)
@@ -103,7 +105,7 @@ def exit_entropies(
             probed = {i: torch.zeros(len(completions[i].positions)) for group in groups for i in group}
             for forward in forwards(completions, groups, probe_ids, max_tokens, chunk_size):
                 storing = not forward.runs
-                attention.start(forward.blocks, storing)
+                attention.start(forward.parts, storing)
                 output_layer.start(forward.targets, passes_on=storing)
                 result = model(
                     input_ids=forward.token_ids[None].to(device),
@@ -136,7 +138,7 @@ def exit_entropy_naive(
     stride: int = 1,
     boundaries: torch.Tensor | None = None,
     answers: Sequence[torch.Tensor] | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
 ) -> torch.Tensor:
     """The reference of `exit_entropy`: one plain forward per position, without cache, packing, padding or mask.
 
@@ -214,6 +216,12 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     return logits.logsumexp(-1) - torch.where(probabilities > 0, probabilities * logits, 0.0).sum(-1)
 
 
+def default_max_tokens(device: torch.device | str | int) -> int:
+    """Tokens per forward that suit a device; an accelerator that isn't listed is taken for a GPU."""
+    kind = device if isinstance(device, str) else getattr(device, "type", "cuda")
+    return MAX_TOKENS.get(kind.partition(":")[0], MAX_TOKENS["cuda"])
+
+
 def interpolate(values: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:
     """(length + 1,) from values (J,) at positions (J,): linear in between, constant after the last."""
     t = torch.arange(length + 1).clamp(max=int(positions[-1]))
@@ -251,9 +259,8 @@ def _unpad(
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if probe_ids.ndim != 1 or len(probe_ids) == 0 or probe_ids.min() < 0 or probe_ids.max() >= vocabulary:
         raise ValueError(f"probe_ids: {probe_ids.tolist()} must be a non-empty list of ids below {vocabulary}.")
-    counts = {"stride": stride, "max_tokens": max_tokens} | ({} if chunk_size is None else {"chunk_size": chunk_size})
-    for name, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+    for name, value in (("stride", stride), ("chunk_size", chunk_size), ("max_tokens", max_tokens)):
+        if not (value is None and name != "stride") and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: {value!r} must be an integer of at least 1.")
     if boundaries is not None and boundaries.shape != response_mask.shape:
         raise ValueError(

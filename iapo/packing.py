@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from iapo.cascade import Block
+from iapo.cascade import Part, Range
 
 # Largest probes x keys of a block's stairs, half of which are masked out: a larger one makes fewer attention calls and
 # more work in vain.
@@ -51,7 +51,7 @@ class Forward(NamedTuple):
 
     Attributes:
         token_ids, position_ids: (N,).
-        blocks: who sees whom.
+        parts: who sees what.
         runs: (row, first, last): the probes in it, in order, by the places of their positions; none: a forward of
             trajectories, whose keys and values are to be kept.
         scored: (M,) the tokens whose logits count.
@@ -61,7 +61,7 @@ class Forward(NamedTuple):
 
     token_ids: torch.Tensor
     position_ids: torch.Tensor
-    blocks: list[Block]
+    parts: list[Part]
     runs: list[tuple[int, int, int]]
     scored: torch.Tensor | None = None
     probe_of_scored: torch.Tensor | None = None
@@ -127,63 +127,77 @@ def forwards(
         groups: an element of `packs`.
         chunk_size: probes per forward; None: as many as `max_tokens` holds, at least one.
     """
-    tokens, positions, blocks = [], [], []
+    tokens, positions = [], []
     prompt_of: dict[int, slice] = {}
     response_of: dict[int, slice] = {}
+    own: list[Range] = []
+    prompts: list[Range] = []
     end = 0
 
     def place(ids: torch.Tensor, first_position: int) -> slice:
         nonlocal end
         tokens.append(ids)
         positions.append(torch.arange(first_position, first_position + len(ids)))
-        end += len(ids)
-        return slice(end - len(ids), end)
+        where = slice(end, end + len(ids))
+        if len(ids):
+            own.append(Range(where, None, len(ids)))
+        end = where.stop
+        return where
 
     for group in groups:
         prompt_ids = completions[group[0]].prompt
         prompt = place(prompt_ids, 0)
-        blocks.append(Block(prompt, len(prompt_ids)))
         for i in group:
-            response = place(completions[i].trajectory, len(prompt_ids))
-            if response.start < response.stop:
-                blocks.append(Block(response, response.stop - response.start, (prompt,)))
-            prompt_of[i], response_of[i] = prompt, response
-    yield Forward(torch.cat(tokens), torch.cat(positions), blocks, [])
+            prompt_of[i], response_of[i] = prompt, place(completions[i].trajectory, len(prompt_ids))
+        if end > prompt.stop:
+            prompts.append(Range(slice(prompt.stop, end), prompt, 1))
+    yield Forward(torch.cat(tokens), torch.cat(positions), [own, prompts], [])
 
     for chunk in _chunks(_probes(completions, groups), completions, len(probe_ids), max_tokens, chunk_size):
-        tokens, positions, blocks, runs, scored, targets = [], [], [], [], [], []
+        tokens, positions, runs, scored, targets = [], [], [], [], []
+        own, prompts, prefixes, stairs = parts = [], [], [], []
         end = 0
         for i, first, last in _runs(chunk, completions):
-            completion = completions[i]
+            completion, prompt, response = completions[i], prompt_of[i], response_of[i]
             before = completion.positions[first : last + 1]
             count = len(before)
             suffix = probe_ids if completion.answer is None else torch.cat([probe_ids, completion.answer[:-1]])
-            queries = slice(end, end + count * len(suffix))
-            response = response_of[i]
+            width = len(suffix)
+            queries = slice(end, end + count * width)
+            end = queries.stop
+            _extend(own, Range(queries, None, width))
+            _extend(prompts, Range(queries, prompt, 1))
             lowest, highest = (response.start + int(before[k]) for k in (0, -1))
-            dense = [span for span in (prompt_of[i], slice(response.start, lowest)) if span.start < span.stop]
-            stairs = (slice(lowest, highest), before - before[0]) if lowest < highest else ()
-            blocks.append(Block(queries, len(suffix), dense, *stairs))
+            if lowest > response.start:
+                prefixes.append(Range(queries, slice(response.start, lowest), width))
+            if highest > lowest:
+                stairs.append(Range(queries, slice(lowest, highest), width, before - before[0]))
             tokens.append(suffix.repeat(count))
-            first_position = len(completion.prompt) + before
-            positions.append((first_position[:, None] + torch.arange(len(suffix))).flatten())
+            positions.append((len(completion.prompt) + before[:, None] + torch.arange(width)).flatten())
             # The logits that count: of the last probe token and of the answer tokens behind it.
-            places = torch.arange(len(probe_ids) - 1, len(suffix))
-            scored.append((torch.arange(queries.start, queries.stop, len(suffix))[:, None] + places).flatten())
+            places = torch.arange(len(probe_ids) - 1, width)
+            scored.append((torch.arange(queries.start, queries.stop, width)[:, None] + places).flatten())
             runs.append((i, first, last))
             if completion.answer is not None:
                 targets.append(completion.answer.repeat(count))
-            end = queries.stop
         per_probe = [completions[i].answered + 1 for i, first, last in runs for _ in range(first, last + 1)]
         yield Forward(
             torch.cat(tokens),
             torch.cat(positions),
-            blocks,
+            [part for part in parts if part],
             runs,
             torch.cat(scored),
             torch.arange(len(per_probe)).repeat_interleave(torch.tensor(per_probe)),
             torch.cat(targets) if targets else None,
         )
+
+
+def _extend(part: list[Range], r: Range) -> None:
+    """Append a range, or make it one with the last if it goes on with the same keys and width."""
+    if part and (part[-1].keys, part[-1].width, part[-1].queries.stop) == (r.keys, r.width, r.queries.start):
+        part[-1] = part[-1]._replace(queries=slice(part[-1].queries.start, r.queries.stop))
+    else:
+        part.append(r)
 
 
 def forward_count(

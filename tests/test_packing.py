@@ -2,6 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iapo.cascade import Range
 from iapo.information import exit_entropies
 from iapo.packing import Completion, forward_count, forwards, packs, probe_positions
 from tests.conftest import VOCAB
@@ -40,19 +41,17 @@ def test_forwards_by_hand():
     trajectories, first, second = forwards(rows, [[0, 1]], PROBE, max_tokens=100, chunk_size=4)
     assert trajectories.token_ids.tolist() == [1, 2, 3, 4, 7]  # token 6 is behind the last position
     assert trajectories.position_ids.tolist() == [0, 1, 2, 3, 2]
-    assert [(b.queries, b.width, list(b.dense)) for b in trajectories.blocks] == [
-        (slice(0, 2), 2, []),
-        (slice(2, 4), 2, [slice(0, 2)]),
-        (slice(4, 5), 1, [slice(0, 2)]),
-    ]
+    own, prompts = trajectories.parts
+    assert own == [Range(slice(0, 2), None, 2), Range(slice(2, 4), None, 2), Range(slice(4, 5), None, 1)]
+    assert prompts == [Range(slice(2, 5), slice(0, 2), 1)]
     assert first.token_ids.tolist() == [5, 11] * 4
     assert first.position_ids.tolist() == [2, 3, 3, 4, 4, 5, 2, 3]
     assert first.runs == [(0, 0, 2), (1, 0, 0)] and first.scored.tolist() == [1, 3, 5, 7]
-    stairs, alone = first.blocks
-    assert (stairs.queries, stairs.dense, stairs.stairs) == (slice(0, 6), [slice(0, 2)], slice(2, 4))
-    assert stairs.visible.tolist() == [0, 1, 2]
-    assert (alone.queries, alone.dense, alone.stairs) == (slice(6, 8), [slice(0, 2)], None)
-    assert second.runs == [(1, 1, 1)] and second.blocks[0].dense == [slice(0, 2), slice(4, 5)]
+    own, prompts, (stairs,) = first.parts
+    assert own == [Range(slice(0, 8), None, 2)] and prompts == [Range(slice(0, 8), slice(0, 2), 1)]
+    assert stairs[:3] == (slice(0, 6), slice(2, 4), 2) and stairs.visible.tolist() == [0, 1, 2]
+    assert second.runs == [(1, 1, 1)]
+    assert second.parts[2] == [Range(slice(0, 2), slice(4, 5), 2)]  # a prefix that needs no mask
 
 
 def test_answers_stand_behind_the_probe_but_for_their_last_token():

@@ -13,7 +13,7 @@ from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from iapo.config import IapoConfig
-from iapo.information import exit_entropies
+from iapo.information import default_max_tokens, exit_entropies
 from iapo.packing import Completion, forward_count, probe_positions
 from iapo.region import final_answer, reasoning_length, step_ends
 from iapo.support import check_model
@@ -45,7 +45,7 @@ class IapoWorker(ActorRolloutRefWorker):
             self._completion(prompt, response, mask, config)
             for prompt, response, mask in zip(*(data[name].unbind() for name in INPUT_FIELDS), strict=True)
         ]
-        max_tokens = config.max_tokens_per_micro_batch
+        max_tokens = config.max_tokens_per_micro_batch or default_max_tokens(get_device_id())
 
         engine = self.actor.engine
         # Ranks agree on what to refuse and on how often to call the model before the first forward: FSDP gathers

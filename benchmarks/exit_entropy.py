@@ -1,0 +1,195 @@
+"""The exit-entropy pass against its floor and its competitors: python -m benchmarks.exit_entropy
+
+The floor is a plain forward of as many tokens as the pass must push through the model, S + P (T + 1) per completion, as
+causal sequences as long as the trajectory, so that a token attends to as many others on average. `/ floor` is the ratio
+to it, `/ probes` the ratio to a plain forward of the P (T + 1) probe tokens alone.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+import transformers
+
+from benchmarks.kv_copies import exit_entropy_by_copies
+from benchmarks.measure import interleaved, machine, peak_mib, table
+from iapo.information import exit_entropies, exit_entropy_naive
+from iapo.packing import Completion, probe_positions
+
+SHAPES = {
+    "small": dict(
+        vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=4,
+    ),
+    "qwen2.5-0.5b": dict(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+PROMPT = 64
+NAIVE_UP_TO = 64
+COPIES = (1, 4, 16, 64)
+STEP = 16  # mean tokens of a reasoning step, for the boundaries
+
+
+def make_model(shape: str, device: str):
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**SHAPES[shape], max_position_embeddings=32768)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def make_completions(vocabulary: int, T: int, B: int, density: str) -> list[Completion]:
+    """B completions of one prompt, random tokens; probed everywhere, every 8th token or at random step ends."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, vocabulary, (PROMPT,), generator=generator)
+    completions = []
+    for _ in range(B):
+        response = torch.randint(0, vocabulary, (T,), generator=generator)
+        ends = torch.rand(T, generator=generator) < 1 / STEP
+        positions = {
+            "full": probe_positions(T),
+            "stride 8": probe_positions(T, 8),
+            "boundaries": probe_positions(T, 64, ends),
+        }[density]
+        completions.append(Completion(prompt, response, positions))
+    return completions
+
+
+def plain(model, tokens: int, length: int, probe_length: int, device: str) -> None:
+    """Forwards of `tokens` tokens in sequences of `length`, with logits for as many as a pass scores."""
+    at_a_time = 1 if device == "cpu" else max(16384 // length, 1)
+    keep = torch.arange(0, length, probe_length, device=device)
+    with torch.no_grad():
+        while tokens > 0:
+            rows = min(at_a_time, -(-tokens // length))
+            ids = torch.zeros(rows, min(length, tokens), dtype=torch.long, device=device)
+            model(input_ids=ids, use_cache=False, logits_to_keep=keep[keep < ids.shape[1]])
+            tokens -= ids.numel()
+
+
+def plain_with_cache(model, length: int, device: str) -> None:
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, length, dtype=torch.long, device=device), use_cache=True, logits_to_keep=1)
+
+
+def ours(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
+    return [h for _, h in sorted(exit_entropies(model, completions, probe_ids, device=device))]
+
+
+def copies(model, completions, probe_ids, device: str, chunk_size: int) -> list[torch.Tensor]:
+    probe_ids = probe_ids.to(device)
+    return [
+        exit_entropy_by_copies(model, c.prompt.to(device), c.response.to(device), probe_ids, chunk_size).cpu()
+        for c in completions
+    ]
+
+
+def naive(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
+    results = []
+    for c in completions:
+        ids = torch.cat([c.prompt, c.response])[None].to(device)
+        ones = torch.ones_like(ids)
+        results.append(exit_entropy_naive(model, ids, ones, ones[:, len(c.prompt) :], probe_ids)[0].cpu())
+    return results
+
+
+def check(model, probe_ids, device: str) -> None:
+    """What is timed is also right: the methods against the naive reference, on a short completion."""
+    completions = make_completions(model.config.vocab_size, 24, 2, "full")
+    expected = naive(model, completions, probe_ids, device)
+    tolerance = 1e-5 if device == "cpu" else 0.05  # bf16 states on a GPU
+    for name, result in (
+        ("ours", ours(model, completions, probe_ids, device)),
+        ("KV copies", copies(model, completions, probe_ids, device, 4)),
+    ):
+        error = max((a - b).abs().max().item() for a, b in zip(result, expected, strict=True))
+        print(f"{name}: within {error:.1e} nats of the naive reference")
+        if error > tolerance:
+            raise SystemExit(f"benchmarks.exit_entropy: {name}: error {error} exceeds {tolerance} nats")
+
+
+def memory_of(method: str, shape: str, T: int, P: int, device: str):
+    """Prepare one method in a process of its own; see `peak_mib`."""
+    model = make_model(shape, device)
+    plain_with_cache(model, 16, device)  # what torch allocates once
+    if method == "plain with cache":
+        return partial(plain_with_cache, model, PROMPT + T, device)
+    completions = make_completions(model.config.vocab_size, T, 1, "full")
+    if method == "ours":
+        return partial(ours, model, completions, torch.arange(1, P + 1), device)
+    return partial(copies, model, completions, torch.arange(1, P + 1), device, 16)
+
+
+def measure(model, shape: str, T: int, B: int, P: int, repeats: int, device: str) -> list[list[str]]:
+    probe_ids = torch.arange(1, P + 1)
+    length = PROMPT + T
+    probes = {
+        d: sum(len(c.positions) for c in make_completions(2, T, B, d)) for d in ("full", "stride 8", "boundaries")
+    }
+    pushed = {density: PROMPT + B * T + P * count for density, count in probes.items()}
+    functions = {
+        "plain forward of the same tokens": partial(plain, model, pushed["full"], length, P, device),
+        "plain forward of the probe tokens": partial(plain, model, P * probes["full"], length, P, device),
+    }
+    for density in probes:
+        completions = make_completions(model.config.vocab_size, T, B, density)
+        functions[f"ours, {density}"] = partial(ours, model, completions, probe_ids, device)
+    full = make_completions(model.config.vocab_size, T, B, "full")
+    for chunk_size in COPIES:
+        functions[f"KV copies, {chunk_size}"] = partial(copies, model, full, probe_ids, device, chunk_size)
+    if T <= NAIVE_UP_TO:
+        functions["naive"] = partial(naive, model, full, probe_ids, device)
+    seconds = interleaved(functions, repeats, device, f"{shape} T={T} B={B}")
+    floor, probe_floor = (seconds[name] for name in list(seconds)[:2])
+    best = min((name for name in seconds if name.startswith("KV copies")), key=seconds.get)
+    rows = []
+    for name, value in seconds.items():
+        if name.startswith("KV copies") and name != best:
+            continue
+        density = next((d for d in probes if name == f"ours, {d}"), "full")
+        speed = "" if name.startswith("plain") else f"{P * probes[density] / value:,.0f}"
+        label = f"per-position {name} at a time" if name == best else name
+        rows.append(
+            [label, str(T), str(B), f"{value:.3f}", f"{value / floor:.2f}", f"{value / probe_floor:.2f}", speed]
+        )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--shape", choices=SHAPES, default="small" if device == "cpu" else "qwen2.5-0.5b")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048], metavar="T")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="completions of one prompt")
+    parser.add_argument("--probe", type=int, default=6, metavar="P", help="probe tokens")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; a training worker has one")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    print(f"{options.shape}, P = {options.probe}; {machine(device)}")
+    if options.memory:
+        rows = []
+        for T in options.lengths:
+            peaks = {
+                method: peak_mib(partial(memory_of, method, options.shape, T, options.probe, device), device)
+                for method in ("plain with cache", "ours", "KV copies")
+            }
+            base = peaks["plain with cache"]
+            rows += [[name, str(T), f"{peak:.0f}", f"{peak / base:.2f}"] for name, peak in peaks.items()]
+        print(table(["method", "T", "peak MiB over the model", "/ plain with cache"], rows))
+        return
+    model = make_model(options.shape, device)
+    check(model, torch.arange(1, options.probe + 1), device)
+    rows = []
+    for T in options.lengths:
+        rows += measure(model, options.shape, T, options.batch, options.probe, options.repeats, device)
+    print(table(["method", "T", "B", "seconds", "/ floor", "/ probes", "probe tokens/s"], rows))
+
+
+if __name__ == "__main__":
+    main()

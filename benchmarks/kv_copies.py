@@ -1,0 +1,41 @@
+"""The competitor: exit entropies with one copy of the prefix's keys and values per position.
+
+What the released research code does, written fairly: only prefixes are copied, chunks run over growing prefixes, the
+copies of a chunk go through the model as one batch, and the benchmark takes the best chunk size.
+"""
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from iapo.information import entropy
+
+
+def exit_entropy_by_copies(model, prompt, response, probe_ids, chunk_size: int) -> torch.Tensor:
+    """(T + 1,) float32 for one completion without padding: prompt (L,), response (T,), probe_ids (P,)."""
+    device, length, P = prompt.device, len(prompt), len(probe_ids)
+    with torch.no_grad():
+        ids = torch.cat([prompt, response])[None]
+        cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        values = []
+        for positions in torch.arange(len(response) + 1, device=device).split(chunk_size):
+            longest = length + int(positions[-1])
+            copies = DynamicCache()
+            for layer in cache.layers:
+                copy = DynamicLayer()  # `update` would copy once more
+                keys, values_ = (x[:, :, :longest].repeat(len(positions), 1, 1, 1) for x in (layer.keys, layer.values))
+                copy.lazy_initialization(keys, values_)
+                copy.keys, copy.values = keys, values_
+                copies.layers.append(copy)
+            prefix = torch.arange(longest, device=device) < length + positions[:, None]
+            mask = torch.cat([prefix, torch.ones(len(positions), P, dtype=torch.bool, device=device)], 1)
+            logits = model(
+                input_ids=probe_ids.expand(len(positions), -1),
+                attention_mask=mask.long(),
+                position_ids=length + positions[:, None] + torch.arange(P, device=device),
+                past_key_values=copies,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits
+            values.append(entropy(logits[:, -1]))
+    return torch.cat(values)

@@ -1,0 +1,79 @@
+"""The share of the exit-entropy pass in a training step on the embedded task: python -m benchmarks.step
+
+Trains a few steps of each variant on the real stack, one after the other, and prints the medians of verl's own timers
+without the first step, which warms up. Later steps of the same run differ, so runs are compared by their shares.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.measure import machine, table
+from iapo.metrics_file import read_metrics
+
+VARIANTS = {
+    "grpo": ["variant=grpo"],
+    "iapo, every position": ["variant=iapo"],
+    "iapo, stride 8": ["variant=iapo", "iapo.stride=8"],
+    "iapo, boundaries": ["variant=iapo", "iapo.probe_at=boundaries"],
+    "iapo, answer_logprob": ["variant=iapo", "iapo.score=answer_logprob"],
+}
+
+
+def run(overrides: list[str], steps: int, folder: Path) -> list[dict]:
+    """Metrics of steps 2, 3, ..."""
+    command = [sys.executable, "-m", "iapo.train", *overrides, f"run_dir={folder}"]
+    command += [f"trainer.total_training_steps={steps}", "trainer.test_freq=-1", "trainer.save_freq=-1"]
+    command += ["trainer.val_before_train=false"]
+    with folder.with_suffix(".log").open("w") as log:
+        result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+    if result.returncode:
+        lines = folder.with_suffix(".log").read_text().splitlines()
+        raise SystemExit("\n".join(lines[-20:]))
+    return [metrics for step, metrics in read_metrics(folder / "metrics.jsonl") if step > 1]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("overrides", nargs="*", help="passed on to iapo.train")
+    options = parser.parse_args(arguments)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, overrides) in enumerate(VARIANTS.items()):
+            print(f"{number + 1}/{len(VARIANTS)}: {name}", file=sys.stderr, flush=True)
+            steps = run([*overrides, *options.overrides], options.steps, Path(folder) / f"run{number}")
+
+            def median(key, steps=steps):
+                return statistics.median(metrics.get(key, 0.0) for metrics in steps)
+
+            share = statistics.median(m.get("timing_s/exit_entropy", 0.0) / m["timing_s/step"] for m in steps)
+            rows.append(
+                [
+                    name,
+                    *(f"{median(f'timing_s/{key}'):.2f}" for key in ("step", "gen", "old_log_prob", "ref")),
+                    *(f"{median(f'timing_s/{key}'):.2f}" for key in ("update_actor", "exit_entropy")),
+                    f"{100 * share:.1f}%",
+                    f"{median('iapo/probe_tokens_per_second'):,.0f}",
+                ]
+            )
+    header = [
+        "seconds of a step",
+        "step",
+        "gen",
+        "old_log_prob",
+        "ref",
+        "update",
+        "exit_entropy",
+        "share",
+        "probe tok/s",
+    ]
+    print(machine("cpu"))
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
