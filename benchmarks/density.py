@@ -71,9 +71,9 @@ def main(arguments: list[str] | None = None) -> None:
             for prompt, response, text in rows
         ]  # fmt: skip
         start = time.perf_counter()
-        values = dict(exit_entropies(precise, completions, probe_ids))
+        values = exit_entropies(precise, completions, probe_ids)
         seconds = time.perf_counter() - start
-        h = torch.stack([torch.cat([v, v[-1:].expand(mask.shape[1] + 1 - len(v))]) for _, v in sorted(values.items())])
+        h = torch.stack([torch.cat([v, v[-1:].expand(mask.shape[1] + 1 - len(v))]) for v in values])
         return h, seconds, sum(len(c.positions) for c in completions)
 
     def everywhere(response):

@@ -77,7 +77,7 @@ def plain_with_cache(model, length: int, device: str) -> None:
 
 
 def ours(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
-    return [h for _, h in sorted(exit_entropies(model, completions, probe_ids, device=device))]
+    return exit_entropies(model, completions, probe_ids, device=device)
 
 
 def copies(model, completions, probe_ids, device: str, chunk_size: int) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ whose keys and values are kept, and many positions' probes per forward. Unlike t
 per position: the probes are queries of ONE shared copy, see `iapo.cascade`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -75,9 +75,10 @@ def exit_entropy(
     )
     check_model(model, max(len(c.prompt) + len(c.trajectory) + c.answered for c in completions) + len(probe_ids))
     h_BT1 = torch.zeros(response_mask.shape[0], response_mask.shape[1] + 1)
-    for i, h in exit_entropies(
+    values = exit_entropies(
         model, completions, probe_ids, max_tokens=max_tokens, chunk_size=chunk_size, device=input_ids.device
-    ):
+    )
+    for i, h in enumerate(values):
         h_BT1[i] = F.pad(h[None], (0, h_BT1.shape[1] - len(h)), mode="replicate")[0]
     return h_BT1.to(input_ids.device)
 
@@ -90,19 +91,16 @@ def exit_entropies(
     max_tokens: int | None = None,
     chunk_size: int | None = None,
     device: torch.device | str = "cpu",
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """(row number, h_0 .. h_{R_i} on the CPU) of every completion, in any order: `exit_entropy` without padding.
+) -> list[torch.Tensor]:
+    """h_0 .. h_{R_i}, on the CPU, of every completion: `exit_entropy` without padding.
 
     Completions of one prompt share its keys and values. The number of forwards is `iapo.packing.forward_count`.
     """
     probe_ids = torch.as_tensor(probe_ids, dtype=torch.long).cpu()
     max_tokens = max_tokens or default_max_tokens(device)
-    for i, completion in enumerate(completions):
-        if completion.nothing_to_score:
-            yield i, torch.zeros(len(completion.response) + 1)
+    probed = [torch.zeros(len(completion.positions)) for completion in completions]
     with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:
         for groups in packs(completions, max_tokens):
-            probed = {i: torch.zeros(len(completions[i].positions)) for group in groups for i in group}
             for forward in forwards(completions, groups, probe_ids, max_tokens, chunk_size):
                 storing = not forward.runs
                 attention.start(forward.parts, storing)
@@ -118,13 +116,10 @@ def exit_entropies(
                     output_layer.check(model, result.logits)
                     continue
                 scores = (output_layer.entropy if forward.targets is None else -output_layer.log_prob).cpu()
-                sums = torch.zeros(int(forward.probe_of_scored[-1]) + 1).index_add_(0, forward.probe_of_scored, scores)
-                for (i, first, last), h in zip(
-                    forward.runs, sums.split([n - m + 1 for _, m, n in forward.runs]), strict=True
-                ):
-                    probed[i][first : last + 1] = h
-            for i, h in probed.items():
-                yield i, interpolate(h, completions[i].positions, len(completions[i].response))
+                h = torch.zeros(int(forward.probe_of_scored[-1]) + 1).index_add_(0, forward.probe_of_scored, scores)
+                for i, first, last in forward.runs:
+                    probed[i][first : last + 1], h = h[: last + 1 - first], h[last + 1 - first :]
+    return [interpolate(h, c.positions, len(c.response)) for h, c in zip(probed, completions, strict=True)]
 
 
 def exit_entropy_naive(

@@ -55,13 +55,11 @@ class IapoWorker(ActorRolloutRefWorker):
         forwards, longest = self._maximum_over_ranks(own_forwards, longest)
         check_model(engine.module, longest)
 
-        values: list[torch.Tensor] = [torch.empty(0)] * len(completions)
         dtype = getattr(engine, "_autocast_dtype", torch.bfloat16)
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(get_device_name(), dtype=dtype)
         with engine.eval_mode(), torch.no_grad(), autocast:
             device = get_device_id()
-            for i, h in exit_entropies(engine.module, completions, probe_ids, max_tokens=max_tokens, device=device):
-                values[i] = h
+            values = exit_entropies(engine.module, completions, probe_ids, max_tokens=max_tokens, device=device)
             dummy = torch.zeros(1, 1, dtype=torch.long, device=device)
             for _ in range(forwards - own_forwards):
                 engine.module(input_ids=dummy, use_cache=False)
