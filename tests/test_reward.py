@@ -276,10 +276,11 @@ def test_killed_workers_are_replaced():
 
 def test_a_worker_that_dies_at_work_is_a_counted_failure():
     async def run():
+        before = {process: process.cpu_times().user for process in map(psutil.Process, worker_pids())}
         call = asyncio.create_task(compute_score("", well_formed("9^{9^{9^{9}}}"), "5", timeout_s=60.0))
-        await asyncio.sleep(0.5)
-        for pid in worker_pids():
-            psutil.Process(pid).kill()
+        while not (busy := [p for p, start in before.items() if p.cpu_times().user > start + 0.2]):
+            await asyncio.sleep(0.05)
+        busy[0].kill()
         return await call
 
     score(well_formed("1/2"), "0.5")
