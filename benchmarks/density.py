@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stride in (2, 4, 8, 16):
         table_rows.append(compare(f"stride {stride}", *measure(lambda r, k=stride: probe_positions(len(r), k))))
     for gap in (64, 8):
-        result = measure(lambda r, gap=gap: probe_positions(len(r), gap, ends[r]))
+        result = measure(lambda r, gap=gap: probe_positions(len(r), boundaries=ends[r], max_gap=gap))
         table_rows.append(compare(f"boundaries, gap {gap}", *result))
     table_rows.append(compare("answer_logprob, every position", *measure(everywhere, answers=True)))
     print(f"{len(rows)} completions, {int(mask.sum())} tokens, {full_probes} probes; {machine('cpu')}")

@@ -53,9 +53,14 @@ def peak_mib(prepare: Callable[[], Callable], device: str) -> float:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_peak_of_process, args=(prepare, sender))
     process.start()
-    result = receiver.recv()
-    process.join()
-    return result
+    sender.close()  # so that a process that dies ends the wait
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the measured process ended with status {process.exitcode}, out of memory?") from None
+    finally:
+        process.join()
 
 
 def _peak_of_process(prepare, sender) -> None:

@@ -21,9 +21,12 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 
 IMPLEMENTATION = "iapo_cascade"
+
+# Float32 scores that `attend_naive` holds at a time (64 MB).
+SCORES_AT_A_TIME = 2**24
 
 
 class Range(NamedTuple):
@@ -49,37 +52,45 @@ Part = Sequence[Range]
 class Cascade:
     """The keys and values of one forward of trajectories, and who sees what in the forward at hand."""
 
-    def __init__(self, ignores_softcap: bool):
+    def __init__(self, model, ignores_softcap: bool):
         self.stored: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.parts: Sequence[Part] = ()
-        self.storing = True
-        self._ignores_softcap = ignores_softcap
-        self._masks: dict[int, torch.Tensor] = {}
+        self._model, self._ignores_softcap = model, ignores_softcap
+        self._parts: Sequence[Part] = ()
+        self._storing = False
+        self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def start(self, parts: Sequence[Part], storing: bool) -> None:
-        """Before a forward: who sees what in it, and whether its keys and values are the ones to keep."""
-        self.parts, self.storing = parts, storing
-        self._masks.clear()
-        if storing:
-            self.stored.clear()
+    def run(self, token_ids, position_ids, parts: Sequence[Part], storing: bool, logits_to_keep):
+        """The model's output for one packed row (N,) of tokens.
 
-    def check(self, model) -> None:
-        """After a forward of trajectories: refuse a model some of whose layers attended in a way of their own.
+        Args:
+            parts: who sees what.
+            storing: whether these tokens' keys and values are the ones to keep.
 
         Raises:
             ValueError: not every layer called this attention.
         """
-        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        self._parts, self._storing = parts, storing
+        self._masks.clear()
+        if storing:
+            self.stored.clear()
+        output = self._model(
+            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=logits_to_keep
+        )
+        layers = self._model.config.get_text_config(decoder=True).num_hidden_layers
         if len(self.stored) != layers:
             raise ValueError(
-                f"model: {len(self.stored)} of the {layers} layers of {type(model).__name__} use transformers' "
-                "attention interface; the exit-entropy pass needs all of them to."
+                f"model: {len(self.stored)} of the {layers} layers of {type(self._model).__name__} use transformers' "
+                "attention interface; the exit-entropy pass needs all of them to, or none."
             )
+        return output
 
     def attend(self, module, query, key, value, scale, softcap) -> torch.Tensor:
         """(N, H, D) outputs for the queries (H, N, D) of one layer, whose own keys and values are (K, N, D)."""
-        if self.storing:
-            self.stored[module] = (key, value)
+        if self._storing:
+            # A model with one projection for all three gives views of it, which would keep the whole alive.
+            self.stored[module] = tuple(
+                x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for x in (key, value)
+            )
         stored_key, stored_value = self.stored[module]
         softcap = None if self._ignores_softcap else softcap
 
@@ -90,11 +101,12 @@ class Cascade:
             k, v = stored_key[:, r.keys], stored_value[:, r.keys]
             if r.visible is None:
                 return _attend_shared(q, k, v, scale, softcap)
-            out, lse = _attend_shared(q, k, v, scale, softcap, self._mask(r, q))
-            return out, lse.masked_fill((r.visible == 0).repeat_interleave(r.width).to(lse.device), -math.inf)
+            mask, blind = self._mask(r, q)
+            out, lse = _attend_shared(q, k, v, scale, softcap, mask)
+            return out, lse.masked_fill(blind, -math.inf)
 
         merged = []
-        for part in self.parts:
+        for part in self._parts:
             if len(part) == 1 and part[0].queries == slice(0, query.shape[1]):
                 merged.append(attend_range(part[0]))
                 continue
@@ -105,15 +117,60 @@ class Cascade:
             merged.append((out, lse))
         return merge(merged).to(value.dtype).transpose(0, 1)
 
-    def _mask(self, r: Range, q: torch.Tensor) -> torch.Tensor:
-        """(N, M) additive mask of a range with `visible`; the same in every layer."""
+    def _mask(self, r: Range, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, M) additive mask of a range with `visible`, and (N,) who sees none of it; the same in every layer."""
         if r.queries.start not in self._masks:
+            visible = r.visible.repeat_interleave(r.width).to(q.device)
             # A query without any key would give NaN; it sees one, and gets no weight.
-            visible = r.visible.clamp(min=1).to(q.device)
-            hidden = torch.arange(r.keys.stop - r.keys.start, device=q.device) >= visible[:, None]
+            hidden = torch.arange(r.keys.stop - r.keys.start, device=q.device) >= visible.clamp(min=1)[:, None]
             mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, -math.inf)
-            self._masks[r.queries.start] = mask.repeat_interleave(r.width, 0)
+            self._masks[r.queries.start] = mask, visible == 0
         return self._masks[r.queries.start]
+
+
+class MaskedAttention:
+    """The same for a model whose attention can't be replaced: its own, with a 4-D mask and a key-value cache.
+
+    Everything masked out is computed too, and a forward of trajectories holds a mask of its tokens squared.
+    """
+
+    def __init__(self, model):
+        self._model, self._cache = model, None
+
+    def run(self, token_ids, position_ids, parts: Sequence[Part], storing: bool, logits_to_keep):
+        """As `Cascade.run`."""
+        if storing:
+            self._cache = DynamicCache()  # plain layers: a sliding-window layer would drop keys
+        stored = self._cache.get_seq_length()
+        seen = visibility(parts, len(token_ids), stored).to(token_ids.device)[None, None]
+        if self._model.config._attn_implementation == "eager":
+            seen = torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+        output = self._model(
+            input_ids=token_ids[None],
+            position_ids=position_ids[None],
+            attention_mask=seen,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        )
+        if not storing:
+            self._cache.crop(stored)
+        return output
+
+
+def visibility(parts: Sequence[Part], queries: int, stored: int) -> torch.Tensor:
+    """(N, stored + N) which stored keys, and then which of the forward's own, a query sees."""
+    seen = torch.zeros(queries, stored + queries, dtype=torch.bool)
+    for r in (r for part in parts for r in part):
+        if r.keys is None:
+            runs = (r.queries.stop - r.queries.start) // r.width
+            own = torch.block_diag(*[torch.ones(r.width, r.width).tril()] * runs).bool()
+            seen[r.queries, slice(stored + r.queries.start, stored + r.queries.stop)] |= own
+        else:
+            size = r.keys.stop - r.keys.start
+            visible = torch.tensor([size]) if r.visible is None else r.visible.repeat_interleave(r.width)
+            seen[r.queries, r.keys] |= torch.arange(size) < visible[:, None]
+    return seen
 
 
 def attend(q, k, v, scale: float, softcap: float | None = None, causal: bool = False, mask=None):
@@ -125,26 +182,33 @@ def attend(q, k, v, scale: float, softcap: float | None = None, causal: bool = F
         mask: (N, M) additive, in q's dtype.
     """
     plain = softcap is None and q.shape[-1] == v.shape[-1]
+    on_gpu = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     if plain and q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
-    if plain and mask is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    if plain and mask is None and on_gpu and torch.cuda.get_device_capability(q.device) >= (8, 0):
         return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     return attend_naive(q, k, v, scale, softcap, causal, mask)
 
 
 def attend_naive(q, k, v, scale: float, softcap: float | None = None, causal: bool = False, mask=None):
-    """The reference of `attend`: every score in memory."""
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(hidden, -math.inf)
-    if mask is not None:
-        scores = scores + mask.float()
-    return scores.softmax(-1).to(v.dtype) @ v, scores.logsumexp(-1)
+    """The reference of `attend`, in float32, some queries after the other so that few scores exist at a time."""
+    queries, keys = q.shape[-2], k.shape[-2]
+    rows = max(SCORES_AT_A_TIME // (q.shape[0] * q.shape[1] * keys), 1)
+    results = []
+    with torch.autocast(q.device.type, enabled=False):
+        for some in torch.arange(queries, device=q.device).split(rows):
+            scores = q[..., some, :].float() @ k.float().transpose(-1, -2) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if causal:
+                scores = scores.masked_fill(torch.arange(keys, device=q.device) > some[:, None], -math.inf)
+            if mask is not None:
+                scores = scores + mask[some].float()
+            results.append((scores.softmax(-1) @ v.float(), scores.logsumexp(-1)))
+    outputs, lses = zip(*results, strict=True)
+    return torch.cat(outputs, -2), torch.cat(lses, -1)
 
 
 def merge(parts) -> torch.Tensor:
@@ -157,23 +221,22 @@ def merge(parts) -> torch.Tensor:
 
 
 @contextmanager
-def cascade_attention(model) -> Iterator[Cascade]:
-    """Let `model` attend by the blocks of the Cascade that this yields; its own attention is put back at the end.
-
-    Raises:
-        ValueError: the model doesn't use Hugging Face's attention interface.
-    """
+def cascade_attention(model) -> Iterator[Cascade | MaskedAttention]:
+    """Something whose `run` runs `model` with the attention of given parts; its own is put back at the end."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(IMPLEMENTATION)
-    if model.config._attn_implementation != IMPLEMENTATION:  # transformers only warns where it can't switch
-        raise ValueError(f"model: {type(model).__name__} has an attention of its own that can't be replaced.")
-    # Transformers' SDPA attention takes no softcap and drops it in silence; a model that trains so is measured so.
-    cascade = Cascade(ignores_softcap=before == "sdpa")
-    token = _CURRENT.set(cascade)
     try:
-        yield cascade
+        model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation == IMPLEMENTATION:
+            # Transformers' SDPA drops a softcap in silence; a model that trains so is measured so.
+            cascade = Cascade(model, ignores_softcap=before == "sdpa")
+            token = _CURRENT.set(cascade)
+            try:
+                yield cascade
+            finally:
+                _CURRENT.reset(token)
+        else:  # transformers only warns where it can't switch
+            yield MaskedAttention(model)
     finally:
-        _CURRENT.reset(token)
         model.set_attn_implementation(before)
 
 
@@ -182,12 +245,15 @@ _CURRENT: ContextVar[Cascade] = ContextVar("cascade")
 
 def _interface(module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_):
     """The signature of transformers' attention functions; the batch is one packed row."""
+    name = type(module).__name__
     if s_aux is not None:
-        raise ValueError(f"model: {type(module).__name__} has attention sinks, which the exit-entropy pass lacks.")
+        raise ValueError(f"model: {name} has attention sinks, which the exit-entropy pass lacks.")
+    if attention_mask is not None or key.shape[2] != query.shape[2]:
+        raise ValueError(f"model: {name} makes masks or keys of its own, which the exit-entropy pass doesn't know.")
     dtype = value.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = _CURRENT.get().attend(module, query[0].to(dtype), key[0].to(dtype), value[0], scale, softcap)
-    return output[None], None
+    return output[None].contiguous(), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _interface)

@@ -262,6 +262,8 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             yield f"iapo.{name}: {text!r} can't be written with the vocabulary of {path}; use other text."
             return
     length = config.data.max_prompt_length + config.data.max_response_length + len(probe)
+    if iapo.score == "answer_logprob" and iapo.region == "response":
+        length += config.data.max_response_length  # an answer behind the probe behind the answer
     reason = unsupported(model_config, length)
     if reason:
         yield f"actor_rollout_ref.model.path: {path} can't serve the exit-entropy pass at {length} tokens: {reason}."

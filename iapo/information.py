@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from iapo.cascade import cascade_attention
 from iapo.output_layer import measured_output_layer
-from iapo.packing import Completion, forwards, packs, probe_positions
+from iapo.packing import Completion, forwards, longest, packs, probe_positions
 from iapo.support import check_model
 
 # Tokens per forward where the caller doesn't say, by device: a CPU's caches like few, a GPU's cores many.
@@ -33,6 +33,7 @@ def exit_entropy(
     chunk_size: int | None = None,
     stride: int = 1,
     boundaries: torch.Tensor | None = None,
+    max_gap: int = 64,
     answers: Sequence[torch.Tensor] | None = None,
     max_tokens: int | None = None,
 ) -> torch.Tensor:
@@ -57,8 +58,8 @@ def exit_entropy(
         chunk_size: probes per forward; None: as many as `max_tokens` holds. Speed and memory, not the result.
         stride: probe positions 0, k, 2k, ... and each row's last one; h is linear between them, so the gain of a
             segment is spread evenly over its tokens and the sum of the gains is exact.
-        boundaries: (B, T) 1 on tokens that end a reasoning step: probe after those instead, and in between so that no
-            gap is longer than `stride`.
+        boundaries: (B, T) 1 on tokens that end a reasoning step: probe after those instead, whatever `stride`.
+        max_gap: with `boundaries`: probe in between too, so that no two probes are further apart.
         answers: B tensors of token ids, those that would follow the probe. An empty one has surprisal 0 everywhere.
         max_tokens: tokens per forward (one trajectory always fits); None: what suits the device. Speed and memory, not
             the result.
@@ -71,9 +72,18 @@ def exit_entropy(
         ValueError: malformed inputs or a model that can't be served; names the argument, its value and the fix.
     """
     probe_ids, completions = _unpad(
-        model, input_ids, attention_mask, response_mask, probe_ids, chunk_size, stride, boundaries, answers, max_tokens
+        model,
+        input_ids,
+        attention_mask,
+        response_mask,
+        probe_ids,
+        chunk_size,
+        stride,
+        boundaries,
+        max_gap,
+        answers,
+        max_tokens,
     )
-    check_model(model, max(len(c.prompt) + len(c.trajectory) + c.answered for c in completions) + len(probe_ids))
     h_BT1 = torch.zeros(response_mask.shape[0], response_mask.shape[1] + 1)
     values = exit_entropies(
         model, completions, probe_ids, max_tokens=max_tokens, chunk_size=chunk_size, device=input_ids.device
@@ -95,24 +105,31 @@ def exit_entropies(
     """h_0 .. h_{R_i}, on the CPU, of every completion: `exit_entropy` without padding.
 
     Completions of one prompt share its keys and values. The number of forwards is `iapo.packing.forward_count`.
+
+    Raises:
+        ValueError: an empty prompt or probe, answers for some completions only, a model that can't be served.
     """
     probe_ids = torch.as_tensor(probe_ids, dtype=torch.long).cpu()
     max_tokens = max_tokens or default_max_tokens(device)
+    if len(probe_ids) == 0 or any(len(c.prompt) == 0 for c in completions):
+        raise ValueError("completions: the probe and every prompt need at least one token.")
+    if len({c.answer is None for c in completions}) > 1:
+        raise ValueError("completions: all of them or none must have an answer to score.")
+    check_model(model, longest(completions, len(probe_ids)))
     probed = [torch.zeros(len(completion.positions)) for completion in completions]
     with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:
         for groups in packs(completions, max_tokens):
             for forward in forwards(completions, groups, probe_ids, max_tokens, chunk_size):
                 storing = not forward.runs
-                attention.start(forward.parts, storing)
                 output_layer.start(forward.targets, passes_on=storing)
-                result = model(
-                    input_ids=forward.token_ids[None].to(device),
-                    position_ids=forward.position_ids[None].to(device),
-                    use_cache=False,
+                result = attention.run(
+                    forward.token_ids.to(device),
+                    forward.position_ids.to(device),
+                    forward.parts,
+                    storing,
                     logits_to_keep=1 if storing else forward.scored.to(device),
                 )
                 if storing:
-                    attention.check(model)
                     output_layer.check(model, result.logits)
                     continue
                 scores = (output_layer.entropy if forward.targets is None else -output_layer.log_prob).cpu()
@@ -132,15 +149,26 @@ def exit_entropy_naive(
     chunk_size: int | None = None,
     stride: int = 1,
     boundaries: torch.Tensor | None = None,
+    max_gap: int = 64,
     answers: Sequence[torch.Tensor] | None = None,
     max_tokens: int | None = None,
 ) -> torch.Tensor:
     """The reference of `exit_entropy`: one plain forward per position, without cache, packing, padding or mask.
 
-    Same arguments, result and errors; `chunk_size` and `max_tokens` have no effect here.
+    Same arguments, result and errors, but any model is served; `chunk_size` and `max_tokens` have no effect.
     """
     probe_ids, completions = _unpad(
-        model, input_ids, attention_mask, response_mask, probe_ids, chunk_size, stride, boundaries, answers, max_tokens
+        model,
+        input_ids,
+        attention_mask,
+        response_mask,
+        probe_ids,
+        chunk_size,
+        stride,
+        boundaries,
+        max_gap,
+        answers,
+        max_tokens,
     )
     h_BT1 = torch.zeros(response_mask.shape[0], response_mask.shape[1] + 1, device=input_ids.device)
     for b, (prompt, response, positions, answer) in enumerate(completions):
@@ -227,7 +255,17 @@ def interpolate(values: torch.Tensor, positions: torch.Tensor, length: int) -> t
 
 
 def _unpad(
-    model, input_ids, attention_mask, response_mask, probe_ids, chunk_size, stride, boundaries, answers, max_tokens
+    model,
+    input_ids,
+    attention_mask,
+    response_mask,
+    probe_ids,
+    chunk_size,
+    stride,
+    boundaries,
+    max_gap,
+    answers,
+    max_tokens,
 ) -> tuple[torch.Tensor, list[Completion]]:
     """The probe's tokens and the rows of a padded batch, on the CPU.
 
@@ -254,8 +292,13 @@ def _unpad(
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if probe_ids.ndim != 1 or len(probe_ids) == 0 or probe_ids.min() < 0 or probe_ids.max() >= vocabulary:
         raise ValueError(f"probe_ids: {probe_ids.tolist()} must be a non-empty list of ids below {vocabulary}.")
-    for name, value in (("stride", stride), ("chunk_size", chunk_size), ("max_tokens", max_tokens)):
-        if not (value is None and name != "stride") and (not isinstance(value, int) or value < 1):
+    for name, value in (
+        ("stride", stride),
+        ("max_gap", max_gap),
+        ("chunk_size", chunk_size),
+        ("max_tokens", max_tokens),
+    ):
+        if not (value is None and name in ("chunk_size", "max_tokens")) and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name}: {value!r} must be an integer of at least 1.")
     if boundaries is not None and boundaries.shape != response_mask.shape:
         raise ValueError(
@@ -267,12 +310,10 @@ def _unpad(
     for answer in answers or ():
         if answer.ndim != 1 or (len(answer) and not 0 <= int(answer.min()) <= int(answer.max()) < vocabulary):
             raise ValueError(f"answers: {answer.tolist()} must be a list of ids below {vocabulary}.")
-    if model.training:
-        raise ValueError("model: in training mode, where dropout would blur the entropies; call model.eval() first.")
     completions = []
     attended, lengths, ids = attended.cpu(), _last_valid(response_mask).tolist(), input_ids.cpu()
     for b in range(B):
-        positions = probe_positions(lengths[b], stride, None if boundaries is None else boundaries[b].cpu())
+        positions = probe_positions(lengths[b], stride, None if boundaries is None else boundaries[b].cpu(), max_gap)
         answer = None if answers is None else answers[b]
         completions.append(Completion(ids[b, : S - T][attended[b, : S - T]], ids[b, S - T :], positions, answer))
     return probe_ids, completions

@@ -16,20 +16,27 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-# Float32 logits that exist at a time (64 MB), and rows of an output layer whose weight can't be sliced.
-LOGITS_AT_A_TIME = 2**24
+# Float32 numbers of one tensor, logits or weights, at a time (64 MB, of which about four exist), and rows of an output
+# layer whose weight can't be sliced.
+NUMBERS_AT_A_TIME = 2**24
 ROWS_AT_A_TIME = 64
 
 
 def entropy_and_log_prob(
-    logits: Callable[[slice], torch.Tensor], rows: int, vocabulary: int, targets: torch.Tensor | None = None
+    logits: Callable[[slice], torch.Tensor],
+    rows: int,
+    vocabulary: int,
+    targets: torch.Tensor | None = None,
+    size: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Entropies (N,) and, if there are targets (N,), their log-probabilities (N,); float32, nats.
 
     Args:
         logits: gives z (N, words) float32 of a slice of the vocabulary. A logit of -inf has probability 0.
+        rows: N.
+        size: numbers per word that `logits` needs itself, e.g. those of its weight.
     """
-    words = max(LOGITS_AT_A_TIME // rows, 1)
+    words = max(NUMBERS_AT_A_TIME // max(rows, size), 1)
     maximum = None
     for start in range(0, vocabulary, words):
         z = logits(slice(start, min(start + words, vocabulary)))
@@ -99,7 +106,7 @@ class MeasuredOutputLayer:
                 bias = None if layer.bias is None else layer.bias[words].float()
                 return self.after(F.linear(states, layer.weight[words].float(), bias))
 
-            return entropy_and_log_prob(logits, rows, len(layer.weight), targets)
+            return entropy_and_log_prob(logits, rows, len(layer.weight), targets, layer.weight.shape[1])
         results = []  # an adapter or a quantised layer: only its own forward knows its logits
         for some in torch.arange(rows).split(ROWS_AT_A_TIME):
             z = self.after(self.original(hidden_ND[some]).float())
@@ -113,12 +120,19 @@ class MeasuredOutputLayer:
 def measured_output_layer(model) -> Iterator[MeasuredOutputLayer]:
     """Measure instead of returning logits; within an FSDP model's forward the layer holds its whole weight."""
     layer = model.get_output_embeddings()
+    if any(hasattr(module, "_fsdp_wrapped_module") for module in layer.modules()):
+        raise ValueError(
+            "model: its output layer is an FSDP1 unit of its own, which ranks with unequal work can't use; use "
+            "actor_rollout_ref.actor.strategy=fsdp2."
+        )
     measured = MeasuredOutputLayer(layer, _after_output_layer(model.config.get_text_config(decoder=True)))
     layer.forward = measured
     try:
         yield measured
     finally:
-        layer.forward = measured.original
+        del layer.forward  # the instance's, which hid the class's
+        if layer.forward != measured.original:  # somebody else's had been there
+            layer.forward = measured.original
 
 
 def _after_output_layer(config) -> Callable[[torch.Tensor], torch.Tensor]:

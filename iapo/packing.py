@@ -68,20 +68,22 @@ class Forward(NamedTuple):
     targets: torch.Tensor | None = None
 
 
-def probe_positions(length: int, stride: int = 1, boundaries: torch.Tensor | None = None) -> torch.Tensor:
+def probe_positions(
+    length: int, stride: int = 1, boundaries: torch.Tensor | None = None, max_gap: int = 64
+) -> torch.Tensor:
     """Numbers of response tokens in front of the probes of a region of `length` tokens; (J,), increasing, 0 to length.
 
     Args:
         stride: without boundaries: 0, k, 2k, ... and the last.
         boundaries: (length,) 1 on tokens that end a step: probed are 0, the places after them, the last, and as few
-            places in between, evenly, as leave no gap longer than `stride`.
+            places in between, evenly, as leave no gap longer than `max_gap`.
     """
     if boundaries is None:
         return torch.tensor([*range(0, length, stride), length])
     ends = sorted({0, length, *(boundaries[:length].nonzero().flatten() + 1).tolist()})
     positions = [0]
     for start, end in zip(ends[:-1], ends[1:], strict=True):
-        pieces = math.ceil((end - start) / stride)
+        pieces = math.ceil((end - start) / max_gap)
         positions += [start + (end - start) * k // pieces for k in range(1, pieces + 1)]
     return torch.tensor(positions)
 
@@ -153,7 +155,7 @@ def forwards(
             prompts.append(Range(slice(prompt.stop, end), prompt, 1))
     yield Forward(torch.cat(tokens), torch.cat(positions), [own, prompts], [])
 
-    for chunk in _chunks(_probes(completions, groups), completions, len(probe_ids), max_tokens, chunk_size):
+    for chunk in _chunks(completions, groups, len(probe_ids), max_tokens, chunk_size):
         tokens, positions, runs, scored, targets = [], [], [], [], []
         own, prompts, prefixes, stairs = parts = [], [], [], []
         end = 0
@@ -200,32 +202,34 @@ def _extend(part: list[Range], r: Range) -> None:
         part.append(r)
 
 
+def longest(completions: Sequence[Completion], probe_length: int) -> int:
+    """Tokens of the longest sequence that the model sees at once: prompt, response, probe and answer."""
+    return probe_length + max((len(c.prompt) + len(c.trajectory) + c.answered for c in completions), default=0)
+
+
 def forward_count(
     completions: Sequence[Completion], probe_length: int, max_tokens: int, chunk_size: int | None = None
 ) -> int:
     """Calls of the model for all packs; the ranks of an FSDP model must make equally many."""
     count = 0
     for groups in packs(completions, max_tokens):
-        chunks = _chunks(_probes(completions, groups), completions, probe_length, max_tokens, chunk_size)
-        count += 1 + sum(1 for _ in chunks)
+        count += 1 + sum(1 for _ in _chunks(completions, groups, probe_length, max_tokens, chunk_size))
     return count
 
 
-def _probes(completions, groups) -> Iterator[tuple[int, int]]:
-    """(row, place of its position) of every probe of a pack."""
-    return ((i, j) for group in groups for i in group for j in range(len(completions[i].positions)))
-
-
-def _chunks(probes, completions, probe_length, max_tokens, chunk_size) -> Iterator[list[tuple[int, int]]]:
-    """The probes of each forward."""
-    chunk, room = [], max_tokens
-    for i, j in probes:
-        needed = probe_length + completions[i].answered
-        if chunk and (needed > room or len(chunk) == chunk_size):
-            yield chunk
-            chunk, room = [], max_tokens
-        chunk.append((i, j))
-        room -= needed
+def _chunks(completions, groups, probe_length, max_tokens, chunk_size) -> Iterator[list[tuple[int, int]]]:
+    """(row, place of its position) of the probes of each forward; forwards of about the same size, none a remainder."""
+    needed = {i: probe_length + completions[i].answered for group in groups for i in group}
+    total = sum(len(completions[i].positions) * tokens for i, tokens in needed.items())
+    share = min(math.ceil(total / math.ceil(total / max_tokens)) + max(needed.values()) - 1, max_tokens)
+    chunk, room = [], share
+    for i, tokens in needed.items():
+        for j in range(len(completions[i].positions)):
+            if chunk and (tokens > room or len(chunk) == chunk_size):
+                yield chunk
+                chunk, room = [], share
+            chunk.append((i, j))
+            room -= tokens
     yield chunk
 
 

@@ -8,8 +8,11 @@ def check_model(model, length: int) -> None:
 
     Raises:
         ValueError: recurrent state, sliding or chunked attention shorter than `length`, no position ids (ALiBi),
-            rotary frequencies that depend on the length, more tokens than learned positions, an encoder-decoder.
+            rotary frequencies that depend on the length, more tokens than learned positions, an encoder-decoder,
+            or the model is in training mode.
     """
+    if model.training:
+        raise ValueError("model: in training mode, where dropout would blur the entropies; call model.eval() first.")
     reason = unsupported(model.config, length)
     # FSDP1 and PEFT wrap the model in one whose own forward takes anything.
     unwrapped = getattr(model, "_fsdp_wrapped_module", model)

@@ -32,8 +32,8 @@ def test_the_benchmark_prints_a_table(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     benchmark.main(["--lengths", "16", "--repeats", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("ours: within") and lines[2].startswith("KV copies: within")
-    first_cells = [line.split("|")[1].strip() for line in lines[5:]]
+    assert lines[2].startswith("ours: within") and lines[3].startswith("KV copies: within")
+    first_cells = [line.split("|")[1].strip() for line in lines[6:]]
     assert [name.split(",")[0] for name in first_cells[:2]] == [
         "plain forward of the same tokens",
         "plain forward of the probe tokens",

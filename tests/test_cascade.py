@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo.cascade import attend, attend_naive, merge
+from iapo.cascade import Range, attend, attend_naive, merge, visibility
 
 
 def tensors(B, H, N, M, D, seed=0, dtype=torch.float32):
@@ -53,3 +53,29 @@ def test_merge_by_hand_and_a_part_without_keys_counts_nothing():
     assert merge([(one, torch.tensor([0.0])), (nothing, torch.tensor([-math.inf]))]).tolist() == [[1.0, 2.0]]
     three_to_one = merge([(one, torch.tensor([math.log(3)])), (torch.zeros(1, 2), torch.tensor([0.0]))])
     torch.testing.assert_close(three_to_one, torch.tensor([[0.75, 1.5]]))
+
+
+def test_bf16_scores_are_not_rounded():
+    q, k, v = tensors(1, 2, 20, 30, 64, dtype=torch.bfloat16)
+    q = q * 8
+    exact = attend_naive(q.double(), k.double(), v.double(), 1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = attend_naive(q, k, v, 1.0)
+    assert exact[1].std() > 5
+    for a, b in zip(result, exact, strict=True):
+        torch.testing.assert_close(a, b.float(), atol=1e-3, rtol=1e-5)
+
+
+def test_visibility_by_hand():
+    """Two stored keys; two probes of two tokens, of which the second sees the second key."""
+    parts = [
+        [Range(slice(0, 4), None, 2)],
+        [Range(slice(0, 4), slice(0, 1), 1)],
+        [Range(slice(0, 4), slice(1, 2), 2, torch.tensor([0, 1]))],
+    ]
+    assert visibility(parts, 4, 2).int().tolist() == [
+        [1, 0, 1, 0, 0, 0],
+        [1, 0, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [1, 1, 0, 0, 1, 1],
+    ]

@@ -6,8 +6,16 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo import output_layer, packing
-from iapo.information import entropy, exit_entropy, exit_entropy_naive, information_gain, information_rate, interpolate
+from iapo import cascade, output_layer, packing
+from iapo.information import (
+    entropy,
+    exit_entropies,
+    exit_entropy,
+    exit_entropy_naive,
+    information_gain,
+    information_rate,
+    interpolate,
+)
 from tests.conftest import CONFIGS, VOCAB, make_batch, make_model
 
 PROBE = [5, 11, 7]
@@ -43,8 +51,9 @@ def test_restores_an_attention_that_takes_no_mask(models):
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
+    family=st.sampled_from(sorted(CONFIGS)),
     rows=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 17), st.integers(0, 3)), min_size=1, max_size=4),
     chunk_size=st.none() | st.integers(1, 30),
     max_tokens=st.integers(1, 200),
@@ -59,6 +68,7 @@ def test_restores_an_attention_that_takes_no_mask(models):
 )
 def test_equals_naive_for_random_shapes(
     models,
+    family,
     rows,
     chunk_size,
     max_tokens,
@@ -79,16 +89,16 @@ def test_equals_naive_for_random_shapes(
         width = input_ids.shape[1] - response_mask.shape[1]
         input_ids[:, :width] = input_ids[0, :width].clone()
     generator = torch.Generator().manual_seed(seed)
-    options = dict(stride=stride)
+    options = dict(stride=stride, max_gap=stride + 1)
     if at_boundaries:
         options["boundaries"] = torch.rand(response_mask.shape, generator=generator) < 0.3
     if scores_answers:
         options["answers"] = [torch.randint(0, VOCAB, (n,), generator=generator) for n in answered]
     batch = input_ids, attention_mask, response_mask, probe
-    expected = exit_entropy_naive(models["qwen2"], *batch, **options)
+    expected = exit_entropy_naive(models[family], *batch, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "STAIRS_AREA", stairs_area)
-        result = exit_entropy(models["qwen2"], *batch, chunk_size=chunk_size, max_tokens=max_tokens, **options)
+        result = exit_entropy(models[family], *batch, chunk_size=chunk_size, max_tokens=max_tokens, **options)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-6)
 
 
@@ -362,3 +372,70 @@ def test_a_layer_with_an_attention_of_its_own_is_refused(models):
     model.model.layers[0].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
     with pytest.raises(ValueError, match="1 of the 2 layers of LlamaForCausalLM use transformers' attention interface"):
         exit_entropy(model, *make_batch([2], [3]), PROBE)
+
+
+def test_masks_and_keys_that_only_the_model_knows_are_refused():
+    """Doge masks keys inside its attention; prefix tuning adds keys."""
+    config = transformers.DogeConfig(**SMALL, num_key_value_heads=2, intermediate_size=64, keep_window_size=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="DogeAttention makes masks or keys of its own"):
+        exit_entropy(model, *make_batch([4], [9]), PROBE)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("score_answers", [False, True])
+def test_the_model_s_own_attention_with_a_mask_gives_the_same(models, monkeypatch, implementation, score_answers):
+    """The fallback for models whose attention can't be replaced, on one whose can, so both are compared."""
+    model = make_model("qwen2")
+    model.set_attn_implementation(implementation)
+    batch = make_batch([3, 9, 9, 6], [13, 0, 5, 20])
+    answers = [torch.tensor(a, dtype=torch.long) for a in ([1, 2], [3], [4, 5, 6], [])] if score_answers else None
+    expected = exit_entropy_naive(models["qwen2"], *batch, PROBE, answers=answers)
+    used = []
+
+    class Watched(cascade.MaskedAttention):
+        def run(self, *arguments, **options):
+            used.append(1)
+            return super().run(*arguments, **options)
+
+    monkeypatch.setattr(model, "_can_set_attn_implementation", lambda: False)
+    monkeypatch.setattr(cascade, "MaskedAttention", Watched)
+    for max_tokens in (30, None):
+        result = exit_entropy(model, *batch, PROBE, answers=answers, max_tokens=max_tokens)
+        torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-6)
+    assert used
+
+
+def test_a_model_with_an_attention_of_its_own_is_served():
+    """GPT-J has no attention interface: learned nothing of ours, it gets a mask and a cache."""
+    config = transformers.GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=8)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    batch = make_batch(*LENGTHS)
+    expected = exit_entropy_naive(model, *batch, PROBE)
+    assert expected.std() > 0.05
+    torch.testing.assert_close(exit_entropy(model, *batch, PROBE), expected, atol=1e-5, rtol=0)
+
+
+def test_ragged_completions_are_checked_before_the_first_forward(models):
+    def row(prompt, answer=None):
+        return packing.Completion(
+            torch.tensor(prompt, dtype=torch.long), torch.tensor([3]), torch.tensor([0, 1]), answer
+        )
+
+    for rows, message in (
+        ([row([1]), row([])], "every prompt need at least one token"),
+        ([row([1]), row([1], torch.tensor([2]))], "all of them or none must have an answer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exit_entropies(models["qwen2"], rows, PROBE)
+    with pytest.raises(ValueError, match="model.eval"):
+        exit_entropies(make_model("qwen2").train(), [row([1])], PROBE)
+    config = CONFIGS["mistral"]()
+    config.sliding_window = 4
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="sliding window of 4 tokens"):
+        exit_entropies(model, [row([1, 2, 3])], PROBE)

@@ -34,7 +34,7 @@ def test_slices_equal_log_softmax_in_float64(rows, vocabulary, at_a_time, scale,
     logs = z.double().log_softmax(-1)
     expected = -torch.where(logs > -math.inf, logs.exp() * logs, 0.0).sum(-1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(output_layer, "LOGITS_AT_A_TIME", at_a_time)
+        patch.setattr(output_layer, "NUMBERS_AT_A_TIME", at_a_time)
         entropy, log_prob = entropy_and_log_prob(lambda words: z[:, words], rows, vocabulary, targets)
     torch.testing.assert_close(entropy.double(), expected, atol=1e-5, rtol=1e-5)
     # At 1e4 float32 logits are 1e-3 apart, so a difference of two of them is no better.

@@ -20,16 +20,18 @@ def test_probe_positions_by_hand():
     assert probe_positions(4, 2).tolist() == [0, 2, 4]
     assert probe_positions(0, 3).tolist() == [0]
     boundaries = torch.tensor([0, 1, 0, 0, 0, 0, 0, 1, 0])
-    assert probe_positions(9, 9, boundaries).tolist() == [0, 2, 8, 9]
-    assert probe_positions(9, 3, boundaries).tolist() == [0, 2, 5, 8, 9]
-    assert probe_positions(9, 4, boundaries).tolist() == [0, 2, 5, 8, 9]
-    assert probe_positions(7, 9, boundaries).tolist() == [0, 2, 7]
-    assert probe_positions(0, 9, boundaries).tolist() == [0]
+    assert probe_positions(9, boundaries=boundaries, max_gap=9).tolist() == [0, 2, 8, 9]
+    assert probe_positions(9, boundaries=boundaries, max_gap=3).tolist() == [0, 2, 5, 8, 9]
+    assert probe_positions(9, boundaries=boundaries, max_gap=4).tolist() == [0, 2, 5, 8, 9]
+    assert probe_positions(7, boundaries=boundaries).tolist() == [0, 2, 7]
+    assert probe_positions(0, boundaries=boundaries).tolist() == [0]
 
 
 @given(st.lists(st.booleans(), max_size=40), st.integers(1, 12))
 def test_boundaries_are_probed_and_no_gap_is_too_long(boundaries, gap):
-    positions = probe_positions(len(boundaries), gap, torch.tensor(boundaries, dtype=torch.bool)).tolist()
+    positions = probe_positions(
+        len(boundaries), boundaries=torch.tensor(boundaries, dtype=torch.bool), max_gap=gap
+    ).tolist()
     assert positions[0] == 0 and positions[-1] == len(boundaries)
     assert {t + 1 for t, ends in enumerate(boundaries) if ends} <= set(positions)
     assert all(0 < b - a <= gap for a, b in zip(positions[:-1], positions[1:], strict=True))

@@ -14,7 +14,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from iapo.config import IapoConfig
 from iapo.information import default_max_tokens, exit_entropies
-from iapo.packing import Completion, forward_count, probe_positions
+from iapo.packing import Completion, forward_count, longest, probe_positions
 from iapo.region import final_answer, reasoning_length, step_ends
 from iapo.support import check_model
 
@@ -51,13 +51,12 @@ class IapoWorker(ActorRolloutRefWorker):
         # Ranks agree on what to refuse and on how often to call the model before the first forward: FSDP gathers
         # parameters in every forward, so a rank that makes one less, or raises alone, would leave the others waiting.
         own_forwards = forward_count(completions, len(probe_ids), max_tokens)
-        longest = max(len(c.prompt) + len(c.trajectory) + c.answered for c in completions) + len(probe_ids)
-        forwards, longest = self._maximum_over_ranks(own_forwards, longest)
-        check_model(engine.module, longest)
+        forwards, length = self._maximum_over_ranks(own_forwards, longest(completions, len(probe_ids)))
 
         dtype = getattr(engine, "_autocast_dtype", torch.bfloat16)
         autocast = nullcontext() if dtype == torch.float32 else torch.autocast(get_device_name(), dtype=dtype)
         with engine.eval_mode(), torch.no_grad(), autocast:
+            check_model(engine.module, length)
             device = get_device_id()
             values = exit_entropies(engine.module, completions, probe_ids, max_tokens=max_tokens, device=device)
             dummy = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -71,7 +70,9 @@ class IapoWorker(ActorRolloutRefWorker):
         output = {
             "exit_entropy": torch.nested.as_nested_tensor(values, layout=torch.jagged),
             "region_mask": torch.nested.as_nested_tensor(regions, layout=torch.jagged),
-            "probe_tokens": torch.tensor([len(c.positions) * (len(probe_ids) + c.answered) for c in completions]),
+            "probe_tokens": torch.tensor(
+                [0 if c.nothing_to_score else len(c.positions) * (len(probe_ids) + c.answered) for c in completions]
+            ),
         }
         return TensorDict(output, batch_size=len(completions))
 
@@ -80,14 +81,13 @@ class IapoWorker(ActorRolloutRefWorker):
         ends = end_tokens(tokenizer, self.actor.model_config.generation_config)
         length = region_length(response, mask, config, tokenizer, ends)
         if config.probe_at == "boundaries":
-            positions = probe_positions(length, config.max_gap, self._step_ends[response])
+            positions = probe_positions(length, boundaries=self._step_ends[response], max_gap=config.max_gap)
         else:
             positions = probe_positions(length, config.stride)
         answer = None
         if config.score == "answer_logprob":
             text = decode(tokenizer, response[: int(mask.sum())].tolist())
-            answer = tokenizer.encode(final_answer(text, config.probe, config.answer_end), add_special_tokens=False)
-            answer = torch.tensor(answer, dtype=torch.long)
+            answer = answer_ids(tokenizer, config.probe, final_answer(text, config.probe, config.answer_end))
         return Completion(prompt, response, positions, answer)
 
     @cached_property
@@ -110,6 +110,14 @@ def region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig
     if config.region == "response" or length == 0:
         return length
     return min(length, reasoning_length(response.tolist(), lambda ids: decode(tokenizer, ids), config.exit_marker))
+
+
+def answer_ids(tokenizer, probe: str, answer: str) -> torch.Tensor:
+    """The tokens of `answer` as they stand behind the probe; some tokenizers write a text's first word otherwise."""
+    before, both = (tokenizer.encode(text, add_special_tokens=False) for text in (probe, probe + answer))
+    alone = both[: len(before)] == before
+    ids = both[len(before) :] if alone else tokenizer.encode(answer, add_special_tokens=False)
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def decode(tokenizer, ids) -> str:
