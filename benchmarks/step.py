@@ -17,9 +17,7 @@ from iapo.metrics_file import read_metrics
 VARIANTS = {
     "grpo": ["variant=grpo"],
     "iapo, every position": ["variant=iapo"],
-    "iapo, stride 8": ["variant=iapo", "iapo.stride=8"],
     "iapo, boundaries": ["variant=iapo", "iapo.probe_at=boundaries"],
-    "iapo, answer_logprob": ["variant=iapo", "iapo.score=answer_logprob"],
 }
 
 
