@@ -1,9 +1,15 @@
 """Tiny random models of the supported families and ragged batches for them."""
 
+import signal
+
 import pytest
 import torch
 import transformers
 from hypothesis import settings
+
+# A shell lets its background jobs ignore Ctrl-C, and what they start inherits that; tests send it to their own runs.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The machine may be busy; how long an example takes says nothing about whether it is right.
 settings.register_profile("iapo", deadline=None)
