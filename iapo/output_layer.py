@@ -118,12 +118,17 @@ class MeasuredOutputLayer:
 
 @contextmanager
 def measured_output_layer(model) -> Iterator[MeasuredOutputLayer]:
-    """Measure instead of returning logits; within an FSDP model's forward the layer holds its whole weight."""
+    """Measure instead of returning logits; within an FSDP model's forward the layer holds its whole weight.
+
+    Raises:
+        ValueError: FSDP1 gathers parts of the output layer, those of an adapter, by themselves.
+    """
     layer = model.get_output_embeddings()
+    layer = getattr(layer, "_fsdp_wrapped_module", layer)  # inside its FSDP1 unit, which gathers once per forward
     if any(hasattr(module, "_fsdp_wrapped_module") for module in layer.modules()):
         raise ValueError(
-            "model: its output layer is an FSDP1 unit of its own, which ranks with unequal work can't use; use "
-            "actor_rollout_ref.actor.strategy=fsdp2."
+            "model: its output layer has FSDP1 units inside, an adapter's, which ranks with unequal work would gather "
+            "unequally often; leave it out of actor_rollout_ref.model.target_modules."
         )
     measured = MeasuredOutputLayer(layer, _after_output_layer(model.config.get_text_config(decoder=True)))
     layer.forward = measured

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iapo import output_layer
-from iapo.output_layer import entropy_and_log_prob
+from iapo.output_layer import entropy_and_log_prob, measured_output_layer
+from tests.conftest import make_model
 
 
 def test_by_hand():
@@ -40,3 +41,18 @@ def test_slices_equal_log_softmax_in_float64(rows, vocabulary, at_a_time, scale,
     # At 1e4 float32 logits are 1e-3 apart, so a difference of two of them is no better.
     target_logs = logs.gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(log_prob.double(), target_logs, atol=1e-5 if shift == 0 else 2e-3, rtol=1e-5)
+
+
+def test_fsdp1_units_inside_the_output_layer_are_refused():
+    """Stand-ins for what FSDP1 makes of an adapter: the module as `_fsdp_wrapped_module` of another."""
+    model = make_model("qwen2")
+
+    def unit(module):
+        wrapper = torch.nn.Module()
+        wrapper._fsdp_wrapped_module = module
+        return wrapper
+
+    model.lm_head = unit(torch.nn.Sequential(unit(model.lm_head)))
+    with pytest.raises(ValueError, match="FSDP1 units inside"):
+        with measured_output_layer(model):
+            pass

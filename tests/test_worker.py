@@ -1,4 +1,4 @@
-"""The worker's remote method on two real FSDP2 ranks over gloo, against the naive reference."""
+"""The worker's remote method on two real FSDP ranks over gloo, against the naive reference."""
 
 import os
 from contextlib import nullcontext
@@ -23,6 +23,13 @@ ROWS = [
     [(3, 13, "truncated"), (9, 1, "truncated"), (1, 20, 7), (6, 5, 0), (2, 30, "eos"), (2, 4, "other eos")],
     [(4, 2, "truncated"), (7, 1, "padding")],
 ]
+# How a model is wrapped: strategy, are the embeddings tied, verl's wrap policy, is the output layer a unit of its own?
+WRAPPINGS = {
+    "fsdp2": ("fsdp2", False, {}, False),
+    "fsdp1": ("fsdp", False, {}, False),
+    "fsdp1 tied": ("fsdp", True, {}, False),
+    "fsdp1 by size": ("fsdp", False, {"min_num_params": 3000}, True),
+}
 
 
 class Tokenizer:
@@ -69,28 +76,36 @@ def make_rows(rank):
     return rows
 
 
-def run_rank(rank, port, folder):
-    os.environ.update(VERL_PLATFORM="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def wrap(model, strategy, policy):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
+    from verl.utils.fsdp_utils import get_fsdp_wrap_policy
+
+    mesh = dist.init_device_mesh("cpu", (2,))
+    if strategy == "fsdp2":
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+    # As verl calls it, but for sync_module_states, which torch refuses for parameters on a CPU.
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=get_fsdp_wrap_policy(model, policy),
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.FULL_SHARD,
+        device_mesh=mesh,
+        use_orig_params=False,
+    )
+
+
+def run_rank(rank, folder):
+    os.environ["VERL_PLATFORM"] = "cpu"
     torch.set_num_threads(1)
     import torch.distributed as dist
     from tensordict import TensorDict
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from verl.utils import tensordict_utils as tu
 
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    model = make_model("qwen2")
-    mesh = dist.init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    # Like flash attention it takes no 4-D mask of ours and must be switched for the pass.
-    model.set_attn_implementation("flex_attention")
-    worker = make_worker(
-        model,
-        eval_mode=nullcontext,
-        get_data_parallel_group=lambda: dist.group.WORLD,
-        _autocast_dtype=torch.float32,
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     rows = make_rows(rank)
 
     def jagged(tensors):
@@ -105,21 +120,40 @@ def run_rank(rank, port, folder):
         batch_size=len(rows),
     )
     tu.assign_non_tensor_data(data, "iapo", asdict(CONFIG))
-    result = worker.compute_exit_entropy(data)
-    assert model.config._attn_implementation == "flex_attention"
-    torch.save(
-        {name: [row.clone() for row in result[name].unbind()] for name in ("exit_entropy", "region_mask")},
-        folder / f"{rank}.pt",
-    )
+    for name, (strategy, tied, policy, own_unit) in WRAPPINGS.items():
+        model = wrap(make_model("qwen2", tie_word_embeddings=tied), strategy, policy).eval()
+        assert isinstance(model.get_output_embeddings(), (FSDPModule, FullyShardedDataParallel)) == own_unit
+        # Like flash attention it takes no 4-D mask of ours and must be switched for the pass.
+        model.set_attn_implementation("flex_attention")
+        worker = make_worker(
+            model,
+            eval_mode=nullcontext,
+            get_data_parallel_group=lambda: dist.group.WORLD,
+            _autocast_dtype=torch.float32,
+        )
+        result = worker.compute_exit_entropy(data)
+        assert model.config._attn_implementation == "flex_attention"
+        torch.save(
+            {key: [row.clone() for row in result[key].unbind()] for key in ("exit_entropy", "region_mask")},
+            folder / f"{name} {rank}.pt",
+        )
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder with what each rank returned for each of `WRAPPINGS`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, args=(folder,), nprocs=2)
+    return folder
+
+
 @pytest.mark.timeout(180)
-def test_two_fsdp2_ranks_equal_the_naive_reference(tmp_path, free_port):
-    mp.spawn(run_rank, args=(free_port, tmp_path), nprocs=2)
-    model = make_model("qwen2")
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_two_ranks_equal_the_naive_reference(results, wrapping):
+    model = make_model("qwen2", tie_word_embeddings=WRAPPINGS[wrapping][1])
     for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt")
+        result = torch.load(results / f"{wrapping} {rank}.pt")
         rows = make_rows(rank)
         assert len(result["exit_entropy"]) == len(rows)
         for (row, mask), h, region in zip(rows, result["exit_entropy"], result["region_mask"], strict=True):
