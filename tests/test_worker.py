@@ -23,9 +23,10 @@ ROWS = [
     [(3, 13, "truncated"), (9, 1, "truncated"), (1, 20, 7), (6, 5, 0), (2, 30, "eos"), (2, 4, "other eos")],
     [(4, 2, "truncated"), (7, 1, "padding")],
 ]
-# How a model is wrapped: strategy, are the embeddings tied, verl's wrap policy, is the output layer a unit of its own?
+# How verl wraps a model: strategy, are the embeddings tied, wrap policy, is the output layer a unit of its own?
 WRAPPINGS = {
-    "fsdp2": ("fsdp2", False, {}, False),
+    "fsdp2": ("fsdp2", False, {}, True),
+    "fsdp2 tied": ("fsdp2", True, {}, False),
     "fsdp1": ("fsdp", False, {}, False),
     "fsdp1 tied": ("fsdp", True, {}, False),
     "fsdp1 by size": ("fsdp", False, {"min_num_params": 3000}, True),
@@ -78,14 +79,13 @@ def make_rows(rank):
 
 def wrap(model, strategy, policy):
     import torch.distributed as dist
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
-    from verl.utils.fsdp_utils import get_fsdp_wrap_policy
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from verl.utils.fsdp_utils import apply_fsdp2, get_fsdp_wrap_policy
 
     mesh = dist.init_device_mesh("cpu", (2,))
     if strategy == "fsdp2":
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        apply_fsdp2(model, {"mesh": mesh}, {"wrap_policy": policy})
+        return model
     # As verl calls it, but for sync_module_states, which torch refuses for parameters on a CPU.
     return FullyShardedDataParallel(
         model,
