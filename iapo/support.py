@@ -9,14 +9,17 @@ def check_model(model, length: int) -> None:
     Raises:
         ValueError: recurrent state, sliding or chunked attention shorter than `length`, no position ids (ALiBi),
             rotary frequencies that depend on the length, more tokens than learned positions, an encoder-decoder,
-            or the model is in training mode.
+            prompt or prefix tuning, or the model is in training mode.
     """
     if model.training:
         raise ValueError("model: in training mode, where dropout would blur the entropies; call model.eval() first.")
     reason = unsupported(model.config, length)
     # FSDP1 and PEFT wrap the model in one whose own forward takes anything.
     unwrapped = getattr(model, "_fsdp_wrapped_module", model)
-    unwrapped = unwrapped.get_base_model() if hasattr(unwrapped, "get_base_model") else unwrapped
+    if hasattr(unwrapped, "get_base_model"):
+        if reason is None and unwrapped.active_peft_config.is_prompt_learning:
+            reason = f"PEFT's {unwrapped.active_peft_config.peft_type.value} gives it tokens or keys of its own"
+        unwrapped = unwrapped.get_base_model()
     if reason is None and "position_ids" not in inspect.signature(unwrapped.forward).parameters:
         reason = "its forward takes no position_ids (ALiBi?), so probes can't be placed"
     if reason is None and getattr(unwrapped, "_is_stateful", False):

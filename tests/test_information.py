@@ -337,6 +337,16 @@ def test_a_lora_model_is_served():
     torch.testing.assert_close(exit_entropy(lora, *batch, PROBE, chunk_size=4), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["PrefixTuning", "PromptTuning", "PromptEncoder"])
+def test_virtual_tokens_are_refused_before_the_first_forward(method):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(make_model("qwen2"), config).eval()
+    model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("a forward before the check"))
+    with pytest.raises(ValueError, match="PEFT's P.*tokens or keys of its own"):
+        exit_entropy(model, *make_batch([4], [9]), PROBE)
+
+
 def test_an_adapter_on_the_output_layer_is_measured():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["lm_head"])
@@ -375,7 +385,7 @@ def test_a_layer_with_an_attention_of_its_own_is_refused(models):
 
 
 def test_masks_and_keys_that_only_the_model_knows_are_refused():
-    """Doge masks keys inside its attention; prefix tuning adds keys."""
+    """Doge masks keys inside its attention."""
     config = transformers.DogeConfig(**SMALL, num_key_value_heads=2, intermediate_size=64, keep_window_size=4)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match="DogeAttention makes masks or keys of its own"):
