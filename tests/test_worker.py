@@ -18,11 +18,12 @@ CONFIG = IapoConfig(alpha=1.0, max_tokens_per_micro_batch=40, exit_marker="Z", p
 Z = VOCAB - 1
 EOS, OTHER_EOS = VOCAB - 2, VOCAB - 3
 # (prompt length, response length, tokens before the exit marker or how the completion ends) for the two ranks: they
-# need different numbers of forwards, and one holds verl's padding row.
-ROWS = [
-    [(3, 13, "truncated"), (9, 1, "truncated"), (1, 20, 7), (6, 5, 0), (2, 30, "eos"), (2, 4, "other eos")],
-    [(4, 2, "truncated"), (7, 1, "padding")],
-]
+# need different numbers of forwards, and one holds verl's padding rows.
+MANY = [(3, 13, "truncated"), (9, 1, "truncated"), (1, 20, 7), (6, 5, 0), (2, 30, "eos"), (2, 4, "other eos")]
+ROWS = {
+    "some padding": [MANY, [(4, 2, "truncated"), (7, 1, "padding")]],
+    "only padding": [MANY, [(4, 2, "padding"), (7, 1, "padding")]],
+}
 # How verl wraps a model: strategy, are the embeddings tied, wrap policy, is the output layer a unit of its own?
 WRAPPINGS = {
     "fsdp2": ("fsdp2", False, {}, True),
@@ -59,10 +60,10 @@ def make_worker(model, **engine):
     return worker
 
 
-def make_rows(rank):
+def make_rows(batch, rank):
     generator = torch.Generator().manual_seed(rank)
     rows = []
-    for prompt_length, length, marker in ROWS[rank]:
+    for prompt_length, length, marker in ROWS[batch][rank]:
         prompt = torch.randint(0, OTHER_EOS, (prompt_length,), generator=generator)
         response = torch.randint(0, OTHER_EOS, (length,), generator=generator)
         mask = torch.ones(length, dtype=torch.long)
@@ -97,16 +98,9 @@ def wrap(model, strategy, policy):
     )
 
 
-def run_rank(rank, folder):
-    os.environ["VERL_PLATFORM"] = "cpu"
-    torch.set_num_threads(1)
-    import torch.distributed as dist
+def make_data(rows):
     from tensordict import TensorDict
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from verl.utils import tensordict_utils as tu
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    rows = make_rows(rank)
 
     def jagged(tensors):
         return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
@@ -120,6 +114,19 @@ def run_rank(rank, folder):
         batch_size=len(rows),
     )
     tu.assign_non_tensor_data(data, "iapo", asdict(CONFIG))
+    return data
+
+
+def run_rank(rank, folder):
+    os.environ["VERL_PLATFORM"] = "cpu"
+    torch.set_num_threads(1)
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    from iapo.verl_adapter.worker import OUTPUT_FIELDS
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    forwards = []
     for name, (strategy, tied, policy, own_unit) in WRAPPINGS.items():
         model = wrap(make_model("qwen2", tie_word_embeddings=tied), strategy, policy).eval()
         assert isinstance(model.get_output_embeddings(), (FSDPModule, FullyShardedDataParallel)) == own_unit
@@ -131,18 +138,19 @@ def run_rank(rank, folder):
             get_data_parallel_group=lambda: dist.group.WORLD,
             _autocast_dtype=torch.float32,
         )
-        result = worker.compute_exit_entropy(data)
-        assert model.config._attn_implementation == "flex_attention"
-        torch.save(
-            {key: [row.clone() for row in result[key].unbind()] for key in ("exit_entropy", "region_mask")},
-            folder / f"{name} {rank}.pt",
-        )
+        model.register_forward_pre_hook(lambda _, __, kw: forwards.append(kw["input_ids"].numel()), with_kwargs=True)
+        for batch in ROWS:
+            forwards.clear()
+            result = worker.compute_exit_entropy(make_data(make_rows(batch, rank)))
+            assert model.config._attn_implementation == "flex_attention"
+            fields = [[row.clone() for row in result[key].unbind()] for key in OUTPUT_FIELDS]
+            torch.save((fields, forwards), folder / f"{name} {batch} {rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """A folder with what each rank returned for each of `WRAPPINGS`."""
+    """A folder with what each rank returned, and the tokens of its forwards, for each of `WRAPPINGS` and `ROWS`."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(run_rank, args=(folder,), nprocs=2)
     return folder
@@ -150,20 +158,29 @@ def results(tmp_path_factory):
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_two_ranks_equal_the_naive_reference(results, wrapping):
+@pytest.mark.parametrize("batch", ROWS)
+def test_two_ranks_equal_the_naive_reference(results, wrapping, batch):
     model = make_model("qwen2", tie_word_embeddings=WRAPPINGS[wrapping][1])
+    counts = set()
     for rank in range(2):
-        result = torch.load(results / f"{wrapping} {rank}.pt")
-        rows = make_rows(rank)
-        assert len(result["exit_entropy"]) == len(rows)
-        for (row, mask), h, region in zip(rows, result["exit_entropy"], result["region_mask"], strict=True):
+        fields, forwards = torch.load(results / f"{wrapping} {batch} {rank}.pt")
+        tokens = 0
+        for (row, mask), h, region, probe_tokens in zip(make_rows(batch, rank), *fields, strict=True):
             n = len(row.trajectory)
+            assert len(h) == len(row.response) + 1 and (h[n:] == h[n]).all()
+            assert region.tolist() == [1] * n + [0] * (len(mask) - n)
+            if not mask.any():
+                assert h[0] == probe_tokens == 0
+                continue
             ids = torch.cat([row.prompt, row.trajectory])[None]
             everything = torch.ones_like(ids)
             expected = exit_entropy_naive(model, ids, everything, everything[:, len(row.prompt) :], [5, 11])[0]
             torch.testing.assert_close(h[: n + 1], expected, atol=1e-5, rtol=0)
-            assert len(h) == len(row.response) + 1 and (h[n:] == h[n]).all()
-            assert region.tolist() == [1] * n + [0] * (len(mask) - n)
+            assert probe_tokens == 2 * (n + 1)
+            tokens += ids.numel() + probe_tokens
+        assert sum(n for n in forwards if n > 1) == tokens  # the others only keep the ranks in step
+        counts.add(len(forwards))
+    assert len(counts) == 1
 
 
 def test_probes_stand_at_boundaries_and_score_the_completions_own_answer():

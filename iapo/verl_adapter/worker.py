@@ -38,13 +38,13 @@ class IapoWorker(ActorRolloutRefWorker):
                 `iapo.score=answer_logprob` the surprisals of its answer.
             `region_mask`: jagged, R_i; 1 on the tokens whose information was measured.
             `probe_tokens`: (B,) tokens that were pushed through the model for it, beside its trajectory.
+            All are 0 for the rows that verl pads a batch with, whose `response_mask` is 0; they cost nothing.
         """
         config = IapoConfig(**tu.get_non_tensor_data(data, "iapo", None))
         probe_ids = self.actor.model_config.tokenizer.encode(config.probe, add_special_tokens=False)
-        completions = [
-            self._completion(prompt, response, mask, config)
-            for prompt, response, mask in zip(*(data[name].unbind() for name in INPUT_FIELDS), strict=True)
-        ]
+        prompts, responses, masks = (data[name].unbind() for name in INPUT_FIELDS)
+        real = [i for i, mask in enumerate(masks) if mask.any()]
+        completions = [self._completion(prompts[i], responses[i], masks[i], config) for i in real]
         max_tokens = config.max_tokens_per_micro_batch or default_max_tokens(get_device_id())
 
         engine = self.actor.engine
@@ -63,18 +63,21 @@ class IapoWorker(ActorRolloutRefWorker):
             for _ in range(forwards - own_forwards):
                 engine.module(input_ids=dummy, use_cache=False)
 
-        regions = [
-            (torch.arange(len(c.response)) < len(c.trajectory)).to(torch.int64) * mask
-            for c, mask in zip(completions, data["response_mask"].unbind(), strict=True)
-        ]
+        exit_entropy = [torch.zeros(len(mask) + 1) for mask in masks]
+        region_mask = [torch.zeros(len(mask), dtype=torch.int64) for mask in masks]
+        probe_tokens = torch.zeros(len(masks), dtype=torch.int64)
+        for i, completion, h in zip(real, completions, values, strict=True):
+            length = len(completion.trajectory)
+            exit_entropy[i] = h
+            region_mask[i][:length] = masks[i][:length]
+            if not completion.nothing_to_score:
+                probe_tokens[i] = len(completion.positions) * (len(probe_ids) + completion.answered)
         output = {
-            "exit_entropy": torch.nested.as_nested_tensor(values, layout=torch.jagged),
-            "region_mask": torch.nested.as_nested_tensor(regions, layout=torch.jagged),
-            "probe_tokens": torch.tensor(
-                [0 if c.nothing_to_score else len(c.positions) * (len(probe_ids) + c.answered) for c in completions]
-            ),
+            "exit_entropy": torch.nested.as_nested_tensor(exit_entropy, layout=torch.jagged),
+            "region_mask": torch.nested.as_nested_tensor(region_mask, layout=torch.jagged),
+            "probe_tokens": probe_tokens,
         }
-        return TensorDict(output, batch_size=len(completions))
+        return TensorDict(output, batch_size=len(masks))
 
     def _completion(self, prompt, response, mask, config: IapoConfig) -> Completion:
         tokenizer = self.actor.model_config.tokenizer
