@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from iapo.config import IapoConfig
 from iapo.data import NAMES
+from iapo.methods import conflicts, make_methods
 from iapo.provenance import differences, saved_config, tracker_file
 
 
@@ -35,7 +36,7 @@ def check(config: DictConfig, files: bool = True) -> None:
         raise ConfigError(str(error)) from None
     problems = list(_numbers(config))
     if not problems:  # the checks below compare them
-        problems += [*_terms(config, iapo), *_engine(config, iapo)]
+        problems += [*_terms(config, iapo), *_methods(config), *_engine(config, iapo)]
         if files:
             problems += [*_paths(config), *_reward(config), *_data(config), *_resume(config), *_model(config, iapo)]
     if problems:
@@ -110,6 +111,30 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             f"reward.reward_kwargs.overlong_buffer_cfg.len: {overlong.len} must be between 1 and "
             f"data.max_response_length={length}."
         )
+
+
+def _methods(config: DictConfig) -> Iterator[str]:
+    try:
+        methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
+    except ValueError as error:
+        yield str(error)
+        return
+    estimator, overlong = config.algorithm.adv_estimator, config.reward.reward_kwargs.overlong_buffer_cfg.enable
+    if methods and estimator != "iapo":
+        yield f"methods.{next(iter(methods))}: no effect with algorithm.adv_estimator={estimator}; set it to iapo."
+    rollouts, length = config.actor_rollout_ref.rollout.n, config.data.max_response_length
+    for name, method in methods.items():
+        yield from (f"methods.{name}.{problem}" for problem in method.problems(rollouts, length))
+        if overlong and "overlong" in method.ignores:
+            reason = method.ignores["overlong"]
+            yield f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect beside {name}: {reason}."
+    yield from conflicts(methods)
+    if "entropy" in {need for method in methods.values() for need in method.needs}:
+        if config.algorithm.rollout_correction.bypass_mode:
+            yield (
+                "algorithm.rollout_correction.bypass_mode: true leaves no next-token entropies, which "
+                f"{', '.join(methods)} needs; set it to false."
+            )
 
 
 def _loggers(chosen) -> Iterator[str]:

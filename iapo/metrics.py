@@ -32,6 +32,27 @@ def information_metrics(inputs, response_mask: torch.Tensor, seconds: float | No
     return metrics
 
 
+def method_metrics(methods: dict, inputs, response_mask: torch.Tensor) -> dict:
+    """What the methods did to the step, and the numbers that they learned; nothing without methods.
+
+    Args:
+        methods: by name.
+        inputs: `AdvantageInputs` after the estimator ran.
+        response_mask: (B, T).
+    """
+    if not methods:
+        return {}
+    real = response_mask.bool().any(1)
+    metrics = {
+        "iapo/method/completions_kept": inputs.loss_mask[real].bool().any(1).float().mean().item(),
+        "iapo/method/tokens_kept": inputs.loss_mask.sum().item() / response_mask.sum().item(),
+    }
+    for name, method in methods.items():
+        numbers = {k: v for k, v in method.state_dict().items() if isinstance(v, int | float)}
+        metrics |= {f"iapo/method/{name}/{key}": float(value) for key, value in numbers.items()}
+    return metrics
+
+
 def reward_metrics(infos: list[dict]) -> dict:
     """Mean of every numeric entry of the training completions' reward infos, e.g. iapo/reward/acc."""
     names = sorted({name for info in infos for name, value in info.items() if isinstance(value, int | float)})

@@ -1,6 +1,7 @@
 """Train: python -m iapo.train [--dry-run] [variant=...] [model=...] [data=...] [platform=...] [key=value ...]
 
-variant   grpo, dapo, iapo (the paper), iapo_rate (ours)
+variant   iapo (the paper), iapo_rate (ours), grpo, dapo, or another file of recipes/variant; several that act together
+          as variant=[iapo_rate,gfpo]
 model     tiny, qwen2.5-0.5b-instruct, qwen2.5-1.5b-instruct, qwen2.5-7b-instruct, or any folder or hub name
 data      verbose_arithmetic, gsm8k, math500, dapo_math_17k, or a folder with train.parquet and test.parquet
 platform  cpu or gpu; by default what the machine has
@@ -109,7 +110,8 @@ def resolve(overrides: list[str]):
             del config["hydra"]
             model = Path(config.actor_rollout_ref.model.path).name if choices.model == "path" else choices.model
             data = Path(config.data.train_files).parent.name if choices.data == "parquet" else choices.data
-            config.trainer.experiment_name = config.trainer.experiment_name or f"{choices.variant}-{model}-{data}"
+            variant = "+".join(chosen_variants(expanded))
+            config.trainer.experiment_name = config.trainer.experiment_name or f"{variant}-{model}-{data}"
             config.run_dir = os.path.abspath(config.run_dir or Path("runs") / config.trainer.experiment_name)
             environment = {"TENSORBOARD_DIR": f"{config.run_dir}/tensorboard"}
             if config.trainer.device == "cpu":
@@ -122,6 +124,14 @@ def resolve(overrides: list[str]):
         return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(str(error))) from None
+
+
+def chosen_variants(overrides: list[str]) -> list[str]:
+    """Hydra's list of choices leaves out a group of which several are chosen."""
+    for override in reversed(overrides):
+        if override.startswith("variant="):
+            return override.removeprefix("variant=").strip("[]").replace(" ", "").split(",")
+    return ["iapo_rate"]
 
 
 def explain(hydra_error: str) -> str:

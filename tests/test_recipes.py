@@ -14,8 +14,10 @@ from omegaconf import OmegaConf
 
 from iapo import provenance, train
 from iapo.checks import ConfigError, check
+from iapo.config import IapoConfig
 
 VARIANTS = ["grpo", "dapo", "iapo", "iapo_rate"]
+METHODS = sorted({path.stem for path in (train.recipes_dir() / "variant").glob("*.yaml")} - set(VARIANTS))
 MODELS = ["tiny", "qwen2.5-0.5b-instruct", "qwen2.5-1.5b-instruct", "qwen2.5-7b-instruct", "my-org/my-model"]
 DATA = ["verbose_arithmetic", "gsm8k", "math500", "dapo_math_17k", "/some/folder"]
 PLATFORMS = ["cpu", "gpu"]
@@ -37,26 +39,52 @@ def resolve(*overrides):
 
 def test_the_lists_above_are_complete():
     recipes = train.recipes_dir()
-    for group, names in (("variant", VARIANTS), ("model", MODELS[:-1] + ["path"]), ("platform", PLATFORMS)):
+    for group, names in (("model", MODELS[:-1] + ["path"]), ("platform", PLATFORMS)):
         assert sorted(names) == sorted(path.stem for path in (recipes / group).glob("*.yaml"))
     assert {path.stem for path in (recipes / "data").glob("*.yaml")} == {*DATA[:-1], "parquet", "iapo_data"}
+
+
+def composes(variant, model, data, platform):
+    config = resolve(
+        f"variant={variant}", f"model={model}", f"data={data}", f"platform={platform}", "trainer.n_gpus_per_node=8"
+    )
+    train.check_with_verl(config)
+    assert not OmegaConf.missing_keys(config.data) and not OmegaConf.missing_keys(config.iapo)
+    assert config.trainer.v1.trainer_mode == "iapo"
+    assert config.data.train_files.endswith("train.parquet")
+    return config
 
 
 @pytest.mark.parametrize("variant,platform", itertools.product(VARIANTS, PLATFORMS))
 def test_every_combination_composes_and_passes_verl(variant, platform):
     for model, data in itertools.product(MODELS, DATA):
-        config = resolve(
-            f"variant={variant}", f"model={model}", f"data={data}", f"platform={platform}", "trainer.n_gpus_per_node=8"
-        )
-        train.check_with_verl(config)
-        assert not OmegaConf.missing_keys(config.data) and not OmegaConf.missing_keys(config.iapo)
-        assert config.trainer.v1.trainer_mode == "iapo"
-        assert config.data.train_files.endswith("train.parquet")
+        composes(variant, model, data, platform)
+
+
+@pytest.mark.parametrize("number,variant", enumerate(METHODS))
+def test_every_other_variant_composes_with_each_model_data_set_and_platform(number, variant):
+    for i, model in enumerate(MODELS):
+        data, platform = DATA[(i + number) % len(DATA)], PLATFORMS[(i + number) % 2]
+        check(composes(variant, model, data, platform), files=False)
+
+
+@pytest.mark.parametrize("variants", ["[iapo_rate,gfpo]", "[dapo,iapo]", "[length_penalty,gfpo,iapo]"])
+def test_variants_act_together(variants):
+    config = composes(variants, "tiny", "verbose_arithmetic", "cpu")
+    check(config, files=False)
+    names = variants.strip("[]").split(",")
+    assert config.trainer.experiment_name == f"{'+'.join(names)}-tiny-verbose_arithmetic"
+    assert set(config.methods) == set(names) & {"gfpo", "length_penalty"}
+    assert config.algorithm.filter_groups.enable == ("dapo" in names)
+    assert config.actor_rollout_ref.actor.use_kl_loss == ("dapo" not in names)
+    assert (config.iapo.alpha > 0, config.iapo.rho > 0) == ("iapo" in names, "iapo_rate" in names)
 
 
 def test_variants_differ_where_they_should():
     grpo, dapo, iapo, rate = (resolve(f"variant={name}", "platform=cpu") for name in VARIANTS)
-    assert [c.algorithm.adv_estimator for c in (grpo, dapo, iapo, rate)] == ["grpo", "grpo", "iapo", "iapo"]
+    assert [c.algorithm.adv_estimator for c in (grpo, dapo, iapo, rate)] == ["grpo", "iapo", "iapo", "iapo"]
+    assert [IapoConfig.from_mapping(c.iapo).is_grpo for c in (grpo, dapo)] == [True, True]
+    assert not any(c.methods for c in (grpo, dapo, iapo, rate))
     assert (iapo.iapo.alpha > 0, iapo.iapo.beta > 0, iapo.iapo.rho) == (True, True, 0)
     assert (rate.iapo.alpha, rate.iapo.beta, rate.iapo.rho > 0) == (0, 0, True)
     assert [c.actor_rollout_ref.actor.use_kl_loss for c in (grpo, dapo, iapo, rate)] == [True, False, True, True]
@@ -105,6 +133,10 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["iapo.alpha=-1"], "iapo.alpha: -1 must be a number >= 0"),
         (["iapo.gate=some"], "iapo.gate: 'some' must be one of"),
         (["variant=grpo", "iapo.alpha=0.1"], "iapo.alpha=0.1.*no effect with algorithm.adv_estimator=grpo"),
+        (["variant=[grpo,gfpo]"], "^methods.gfpo: no effect with algorithm.adv_estimator=grpo; set it to iapo.$"),
+        (["variant=gfpo", "methods.gfpo.k=1"], "^methods.gfpo.k: 1 must be a whole number of at least 2.$"),
+        (["variant=gfpo", "methods.gfpo.k=8"], "^methods.gfpo.k: 8 of actor_rollout_ref.rollout.n=8 completions"),
+        (["variant=gfpo", "methods.gfpo._target_=no.such.Class"], "^methods.gfpo: no.such.Class can't be made of "),
         (["actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n: 1"),
         (["actor_rollout_ref.actor.strategy=fsdp"], "strategy: 'fsdp' must be fsdp2"),
         (["actor_rollout_ref.model.use_fused_kernels=true"], "use_fused_kernels: true"),

@@ -14,20 +14,27 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, register
 
 from iapo.advantage import iapo_advantage
 from iapo.config import IapoConfig
+from iapo.methods import Batch, Method, acts_by, select, weigh
 
 
 @dataclass
 class AdvantageInputs:
-    """What one call of the estimator needs; shapes as in `iapo.advantage.iapo_advantage`."""
+    """What one call of the estimator needs; shapes as in `iapo.advantage.iapo_advantage` and `iapo.methods.Batch`."""
 
     config: IapoConfig
+    methods: dict[str, Method] = field(default_factory=dict)
+    step: int = 1
     exit_entropy: torch.Tensor | None = None
     region_mask: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
     correct: torch.Tensor | None = None
+    truncated: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
     probe_tokens: int = 0
-    # Filled by the estimator: the weighted terms, for the metrics.
+    # Filled by the estimator: the weighted terms for the metrics, and (B, T) what the loss is over.
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    loss_mask: torch.Tensor | None = None
 
 
 _inputs: ContextVar[AdvantageInputs] = ContextVar("iapo_advantage_inputs")
@@ -45,7 +52,9 @@ def bind(inputs: AdvantageInputs) -> Iterator[AdvantageInputs]:
 
 @register_adv_est("iapo")
 def compute_iapo_advantage(token_level_rewards, response_mask, index, config=None, **_):
-    """verl's GRPO advantage plus the terms of `iapo.advantage`; with all weights 0 GRPO's, bit for bit.
+    """verl's GRPO advantage, the terms of `iapo.advantage`, and what the methods of `iapo.methods` make of them.
+
+    With all weights 0 and no methods GRPO's, bit for bit.
 
     Args:
         token_level_rewards, response_mask: (B, T).
@@ -64,19 +73,49 @@ def compute_iapo_advantage(token_level_rewards, response_mask, index, config=Non
             "algorithm.adv_estimator: 'iapo' needs trainer.v1.trainer_mode=iapo, which measures exit entropies; "
             "start the run with python -m iapo.train."
         )
-    norm_by_std = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
-    outcome, _ = compute_grpo_outcome_advantage(
-        token_level_rewards, response_mask, index, norm_adv_by_std_in_grpo=norm_by_std
+    methods = list(inputs.methods.values())
+    numbers = {uid: number for number, uid in enumerate(dict.fromkeys(index))}
+    everything = Batch(
+        group=torch.tensor([numbers[uid] for uid in index]),
+        rewards=token_level_rewards.sum(-1),
+        response_mask=response_mask,
+        step=inputs.step,
+        **{name: getattr(inputs, name) for name in ("correct", "truncated", "tokens", "entropy")},
     )
+    real_B = response_mask.bool().any(1)  # the others are verl's padding
+    batch, kept = select(methods, everything.rows(real_B))
+    rows = real_B.nonzero().flatten()[kept]
+    own_outcome = next((method.outcome_advantage for method in methods if "outcome_advantage" in acts_by(method)), None)
+    by_std = True if config is None else config.get("norm_adv_by_std_in_grpo", True)
+    outcome = own_outcome(batch) if own_outcome else grpo(batch, by_std)
+
+    def of_rows(x):
+        return None if x is None else x[rows]
+
     region_mask = None if inputs.region_mask is None else inputs.region_mask * response_mask
-    advantages, inputs.terms = iapo_advantage(
+    advantages, terms = iapo_advantage(
         outcome,
-        response_mask,
+        batch.response_mask,
         inputs.config,
-        index=index,
-        exit_entropy=inputs.exit_entropy,
-        region_mask=region_mask,
-        old_log_probs=inputs.old_log_probs,
-        correct=inputs.correct,
+        index=batch.group.tolist(),
+        exit_entropy=of_rows(inputs.exit_entropy),
+        region_mask=of_rows(region_mask),
+        old_log_probs=of_rows(inputs.old_log_probs),
+        correct=of_rows(inputs.correct),
     )
-    return advantages, advantages
+    advantages, loss_mask = weigh(methods, batch, advantages)
+
+    def in_place(x):
+        return x.new_zeros(response_mask.shape).index_copy(0, rows, x)
+
+    inputs.terms = {name: in_place(term) for name, term in terms.items()}
+    inputs.loss_mask = in_place(loss_mask)
+    return in_place(advantages), in_place(advantages)
+
+
+def grpo(batch: Batch, by_std: bool) -> torch.Tensor:
+    """(B, T) verl's group-normalised outcome advantage."""
+    rewards_BT = torch.zeros(batch.response_mask.shape, dtype=batch.rewards.dtype)
+    rewards_BT[:, 0] = batch.rewards  # verl sums over the tokens
+    group = batch.group.numpy()
+    return compute_grpo_outcome_advantage(rewards_BT, batch.response_mask, group, norm_adv_by_std_in_grpo=by_std)[0]

@@ -1,5 +1,6 @@
 """The trainer: verl's synchronous v1 trainer with the exit-entropy pass between old log-probs and the advantage."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,13 +17,17 @@ from verl.utils.debug import marked_timer
 
 from iapo.config import IapoConfig
 from iapo.console import ProgressConsole
-from iapo.metrics import information_metrics, reward_metrics
+from iapo.methods import make_methods
+from iapo.metrics import information_metrics, method_metrics, reward_metrics
 from iapo.metrics_file import MetricsFile
 from iapo.verl_adapter.estimator import AdvantageInputs, bind
 from iapo.verl_adapter.worker import INPUT_FIELDS, OUTPUT_FIELDS, IapoWorker
 
 # Batches of prompts that dynamic sampling may draw for one step before the run is stopped.
 MAX_REFILLS = 100
+
+# What the methods learned in training so far, in the folder of each checkpoint.
+METHODS_FILE = "methods.json"
 
 # What verl's replay buffer says when every rollout of a training step failed.
 NO_COMPLETION = "Sync replay buffer selected terminal groups with no materializable trajectories."
@@ -36,6 +41,8 @@ class IapoTrainer(PPOTrainerSync):
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"
         self.iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
+        self.methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
+        self._loss_mask: torch.Tensor | None = None  # of the step at hand, (B, T); None: the response mask
         self._refilled = 0  # prompts that dynamic sampling drew for the step at hand
         super().__init__(config)
 
@@ -112,7 +119,42 @@ class IapoTrainer(PPOTrainerSync):
             batch = super()._compute_advantage(batch, metrics)
         response_mask = self._fetch(batch, ["response_mask"])["response_mask"].to_padded_tensor(0)
         metrics.update(information_metrics(inputs, response_mask, self.timing_raw.get("exit_entropy")))
+        metrics.update(method_metrics(self.methods, inputs, response_mask))
+        self._loss_mask = None if torch.equal(inputs.loss_mask, response_mask) else inputs.loss_mask
         return batch
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """verl's, with the loss over the tokens that the methods leave; its metrics still count all of them."""
+        if self._loss_mask is None:
+            return super()._update_actor(batch, metrics)
+        before = self._fetch(batch, ["response_mask", "loss_mask"])
+        rows = zip(self._loss_mask, before["response_mask"].unbind(), strict=True)
+        mask = torch.nested.as_nested_tensor([new[: len(old)].to(old.dtype) for new, old in rows], layout=torch.jagged)
+        self._put(batch, response_mask=mask, loss_mask=mask)
+        batch = super()._update_actor(batch, metrics)
+        self._put(batch, **before)
+        return batch
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self):
+        # Before verl's, which ends by naming this checkpoint the last.
+        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        folder.mkdir(parents=True, exist_ok=True)
+        states = {name: method.state_dict() for name, method in self.methods.items()}
+        (folder / METHODS_FILE).write_text(json.dumps(states))
+        super()._save_checkpoint()
+
+    def _load_checkpoint(self):
+        result = super()._load_checkpoint()
+        if self.global_steps and self.methods:
+            mode = self.config.trainer.resume_mode
+            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+            folder = Path(self.config.trainer.resume_from_path) if mode == "resume_path" else folder
+            states = json.loads((folder / METHODS_FILE).read_text())
+            for name, method in self.methods.items():
+                method.load_state_dict(states[name])
+        return result
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
@@ -133,7 +175,8 @@ class IapoTrainer(PPOTrainerSync):
         self.actor_rollout_wg.compute_exit_entropy(request)
 
     def _advantage_inputs(self, batch: KVBatchMeta) -> AdvantageInputs:
-        inputs = AdvantageInputs(self.iapo)
+        inputs = AdvantageInputs(self.iapo, self.methods, self.global_steps)
+        needs = {name for method in self.methods.values() for name in method.needs}
         if self.iapo.needs_exit_entropy:
             data = self._fetch(batch, OUTPUT_FIELDS)
             inputs.exit_entropy = pad_with_last(data["exit_entropy"])
@@ -141,14 +184,19 @@ class IapoTrainer(PPOTrainerSync):
             inputs.probe_tokens = int(data["probe_tokens"].sum())
         if self.iapo.beta > 0:
             inputs.old_log_probs = self._fetch(batch, ["old_log_probs"])["old_log_probs"].to_padded_tensor(0.0)
-        if self.iapo.needs_correctness:
-            infos = self._reward_infos(batch.keys, batch.partition_id)
+        for name, field in (("tokens", "responses"), ("entropy", "entropy")):
+            if name in needs:
+                setattr(inputs, name, self._fetch(batch, [field])[field].to_padded_tensor(0))
+        infos = self._reward_infos(batch.keys, batch.partition_id) if needs or self.iapo.needs_correctness else []
+        if self.iapo.needs_correctness or "correct" in needs:
             if any("acc" not in info for info in infos):
                 raise ValueError(
                     "reward: the reward function returns no 'acc' (1 if the answer is right, else 0), which iapo.beta, "
-                    "iapo.rho and iapo.gate=correct need; return it or set them to 0, 0 and 'all'."
+                    "iapo.rho, iapo.gate=correct and most methods need; return it or set them to 0, 0, 'all' and none."
                 )
             inputs.correct = torch.tensor([float(info["acc"]) for info in infos]) > 0.5
+        if "truncated" in needs:
+            inputs.truncated = torch.tensor([float(info["truncated"]) for info in infos]) > 0.5
         return inputs
 
     def _record_validation_information(self, batch: KVBatchMeta) -> None:
@@ -163,11 +211,7 @@ class IapoTrainer(PPOTrainerSync):
             rate = (h[0] - h[-1]).item() / max(len(h) - 1, 1)
             extra["reward_extra_info"] = extra["reward_extra_info"] | {"information_rate": rate}
             extra_fields.append(NonTensorData(extra))
-        tq.kv_batch_put(
-            keys=batch.keys,
-            partition_id=batch.partition_id,
-            fields=TensorDict({"extra_fields": NonTensorStack(*extra_fields)}, batch_size=len(batch)),
-        )
+        self._put(batch, extra_fields=NonTensorStack(*extra_fields))
 
     def _check_rollouts(self, batch: KVBatchMeta, metrics: dict, prompts: int) -> None:
         """Stop with one clear line where verl would go on with missing rollouts or hide a raising reward."""
@@ -209,6 +253,11 @@ class IapoTrainer(PPOTrainerSync):
         if missing:  # TransferQueue drops unknown fields in silence
             raise RuntimeError(f"TransferQueue holds no {', '.join(missing)} for partition {batch.partition_id!r}.")
         return data
+
+    @staticmethod
+    def _put(batch: KVBatchMeta, **fields) -> None:
+        data = TensorDict(fields, batch_size=len(batch))
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=data)
 
 
 def pad_with_last(nested: torch.Tensor) -> torch.Tensor:

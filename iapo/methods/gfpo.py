@@ -1,0 +1,80 @@
+"""GFPO: sample many, learn from few (Shrivastava et al., arXiv 2508.09726)."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from iapo.methods import Batch, Method, choice, number
+
+
+@dataclass
+class Gfpo(Method):
+    """Group Filtered Policy Optimization: only the best k of a group's G completions train.
+
+        S = the k completions of the group that are shortest, or that have most reward per token
+        A_i = (r_i - mean_{j in S} r_j) / std_{j in S} r_j   for i in S,  0 for all others
+
+    (sections 3 and 3.1). The loss is a mean over the tokens of S. With `adaptive`, k depends on how hard the prompt
+    is (section 3.2): of the accuracies of all groups so far the quartiles q1 <= q2 <= q3 are taken, and a group keeps
+    `adaptive[n]` where n of them lie below its own accuracy, so hard prompts keep more.
+
+    Differences: rewards here may be negative, which per token would favour long failures, so the lowest of the group
+    is subtracted first. The quartiles are exact, where the paper estimates them with a t-digest. There, difficulty is
+    the mean reward; here it is the accuracy. Ties keep the completion that was sampled first.
+
+    Attributes:
+        k: completions kept per group; a smaller group keeps all.
+        by: "length" or "reward_per_token".
+        adaptive: k for the quarters of prompts from the hardest to the easiest (the paper: 8, 8, 6, 4 of 16), or None.
+    """
+
+    k: int = 4
+    by: str = "length"
+    adaptive: list[int] | None = None
+    _seen: dict[float, int] = field(default_factory=dict, init=False)
+
+    needs = ("correct",)
+
+    def __post_init__(self):
+        number("k", self.k, low=2, whole=True)  # one alone has no advantage
+        choice("by", self.by, ("length", "reward_per_token"))
+        if self.adaptive is not None:
+            if len(self.adaptive) != 4:
+                raise ValueError(f"adaptive: {list(self.adaptive)} must have four numbers, hardest quarter first.")
+            for k in self.adaptive:
+                number("adaptive", k, low=2, whole=True)
+
+    def problems(self, rollouts: int, max_response_length: int):
+        largest = max(self.adaptive or [self.k])
+        if largest >= rollouts:
+            yield (
+                f"{'adaptive' if self.adaptive else 'k'}: {largest} of actor_rollout_ref.rollout.n={rollouts} "
+                "completions filters nothing; sample more or keep fewer."
+            )
+
+    def keep_completions(self, batch: Batch) -> torch.Tensor:
+        kept_B = torch.zeros(len(batch.group), dtype=torch.bool)
+        groups = batch.groups()
+        accuracies = [batch.correct[rows].float().mean().item() for rows in groups]
+        for accuracy in accuracies:
+            self._seen[accuracy] = self._seen.get(accuracy, 0) + 1
+        for rows, accuracy in zip(groups, accuracies, strict=True):
+            score = batch.lengths[rows]
+            if self.by == "reward_per_token":
+                score = -(batch.rewards[rows] - batch.rewards[rows].min()) / score
+            kept_B[rows[score.argsort(stable=True)[: self._k(accuracy)]]] = True
+        return kept_B
+
+    def _k(self, accuracy: float) -> int:
+        if self.adaptive is None:
+            return self.k
+        values = torch.tensor(list(self._seen), dtype=torch.float64)
+        values = values.repeat_interleave(torch.tensor(list(self._seen.values())))
+        quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), interpolation="lower")
+        return self.adaptive[int((quartiles < accuracy).sum())]
+
+    def state_dict(self) -> dict:
+        return {"seen": [[accuracy, count] for accuracy, count in sorted(self._seen.items())]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._seen = {accuracy: count for accuracy, count in state["seen"]}

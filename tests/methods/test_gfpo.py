@@ -1,0 +1,99 @@
+"""GFPO against hand-computed numbers and a version in plain Python."""
+
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from iapo.methods.gfpo import Gfpo
+from tests.methods.batches import Row, grpo_naive, make_batch, row_lists, step
+
+
+def row(group, length, reward):
+    return Row(group, length, reward > 0, reward, False, [0] * length, [0.0] * length)
+
+
+GROUP = [row(0, 5, 1.5), row(0, 2, -1.5), row(0, 3, 0.5), row(0, 1, 0.5), row(0, 4, -0.5)]
+
+
+def test_the_shortest_train_and_are_compared_among_themselves():
+    advantages, mask = step(Gfpo(k=3), make_batch(GROUP))
+    # Lengths 2, 3 and 1 stay, with rewards -1.5, 0.5, 0.5: mean -1/6, sample standard deviation sqrt(4/3).
+    std = (4 / 3) ** 0.5
+    expected = [0, (-1.5 + 1 / 6) / std, (0.5 + 1 / 6) / std, (0.5 + 1 / 6) / std, 0]
+    torch.testing.assert_close(advantages[:, 0], torch.tensor(expected))
+    assert mask.sum(1).tolist() == [0, 2, 3, 1, 0]
+
+
+def test_the_best_by_reward_per_token_train():
+    # Above the group's lowest reward -1.5: 3/5, 0/2, 2/3, 2/1, 1/4.
+    _, mask = step(Gfpo(k=2, by="reward_per_token"), make_batch(GROUP))
+    assert mask.any(1).tolist() == [False, False, True, True, False]
+
+
+def test_a_hard_prompt_keeps_more():
+    def of_accuracy(group, correct):
+        return [row(group, n + 1, 0.5 if n < correct else -0.5) for n in range(8)]
+
+    method = Gfpo(adaptive=[6, 5, 4, 3])
+    for correct in (0, 2, 4, 6):  # the quartiles become 0, 2 and 4 of 8
+        step(method, make_batch(of_accuracy(0, correct)))
+    kept = [step(method, make_batch(of_accuracy(0, correct)))[1].any(1).sum().item() for correct in (0, 2, 4, 7)]
+    assert kept == [6, 5, 4, 3]
+
+
+@given(rows=row_lists, k=st.integers(2, 5), by=st.sampled_from(["length", "reward_per_token"]))
+def test_equals_plain_python(rows, k, by):
+    kept = []
+    for group in sorted({r.group for r in rows}):
+        members = [i for i, r in enumerate(rows) if r.group == group]
+        lowest = min(rows[i].reward for i in members)
+        # By float32, in which equal ratios such as 1/3 and 2/6 are equal too.
+        ratio = {i: torch.tensor(rows[i].reward - lowest) / rows[i].length for i in members}
+        score = {i: rows[i].length if by == "length" else -ratio[i].item() for i in members}
+        kept += sorted(members, key=lambda i: score[i])[:k]
+    kept.sort()
+    values = grpo_naive([rows[i].group for i in kept], [rows[i].reward for i in kept])
+    advantages, mask = step(Gfpo(k=k, by=by), make_batch(rows))
+    for i, r in enumerate(rows):
+        expected = values[kept.index(i)] if i in kept else 0.0
+        assert mask[i].sum() == (r.length if i in kept else 0)
+        torch.testing.assert_close(advantages[i, : r.length], torch.full((r.length,), expected), atol=1e-5, rtol=1e-5)
+
+
+@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_adaptive_k_equals_plain_python(history):
+    method, seen = Gfpo(adaptive=[9, 8, 7, 6]), []
+    for accuracies in history:
+        rows = [row(g, 1 + n, 0.5 if n < c else -0.5) for g, c in enumerate(accuracies) for n in range(4)]
+        step(method, make_batch(rows))
+        seen += [c / 4 for c in accuracies]
+        ordered = sorted(seen)
+        quartiles = [ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75)]
+        for c in range(5):
+            assert method._k(c / 4) == [9, 8, 7, 6][sum(q < c / 4 for q in quartiles)]
+    assert statistics.mean(seen) == pytest.approx(
+        sum(a * n for a, n in method.state_dict()["seen"]) / sum(n for _, n in method.state_dict()["seen"])
+    )
+
+
+@pytest.mark.parametrize(
+    "knobs,message",
+    [
+        (dict(k=1), "k: 1 must be a whole number of at least 2"),
+        (dict(by="size"), "by: 'size' must be one of length, reward_per_token"),
+        (dict(adaptive=[4, 4]), "adaptive: .* four numbers"),
+        (dict(adaptive=[4, 4, 4, 1]), "adaptive: 1 must be"),
+    ],
+)
+def test_bad_knobs(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        Gfpo(**knobs)
+
+
+def test_keeping_all_is_refused():
+    assert not list(Gfpo(k=4).problems(8, 100))
+    assert list(Gfpo(k=8).problems(8, 100))[0].startswith("k: 8 of actor_rollout_ref.rollout.n=8")
+    assert list(Gfpo(adaptive=[8, 4, 4, 4]).problems(8, 100))[0].startswith("adaptive: 8 of")

@@ -1,0 +1,110 @@
+"""The protocol of methods: who may act with whom, and what several make of a batch."""
+
+import pytest
+import torch
+
+from iapo.methods import Method, acts_by, conflicts, make_methods, select, weigh
+from tests.methods.batches import make_batch, make_rows
+
+
+class Doubled(Method):
+    def shape_reward(self, batch):
+        return batch.rewards * 2
+
+
+class Plus(Method):
+    def shape_reward(self, batch):
+        return batch.rewards + 1
+
+
+class Right(Method):
+    needs = ("correct",)
+
+    def keep_completions(self, batch):
+        return batch.correct
+
+
+class Own(Method):
+    ignores = {"shape_reward": "it judges by correctness alone", "overlong": "it judges by correctness alone"}
+
+    def outcome_advantage(self, batch):
+        return batch.response_mask.float()
+
+
+class First(Method):
+    """Weighs the first token threefold."""
+
+    def token_weight(self, batch, advantages):
+        weight = torch.ones_like(advantages)
+        weight[:, 0] = 3
+        return weight
+
+
+class Even(Method):
+    """The loss of every second token."""
+
+    def loss_mask(self, batch, advantages):
+        return torch.arange(advantages.shape[1]) % 2 == 0
+
+
+class Nothing(Method):
+    def loss_mask(self, batch, advantages):
+        return torch.zeros_like(advantages)
+
+
+def test_a_method_acts_by_the_hooks_that_it_overrides():
+    assert acts_by(Doubled()) == ["shape_reward"]
+    assert acts_by(Even()) == ["loss_mask"]
+    assert acts_by(Method()) == []
+
+
+@pytest.mark.parametrize(
+    "methods,message",
+    [
+        ([Doubled, Plus], "methods: Doubled and Plus each have a shape_reward of their own, and a run has one"),
+        ([Own, Doubled], "the shape_reward of Doubled has no effect beside Own: it judges by correctness alone"),
+        ([Doubled, Own], "the shape_reward of Doubled has no effect beside Own: it judges by correctness alone"),
+        ([Doubled, Right, First, Even], None),
+        ([Own, Right], None),
+    ],
+)
+def test_who_may_act_with_whom(methods, message):
+    found = list(conflicts({method.__name__: method() for method in methods}))
+    assert len(found) == (message is not None)
+    assert message is None or message in found[0]
+
+
+def test_rewards_selection_weights_and_masks_act_one_after_the_other():
+    batch = make_batch(make_rows([[True, False, True]], longest=4, distinct=True))
+    chosen, kept = select([Doubled(), Right()], batch)
+    assert kept.tolist() == [True, False, True]
+    assert chosen.rewards.tolist() == [2 * batch.rewards[0].item(), 2 * batch.rewards[2].item()]
+    assert chosen.group.tolist() == [0, 0] and chosen.step == batch.step
+    advantages = 0.5 * chosen.response_mask
+    weighed, mask = weigh([First(), Even()], chosen, advantages)
+    even = (torch.arange(advantages.shape[1]) % 2 == 0) & chosen.response_mask.bool()
+    expected = advantages * even
+    expected[:, 0] *= 3
+    assert torch.equal(weighed, expected) and torch.equal(mask.bool(), even)
+
+
+def test_a_mask_that_leaves_nothing_leaves_advantages_of_zero():
+    batch = make_batch(make_rows([3]))
+    weighed, mask = weigh([Nothing()], batch, torch.ones(batch.response_mask.shape))
+    assert not weighed.any() and torch.equal(mask, batch.response_mask)
+
+
+@pytest.mark.parametrize(
+    "section,message",
+    [
+        ({"_target_": "iapo.methods.gfpo.Gfpo", "k": 0}, "^methods.x.k: 0 must be a whole number of at least 2.$"),
+        ({"_target_": "iapo.methods.gfpo.Nothing"}, "^methods.x: iapo.methods.gfpo.Nothing can't be made of {}"),
+        ({"_target_": "iapo.methods.gfpo.Gfpo", "kk": 3}, "^methods.x: .*unexpected keyword argument 'kk'"),
+        ({"k": 3}, "^methods.x: None can't be made of"),
+        (None, "^methods.x: None can't be made of"),
+    ],
+)
+def test_a_section_that_makes_no_method_gets_one_line(section, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_methods({"x": section})
+    assert len(str(error.value).splitlines()) == 1
