@@ -148,9 +148,8 @@ def _loggers(chosen) -> Iterator[str]:
 
 def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
-    allowed = ("fsdp2",) if config.trainer.device == "cpu" else ("fsdp", "fsdp2")
-    if actor.strategy not in allowed:
-        yield f"actor_rollout_ref.actor.strategy: {actor.strategy!r} must be {' or '.join(allowed)} here."
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        yield f"actor_rollout_ref.actor.strategy: {actor.strategy!r} must be fsdp or fsdp2."
     size = config.actor_rollout_ref.rollout.tensor_model_parallel_size
     if config.trainer.device == "cpu" and size != 1:
         yield f"actor_rollout_ref.rollout.tensor_model_parallel_size: {size!r} must be 1 with platform=cpu."

