@@ -21,6 +21,8 @@ from iapo.support import check_model
 
 # Tokens per forward where the caller doesn't say, by device: a CPU's caches like few, a GPU's cores many.
 MAX_TOKENS = {"cpu": 768, "cuda": 16384}
+# Bytes that the tensors of a forward may take then, those of the output layer aside (`iapo.output_layer`).
+MEMORY_BUDGET = 2 * 2**30
 
 
 def exit_entropy(
@@ -110,7 +112,7 @@ def exit_entropies(
         ValueError: an empty prompt or probe, answers for some completions only, a model that can't be served.
     """
     probe_ids = torch.as_tensor(probe_ids, dtype=torch.long).cpu()
-    max_tokens = max_tokens or default_max_tokens(device)
+    max_tokens = max_tokens or default_max_tokens(model.config, device)
     if len(probe_ids) == 0 or any(len(c.prompt) == 0 for c in completions):
         raise ValueError("completions: the probe and every prompt need at least one token.")
     if len({c.answer is None for c in completions}) > 1:
@@ -239,10 +241,28 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     return logits.logsumexp(-1) - torch.where(probabilities > 0, probabilities * logits, 0.0).sum(-1)
 
 
-def default_max_tokens(device: torch.device | str | int) -> int:
-    """Tokens per forward that suit a device; an accelerator that isn't listed is taken for a GPU."""
+def default_max_tokens(config, device: torch.device | str | int) -> int:
+    """Tokens per forward: as many as suit the device, or as `MEMORY_BUDGET` holds if those are fewer, at least 1.
+
+        bytes per token = 4 (4 hidden + 3 intermediate + 8 heads * head size + 2 layers * key heads * head size)
+
+    counts what lives at once in float32: the residual stream, the MLP's gate, up and product, queries, keys, values
+    and the parts of the attention that are merged, and the trajectory's stored keys and values. A single trajectory
+    is one forward whatever its length. An accelerator that isn't listed is taken for a GPU.
+
+    Args:
+        config: the model's Hugging Face config.
+    """
+    text = config.get_text_config(decoder=True)
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or hidden // heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    stored = 2 * text.num_hidden_layers * key_heads * head_size
+    bytes_per_token = 4 * (4 * hidden + 3 * intermediate + 8 * heads * head_size + stored)
     kind = device if isinstance(device, str) else getattr(device, "type", "cuda")
-    return MAX_TOKENS.get(kind.partition(":")[0], MAX_TOKENS["cuda"])
+    suits = MAX_TOKENS.get(kind.partition(":")[0], MAX_TOKENS["cuda"])
+    return max(min(suits, MEMORY_BUDGET // bytes_per_token), 1)
 
 
 def interpolate(values: torch.Tensor, positions: torch.Tensor, length: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from iapo import cascade, output_layer, packing
 from iapo.information import (
+    default_max_tokens,
     entropy,
     exit_entropies,
     exit_entropy,
@@ -223,6 +224,22 @@ def test_bf16_error_is_that_of_the_weights_not_of_the_logits():
 def entropy_fp64(logits):
     logs = logits.log_softmax(-1)
     return -(logs.exp() * logs).sum(-1)
+
+
+def test_tokens_per_forward_suit_the_device_and_the_memory_budget(models):
+    half_billion, seven_billion = (
+        transformers.Qwen2Config(
+            hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=keys,
+        )
+        for hidden, wide, layers, heads, keys in ((896, 4864, 24, 14, 2), (3584, 18944, 28, 28, 4))
+    )  # fmt: skip
+    assert default_max_tokens(half_billion, "cpu") == 768
+    assert default_max_tokens(half_billion, torch.device("cuda", 1)) == default_max_tokens(half_billion, 0) == 16384
+    # 4 (4 * 3584 + 3 * 18944 + 8 * 28 * 128 + 2 * 28 * 4 * 128) bytes per token
+    assert default_max_tokens(seven_billion, "cuda:0") == 2 * 2**30 // 514_048 == 4177
+    for model in models.values():
+        assert default_max_tokens(model.config, "cpu") == 768
 
 
 def test_entropy_by_hand():

@@ -45,9 +45,9 @@ class IapoWorker(ActorRolloutRefWorker):
         prompts, responses, masks = (data[name].unbind() for name in INPUT_FIELDS)
         real = [i for i, mask in enumerate(masks) if mask.any()]
         completions = [self._completion(prompts[i], responses[i], masks[i], config) for i in real]
-        max_tokens = config.max_tokens_per_micro_batch or default_max_tokens(get_device_id())
-
         engine = self.actor.engine
+        max_tokens = config.max_tokens_per_micro_batch or default_max_tokens(engine.module.config, get_device_id())
+
         # Ranks agree on what to refuse and on how often to call the model before the first forward: FSDP gathers
         # parameters in every forward, so a rank that makes one less, or raises alone, would leave the others waiting.
         own_forwards = forward_count(completions, len(probe_ids), max_tokens)
