@@ -2,10 +2,14 @@
 
 The floor is a plain forward of as many tokens as the pass must push through the model, S + P (T + 1) per completion, as
 causal sequences as long as the trajectory, so that a token attends to as many others on average. `/ floor` is the ratio
-to it, `/ probes` the ratio to a plain forward of the P (T + 1) probe tokens alone.
+to it, `/ probes` the ratio to a plain forward of the P (T + 1) probe tokens alone. Times are medians of interleaved
+repeats. `peak MiB` is the memory beyond the loaded model, each method in a process of its own, and the last column its
+ratio to that of a plain forward of one trajectory that keeps its keys and values.
 """
 
 import argparse
+import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -30,6 +34,9 @@ PROMPT = 64
 NAIVE_UP_TO = 64
 COPIES = (1, 4, 16, 64)
 STEP = 16  # mean tokens of a reasoning step, for the boundaries
+DENSITIES = ("full", "stride 8", "boundaries")
+FLOOR, PROBE_FLOOR = "plain forward of the same tokens", "plain forward of the probe tokens"
+WITH_CACHE = "plain forward of a trajectory with KV cache"
 
 
 def make_model(shape: str, device: str):
@@ -116,18 +123,6 @@ def check(probe_ids, device: str) -> None:
             raise SystemExit(f"benchmarks.exit_entropy: {name}: an error of {error} nats")
 
 
-def memory_of(method: str, shape: str, T: int, P: int, device: str):
-    """Prepare one method in a process of its own; see `peak_mib`."""
-    model = make_model(shape, device)
-    plain_with_cache(model, 16, device)  # what torch allocates once
-    if method == "plain with cache":
-        return partial(plain_with_cache, model, PROMPT + T, device)
-    completions = make_completions(model.config.vocab_size, T, 1, "full")
-    if method == "ours":
-        return partial(ours, model, completions, torch.arange(1, P + 1), device)
-    return partial(copies, model, completions, torch.arange(1, P + 1), device, 16)
-
-
 def best_chunk(model, completions, probe_ids, device: str) -> int:
     """The competitor's best chunk size, found on a short completion; longer ones take minutes and prefer the same."""
     functions = {n: partial(copies, model, completions, probe_ids, device, n) for n in COPIES}
@@ -135,33 +130,60 @@ def best_chunk(model, completions, probe_ids, device: str) -> int:
     return min(seconds, key=seconds.get)
 
 
-def measure(model, shape: str, T: int, B: int, P: int, repeats: int, device: str) -> list[list[str]]:
+def pushed_tokens(T: int, B: int, P: int, density: str) -> tuple[int, int]:
+    """Tokens that a pass must push through the model, and those of them that are the probes'."""
+    probes = P * sum(len(c.positions) for c in make_completions(2, T, B, density))
+    return PROMPT + B * T + probes, probes
+
+
+def methods(model, T: int, B: int, P: int, device: str, best: int) -> dict[str, Callable[[], object]]:
+    """What is measured, by the name of its row; `best` is the competitor's chunk size."""
     probe_ids = torch.arange(1, P + 1)
     length = PROMPT + T
-    probes = {
-        d: sum(len(c.positions) for c in make_completions(2, T, B, d)) for d in ("full", "stride 8", "boundaries")
-    }
-    pushed = {density: PROMPT + B * T + P * count for density, count in probes.items()}
+    floor, probe_floor = pushed_tokens(T, B, P, "full")
+    completions = {d: make_completions(model.config.vocab_size, T, B, d) for d in DENSITIES}
     functions = {
-        "plain forward of the same tokens": partial(plain, model, pushed["full"], length, P, device),
-        "plain forward of the probe tokens": partial(plain, model, P * probes["full"], length, P, device),
+        FLOOR: partial(plain, model, floor, length, P, device),
+        PROBE_FLOOR: partial(plain, model, probe_floor, length, P, device),
+        WITH_CACHE: partial(plain_with_cache, model, length, device),
     }
-    for density in probes:
-        completions = make_completions(model.config.vocab_size, T, B, density)
-        functions[f"ours, {density}"] = partial(ours, model, completions, probe_ids, device)
-    full = make_completions(model.config.vocab_size, T, B, "full")
-    best = best_chunk(model, make_completions(model.config.vocab_size, min(T, 256), 1, "full"), probe_ids, device)
-    functions[f"per-position KV copies, {best} at a time"] = partial(copies, model, full, probe_ids, device, best)
+    for density in DENSITIES:
+        functions[f"ours, {density}"] = partial(ours, model, completions[density], probe_ids, device)
+    name = f"per-position KV copies, {best} at a time"
+    functions[name] = partial(copies, model, completions["full"], probe_ids, device, best)
     if T <= NAIVE_UP_TO:
-        functions["naive"] = partial(naive, model, full, probe_ids, device)
+        functions["naive"] = partial(naive, model, completions["full"], probe_ids, device)
+    return functions
+
+
+def prepare(name: str, shape: str, T: int, B: int, P: int, device: str, best: int) -> Callable[[], object]:
+    """One of `methods` in a process of its own, see `peak_mib`."""
+    model = make_model(shape, device)
+    plain_with_cache(model, 16, device)  # what torch allocates once
+    return methods(model, T, B, P, device, best)[name]
+
+
+def measure(model, shape: str, T: int, B: int, P: int, repeats: int, device: str) -> list[list[str]]:
+    short = make_completions(model.config.vocab_size, min(T, 256), 1, "full")
+    best = best_chunk(model, short, torch.arange(1, P + 1), device)
+    functions = methods(model, T, B, P, device, best)
     seconds = interleaved(functions, repeats, device, f"{shape} T={T} B={B}")
-    floor, probe_floor = (seconds[name] for name in list(seconds)[:2])
+    peaks = {}
+    for name in functions:
+        print(f"\r{shape} T={T} B={B}: peak memory of {name} ", end="", file=sys.stderr, flush=True)
+        peaks[name] = peak_mib(partial(prepare, name, shape, T, B, P, device, best), device)
+    print("\r" + " " * 90 + "\r", end="", file=sys.stderr, flush=True)
     rows = []
     for name, value in seconds.items():
-        density = next((d for d in probes if name == f"ours, {d}"), "full")
-        speed = "" if name.startswith("plain") else f"{P * probes[density] / value:,.0f}"
-        rows.append([name, str(T), str(B), f"{value:.3f}", f"{value / floor:.2f}", f"{value / probe_floor:.2f}", speed])
+        density = next((d for d in DENSITIES if name == f"ours, {d}"), "full")
+        speed = "" if name.startswith("plain") else f"{pushed_tokens(T, B, P, density)[1] / value:,.0f}"
+        ratios = [f"{value / seconds[floor]:.2f}" for floor in (FLOOR, PROBE_FLOOR)]
+        memory = [f"{peaks[name]:.0f}", f"{peaks[name] / peaks[WITH_CACHE]:.2f}"]
+        rows.append([name, f"{value:.3f}", *ratios, speed, *memory])
     return rows
+
+
+HEADER = ["method", "seconds", "/ floor", "/ probes", "probe tokens/s", "peak MiB", "/ plain with cache"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -173,26 +195,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--probe", type=int, default=6, metavar="P", help="probe tokens")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; a training worker has one")
-    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    print(f"{options.shape}, P = {options.probe}; {machine(device)}")
-    if options.memory:
-        rows = []
-        for T in options.lengths:
-            peaks = {
-                method: peak_mib(partial(memory_of, method, options.shape, T, options.probe, device), device)
-                for method in ("plain with cache", "ours", "KV copies")
-            }
-            base = peaks["plain with cache"]
-            rows += [[name, str(T), f"{peak:.0f}", f"{peak / base:.2f}"] for name, peak in peaks.items()]
-        print(table(["method", "T", "peak MiB over the model", "/ plain with cache"], rows))
-        return
     model = make_model(options.shape, device)
+    print(machine(device))
     check(torch.arange(1, options.probe + 1), device)
     for T in options.lengths:
         rows = measure(model, options.shape, T, options.batch, options.probe, options.repeats, device)
-        print(table(["method", "T", "B", "seconds", "/ floor", "/ probes", "probe tokens/s"], rows), flush=True)
+        print(f"\n{options.shape}, T = {T}, B = {options.batch}, P = {options.probe}:\n")
+        print(table(HEADER, rows), flush=True)
 
 
 if __name__ == "__main__":

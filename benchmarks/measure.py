@@ -2,12 +2,12 @@
 
 import multiprocessing
 import platform
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -66,9 +66,16 @@ def peak_mib(prepare: Callable[[], Callable], device: str) -> float:
 def _peak_of_process(prepare, sender) -> None:
     torch.set_num_threads(1)
     function = prepare()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading and importing
+    before = _status_kib("VmRSS")
     function()
-    sender.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+    sender.send((_status_kib("VmHWM") - before) / 2**10)
+
+
+def _status_kib(name: str) -> int:
+    """A line of /proc/self/status, where VmRSS is resident now and VmHWM was at the most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,11 +1,14 @@
 """The benchmarks run, and what they compare with is exact; their numbers are in benchmarks/README.md."""
 
+import functools
+import os
+
 import pytest
 import torch
 
 from benchmarks import exit_entropy as benchmark
 from benchmarks.kv_copies import exit_entropy_by_copies
-from benchmarks.measure import table
+from benchmarks.measure import peak_mib, table
 from iapo.information import exit_entropy_naive
 from tests.conftest import make_batch
 
@@ -28,18 +31,38 @@ def test_the_plain_forward_has_as_many_tokens_as_it_says(models):
     assert tokens == [20, 20, 10]
 
 
-def test_the_benchmark_prints_a_table(capsys, monkeypatch):
+def test_the_benchmark_prints_a_table_per_length(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    measured = []
+
+    def peak(prepare, device):
+        measured.append(prepare.args[0])
+        prepare()()  # what the process of its own would do
+        return 2.0 + len(measured)
+
+    monkeypatch.setattr(benchmark, "peak_mib", peak)
     benchmark.main(["--lengths", "16", "--repeats", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("ours: within") and lines[3].startswith("KV copies: within")
-    first_cells = [line.split("|")[1].strip() for line in lines[6:]]
-    assert [name.split(",")[0] for name in first_cells[:2]] == [
-        "plain forward of the same tokens",
-        "plain forward of the probe tokens",
-    ]
-    assert {"ours, full", "ours, stride 8", "ours, boundaries", "naive"} <= set(first_cells)
-    assert any(name.startswith("per-position KV copies") for name in first_cells)
+    assert lines[5] == "small, T = 16, B = 1, P = 6:"
+    rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in lines[9:]}
+    assert list(rows) == measured
+    names = [benchmark.FLOOR, benchmark.PROBE_FLOOR, benchmark.WITH_CACHE, "ours, full", "ours, stride 8"]
+    assert [*measured[:-2], measured[-1]] == [*names, "ours, boundaries", "naive"]
+    assert measured[-2].startswith("per-position KV copies, ")
+    assert rows[benchmark.FLOOR][1] == rows[benchmark.PROBE_FLOOR][2] == rows[benchmark.WITH_CACHE][5] == "1.00"
+    assert [row[4] for row in rows.values()] == [str(3 + i) for i in range(8)]
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own():
+    small, large = (peak_mib(functools.partial(filling, mib), "cpu") for mib in (50, 200))
+    assert 45 < small < 70 and 195 < large < 220
+    with pytest.raises(RuntimeError, match="the measured process ended with status 3"):
+        peak_mib(functools.partial(os._exit, 3), "cpu")
+
+
+def filling(mib):
+    return functools.partial(torch.ones, mib * 2**18)
 
 
 def test_a_table_by_hand():
