@@ -172,7 +172,7 @@ def register_resolvers() -> None:
         "iapo.asset": lambda name: str(Path(__file__).parent / "assets" / name),
         "iapo.recipe": lambda name: str(recipes_dir() / name),
         "iapo.dataset": lambda name: str(data_dir() / name),
-        "iapo.fifth": lambda length: int(length) // 5,
+        "iapo.part": lambda length, share: int(int(length) * float(share)),
         "iapo.pack": lambda tokens, prompt, response: max(int(tokens), int(prompt) + int(response)),
         "iapo.gpu_count": lambda: gpu_count(),
     }

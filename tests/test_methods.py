@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from iapo.methods import Method, acts_by, conflicts, make_methods, select, weigh
+from iapo.methods import Method, acts_by, conflicts, make_methods, number, select, weigh
 from tests.methods.batches import make_batch, make_rows
 
 
@@ -108,3 +108,24 @@ def test_a_section_that_makes_no_method_gets_one_line(section, message):
     with pytest.raises(ValueError, match=message) as error:
         make_methods({"x": section})
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "value,limits,message",
+    [
+        (3, {}, None),
+        (-1.5, dict(low=-float("inf")), None),
+        (-1, {}, "^x: -1 must be a number of at least 0.$"),
+        (1.5, dict(high=1), "^x: 1.5 must be a number from 0 to 1.$"),
+        (1.5, dict(whole=True), "^x: 1.5 must be a whole number of at least 0.$"),
+        (True, {}, "^x: True must be a number"),
+        ("high", dict(low=-float("inf")), "^x: 'high' must be a number.$"),
+        (float("nan"), dict(low=-float("inf")), "^x: nan must be a number.$"),
+        (-float("inf"), dict(low=-float("inf")), "^x: -inf must be a number.$"),
+    ],
+)
+def test_the_limits_of_a_number(value, limits, message):
+    if message is None:
+        return number("x", value, **limits)
+    with pytest.raises(ValueError, match=message):
+        number("x", value, **limits)

@@ -175,9 +175,10 @@ def number(name: str, value, low: float = 0, high: float = float("inf"), whole: 
         ValueError: unless it is a number in [low, high], a whole one if asked for.
     """
     kind = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or value == float("inf"):
-        span = f"of at least {low}" if high == float("inf") else f"from {low} to {high}"
-        raise ValueError(f"{name}: {value!r} must be a {'whole ' if whole else ''}number {span}.")
+    if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high or abs(value) == float("inf"):
+        span = f" of at least {low}" if high == float("inf") else f" from {low} to {high}"
+        span = "" if low == -float("inf") else span
+        raise ValueError(f"{name}: {value!r} must be a {'whole ' if whole else ''}number{span}.")
 
 
 def choice(name: str, value, choices: Sequence[str]) -> None:
