@@ -113,8 +113,8 @@ def iapo_advantage(
         config: weights alpha, beta, rho >= 0 and `gate`: with "correct" the informativeness term is added to correct
             completions only, with "all" (the paper) to all.
         index: (B,) group of each completion.
-        exit_entropy: (B, T + 1) in nats; needed by alpha and rho.
-        region_mask: (B, T) tokens that were probed; needed by alpha.
+        exit_entropy: (B, T + 1) in nats, or `iapo.information.next_token_entropies`; needed by alpha and rho.
+        region_mask: (B, T) tokens whose information was measured; needed by alpha.
         old_log_probs: (B, T); needed by beta.
         correct: (B,); needed by beta, rho and the gate.
 
@@ -126,7 +126,7 @@ def iapo_advantage(
         ValueError: an input that a non-zero weight needs is missing.
     """
     needs = {
-        "exit_entropy": (exit_entropy, config.needs_exit_entropy),
+        "exit_entropy": (exit_entropy, config.alpha > 0 or config.rho > 0),
         "region_mask": (region_mask, config.alpha > 0),
         "old_log_probs": (old_log_probs, config.beta > 0),
         "correct": (correct, config.needs_correctness),

@@ -36,7 +36,7 @@ def check(config: DictConfig, files: bool = True) -> None:
         raise ConfigError(str(error)) from None
     problems = list(_numbers(config))
     if not problems:  # the checks below compare them
-        problems += [*_terms(config, iapo), *_methods(config), *_engine(config, iapo)]
+        problems += [*_terms(config, iapo), *_methods(config, iapo), *_engine(config, iapo)]
         if files:
             problems += [*_paths(config), *_reward(config), *_data(config), *_resume(config), *_model(config, iapo)]
     if problems:
@@ -113,7 +113,7 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         )
 
 
-def _methods(config: DictConfig) -> Iterator[str]:
+def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     try:
         methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
     except ValueError as error:
@@ -129,12 +129,13 @@ def _methods(config: DictConfig) -> Iterator[str]:
             reason = method.ignores["overlong"]
             yield f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect beside {name}: {reason}."
     yield from conflicts(methods)
-    if "entropy" in {need for method in methods.values() for need in method.needs}:
-        if config.algorithm.rollout_correction.bypass_mode:
-            yield (
-                "algorithm.rollout_correction.bypass_mode: true leaves no next-token entropies, which "
-                f"{', '.join(methods)} needs; set it to false."
-            )
+    needing = [name for name, method in methods.items() if "entropy" in method.needs]
+    needing += ["iapo.score=next_token_entropy"] if iapo.needs_next_token_entropy else []
+    if needing and config.algorithm.rollout_correction.bypass_mode:
+        yield (
+            "algorithm.rollout_correction.bypass_mode: true leaves no next-token entropies, which "
+            f"{' and '.join(needing)} can't do without; set it to false."
+        )
 
 
 def _loggers(chosen) -> Iterator[str]:
@@ -369,8 +370,13 @@ def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
 def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     if iapo.gate != "all" and iapo.alpha == 0:
         yield f"iapo.gate={iapo.gate} has no effect with iapo.alpha=0."
+    if iapo.score == "next_token_entropy" and iapo.alpha == 0:
+        yield "iapo.score=next_token_entropy has no effect with iapo.alpha=0."
     if not iapo.needs_exit_entropy and not iapo.validation_information:
-        for name in ("region", "probe_at", "stride", "max_gap", "score", "probe", "exit_marker", "answer_end"):
+        of_pass = {"probe_at", "stride", "max_gap", "probe", "answer_end"}
+        if not iapo.needs_next_token_entropy:
+            of_pass |= {"region", "score", "exit_marker"}
+        for name in sorted(of_pass):
             if getattr(iapo, name) != getattr(IapoConfig(), name):
                 yield f"iapo.{name}={getattr(iapo, name)!r} has no effect without a probe pass."
         return
@@ -379,6 +385,7 @@ def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         ("stride", "probe_at", "boundaries"),
         ("max_gap", "probe_at", "stride"),
         ("answer_end", "score", "first_token_entropy"),
+        ("answer_end", "score", "next_token_entropy"),
     ):
         if getattr(iapo, choice) == value and getattr(iapo, name) != getattr(IapoConfig(), name):
             yield f"iapo.{name} has no effect with iapo.{choice}={value}."

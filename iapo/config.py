@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 GATES = ("all", "correct")
 REGIONS = ("reasoning", "response")
 PLACES = ("stride", "boundaries")
-SCORES = ("first_token_entropy", "answer_logprob")
+SCORES = ("first_token_entropy", "answer_logprob", "next_token_entropy")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class IapoConfig:
         probe: text of the exit probe, appended to a prefix to make the model answer now.
         score: what is measured after the probe: "first_token_entropy", the entropy of the next token (paper), or
             "answer_logprob", -log p of the completion's own final answer, all its tokens (its pointwise information).
+            "next_token_entropy" measures nothing after a probe but how uncertain the policy was of each token itself
+            (the paper's ablation, for alpha alone): no probe pass, except that of `validation_information`.
         answer_end: text that ends the answer, for `score` "answer_logprob".
         probe_at: "stride", every `stride`-th position, or "boundaries", where a reasoning step ends. The gain of a
             segment between two probes is spread evenly over its tokens.
@@ -69,13 +71,23 @@ class IapoConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"iapo.{name}: {value!r} must be a non-empty text.")
+        if self.score == "next_token_entropy" and self.rho > 0:
+            raise ValueError(
+                f"iapo.score: 'next_token_entropy' says nothing of the answer, so there is no information rate for "
+                f"iapo.rho={self.rho}; set iapo.rho=0 or choose another score."
+            )
         if not isinstance(self.validation_information, bool):
             raise ValueError(f"iapo.validation_information: {self.validation_information!r} must be true or false.")
 
     @property
     def needs_exit_entropy(self) -> bool:
         """Whether a term of the advantage needs the probe pass."""
-        return self.alpha > 0 or self.rho > 0
+        return (self.alpha > 0 or self.rho > 0) and self.score != "next_token_entropy"
+
+    @property
+    def needs_next_token_entropy(self) -> bool:
+        """Whether a term of the advantage needs the entropies that verl computes with old log-probs."""
+        return self.alpha > 0 and self.score == "next_token_entropy"
 
     @property
     def needs_correctness(self) -> bool:

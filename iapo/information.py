@@ -233,6 +233,26 @@ def information_rate(exit_entropy: torch.Tensor, response_mask: torch.Tensor) ->
     return (exit_entropy[:, 0] - exit_entropy[:, -1]) / response_mask.sum(1).clamp(min=1)
 
 
+def next_token_entropies(entropy: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    r"""h_t for `information_gain` without probes: the paper's ablation that drops the early exit (arXiv 2602.19049).
+
+        h_t = H(o_{t+1} | q, o_1..o_t),    t = 0..L-1,    and h_L = h_{L-1}      [nats]
+
+    for a completion of L tokens. Nothing comes after the last one, so that it gains nothing; that matters only where a
+    completion was cut, because the token that ends one is in no region.
+
+    Args:
+        entropy: (B, T) of the policy's distribution that each token was drawn from, in nats.
+        response_mask: (B, T) 1 on the L tokens of each row, right-padded.
+
+    Returns:
+        (B, T + 1) float32, constant after a row's last token.
+    """
+    last_B1 = (_last_valid(response_mask)[:, None] - 1).clamp(min=0)
+    t_T1 = torch.arange(entropy.shape[1] + 1, device=entropy.device)
+    return entropy.float().gather(1, torch.minimum(t_T1, last_B1))
+
+
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """H = logsumexp(z) - sum_v softmax(z)_v z_v in nats, over the last dimension, float32."""
     logits = logits.float()

@@ -9,6 +9,8 @@ from iapo.information import information_gain, information_rate
 def information_metrics(inputs, response_mask: torch.Tensor, seconds: float | None) -> dict:
     """Exit entropies, gains, rate and each term's share of the advantage, over completions with at least one token.
 
+    Of next-token entropies only the gains: verl has their mean, and there is no rate.
+
     Args:
         inputs: `AdvantageInputs` after the estimator ran.
         response_mask: (B, T); rows of zeros are verl's padding.
@@ -21,12 +23,15 @@ def information_metrics(inputs, response_mask: torch.Tensor, seconds: float | No
     h, region = inputs.exit_entropy[real], inputs.region_mask[real]
     gains = information_gain(h, region)[region.bool()]
     metrics |= {
-        "iapo/exit_entropy/start": h[:, 0].mean().item(),
-        "iapo/exit_entropy/end": h[:, -1].mean().item(),
         "iapo/information_gain/mean": gains.mean().item() if len(gains) else 0.0,
         "iapo/information_gain/std": gains.std(correction=0).item() if len(gains) else 0.0,
-        "iapo/information_rate": information_rate(h, response_mask[real]).mean().item(),
     }
+    if inputs.config.needs_exit_entropy:
+        metrics |= {
+            "iapo/exit_entropy/start": h[:, 0].mean().item(),
+            "iapo/exit_entropy/end": h[:, -1].mean().item(),
+            "iapo/information_rate": information_rate(h, response_mask[real]).mean().item(),
+        }
     if seconds:
         metrics["iapo/probe_tokens_per_second"] = inputs.probe_tokens / seconds
     return metrics

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -137,6 +138,15 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["variant=gfpo", "methods.gfpo.k=1"], "^methods.gfpo.k: 1 must be a whole number of at least 2.$"),
         (["variant=gfpo", "methods.gfpo.k=8"], "^methods.gfpo.k: 8 of actor_rollout_ref.rollout.n=8 completions"),
         (["variant=gfpo", "methods.gfpo._target_=no.such.Class"], "^methods.gfpo: no.such.Class can't be made of "),
+        (["variant=iapo_ne", "iapo.rho=1"], "^iapo.score: 'next_token_entropy' says nothing of the answer"),
+        (
+            ["variant=iapo_ne", "algorithm.rollout_correction.bypass_mode=true"],
+            "bypass_mode: true leaves no next-token entropies, which iapo.score=next_token_entropy can't do without",
+        ),
+        (
+            ["variant=gtpo_trajectory", "algorithm.rollout_correction.bypass_mode=true"],
+            "bypass_mode: true leaves no next-token entropies, which gtpo_trajectory can't do without",
+        ),
         (["actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n: 1"),
         (["actor_rollout_ref.actor.strategy=megatron"], "strategy: 'megatron' must be fsdp or fsdp2"),
         (["actor_rollout_ref.model.use_fused_kernels=true"], "use_fused_kernels: true"),
@@ -399,9 +409,19 @@ def test_options_without_effect_warn(verbose_arithmetic):
         ("iapo.gate=correct", "iapo.gate=correct has no effect with iapo.alpha=0"),
         ("iapo.max_gap=8", "iapo.max_gap has no effect with iapo.probe_at=stride"),
         ("iapo.answer_end=X", "iapo.answer_end has no effect with iapo.score=first_token_entropy"),
+        ("iapo.rho=0 iapo.score=next_token_entropy", "iapo.score=next_token_entropy has no effect with iapo.alpha=0"),
+        ("variant=iapo_ne iapo.validation_information=false iapo.stride=2", "iapo.stride=2 has no effect without a"),
     ):
         with pytest.warns(UserWarning, match=message):
-            check(resolve("platform=cpu", override))
+            check(resolve("platform=cpu", *override.split()))
+
+
+def test_the_ablation_without_probes_warns_of_nothing():
+    overrides = ["iapo.validation_information=false", "iapo.region=response"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check(resolve("platform=cpu", "variant=iapo_ne", *overrides), files=False)
+    assert not [str(w.message) for w in caught if "no effect" in str(w.message)]
 
 
 def test_gpus_that_are_not_there_are_refused(verbose_arithmetic):

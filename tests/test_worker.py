@@ -194,6 +194,7 @@ def test_probes_stand_at_boundaries_and_score_the_completions_own_answer():
     row = worker._completion(prompt, response, mask, config)
     assert row.positions.tolist() == [0, 3, 6, 9]
     assert row.answer.tolist() == [12, 13]
-    assert worker._completion(prompt, response, mask, IapoConfig(**settings)).answer is None
+    for score in ("first_token_entropy", "next_token_entropy"):  # the latter has the pass in validation only
+        assert worker._completion(prompt, response, mask, IapoConfig(score=score, **settings)).answer is None
     truncated = worker._completion(prompt, response[:14], mask[:14], config)
     assert truncated.answer.tolist() == [] and truncated.positions.tolist() == [0, 3, 6, 9]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 import ray
@@ -17,11 +18,13 @@ from verl.utils.debug import marked_timer
 
 from iapo.config import IapoConfig
 from iapo.console import ProgressConsole
+from iapo.information import next_token_entropies
 from iapo.methods import make_methods
 from iapo.metrics import information_metrics, method_metrics, reward_metrics
 from iapo.metrics_file import MetricsFile
 from iapo.verl_adapter.estimator import AdvantageInputs, bind
-from iapo.verl_adapter.worker import INPUT_FIELDS, OUTPUT_FIELDS, IapoWorker
+from iapo.verl_adapter.reward_manager import eos_token_ids
+from iapo.verl_adapter.worker import INPUT_FIELDS, OUTPUT_FIELDS, IapoWorker, region_length
 
 # Batches of prompts that dynamic sampling may draw for one step before the run is stopped.
 MAX_REFILLS = 100
@@ -182,6 +185,8 @@ class IapoTrainer(PPOTrainerSync):
             inputs.exit_entropy = pad_with_last(data["exit_entropy"])
             inputs.region_mask = data["region_mask"].to_padded_tensor(0)
             inputs.probe_tokens = int(data["probe_tokens"].sum())
+        if self.iapo.needs_next_token_entropy:
+            inputs.exit_entropy, inputs.region_mask = self._next_token_entropies(batch)
         if self.iapo.beta > 0:
             inputs.old_log_probs = self._fetch(batch, ["old_log_probs"])["old_log_probs"].to_padded_tensor(0.0)
         for name, field in (("tokens", "responses"), ("entropy", "entropy")):
@@ -198,6 +203,19 @@ class IapoTrainer(PPOTrainerSync):
         if "truncated" in needs:
             inputs.truncated = torch.tensor([float(info["truncated"]) for info in infos]) > 0.5
         return inputs
+
+    def _next_token_entropies(self, batch: KVBatchMeta) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T + 1) entropies of verl's old log-probs and (B, T) region, in place of the probe pass's."""
+        data = self._fetch(batch, ["responses", "response_mask", "entropy"])
+        rows = zip(data["responses"].unbind(), data["response_mask"].unbind(), strict=True)
+        lengths = [region_length(ids, mask, self.iapo, self.tokenizer, self._end_tokens) for ids, mask in rows]
+        mask_BT = data["response_mask"].to_padded_tensor(0)
+        region_BT = torch.arange(mask_BT.shape[1]) < torch.tensor(lengths)[:, None]
+        return next_token_entropies(data["entropy"].to_padded_tensor(0), mask_BT), region_BT.long()
+
+    @cached_property
+    def _end_tokens(self) -> set[int]:
+        return set(eos_token_ids(self.config, self.tokenizer))
 
     def _record_validation_information(self, batch: KVBatchMeta) -> None:
         """Add the information rate to the reward infos of validation completions, which verl averages per source."""
