@@ -147,6 +147,10 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
             ["variant=gtpo_trajectory", "algorithm.rollout_correction.bypass_mode=true"],
             "bypass_mode: true leaves no next-token entropies, which gtpo_trajectory can't do without",
         ),
+        (
+            ["variant=[dapo,gtpo]"],
+            "^reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect beside gtpo: it",
+        ),
         (["actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n: 1"),
         (["actor_rollout_ref.actor.strategy=megatron"], "strategy: 'megatron' must be fsdp or fsdp2"),
         (["actor_rollout_ref.model.use_fused_kernels=true"], "use_fused_kernels: true"),
