@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,7 +173,7 @@ def register_resolvers() -> None:
         "iapo.asset": lambda name: str(Path(__file__).parent / "assets" / name),
         "iapo.recipe": lambda name: str(recipes_dir() / name),
         "iapo.dataset": lambda name: str(data_dir() / name),
-        "iapo.part": lambda length, share: int(int(length) * float(share)),
+        "iapo.part": lambda length, share: int(Fraction(str(share)) * int(length)),
         "iapo.pack": lambda tokens, prompt, response: max(int(tokens), int(prompt) + int(response)),
         "iapo.gpu_count": lambda: gpu_count(),
     }
