@@ -1,0 +1,46 @@
+"""A loss on the tokens of highest entropy alone: "Beyond the 80/20 rule" (Wang et al., arXiv 2506.01939)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from iapo.methods import Batch, Method, number
+
+
+@dataclass
+class TopEntropy(Method):
+    """Only forking tokens train: the `share` of the batch's tokens where the next token was least certain.
+
+        token t of completion i is kept    if H[i,t] >= tau,    tau the ceil(share N)-th highest of the batch's N
+
+    (section 5.2, equation 6). Means are over the kept tokens, as in the released code; over all of them the loss would
+    be about `share` times as large. H is the next-token entropy of the old policy; the batch is all completions of a
+    training step that train. Tokens equal to tau are all kept, so equal entropies everywhere keep everything. A
+    completion may keep no token; the batch keeps at least one.
+
+    The recipe is otherwise DAPO, as in the paper, without KL loss; with one, that is over the kept tokens too.
+
+    Differences: the released code ranks each micro-batch by itself, so its choice depends on how a batch is cut; by the
+    entropy of the policy in training, which is the old policy's in the first update of a step; and it breaks ties.
+
+    Attributes:
+        share: of the tokens, above 0 and below 1.
+    """
+
+    share: float = 0.2
+
+    needs = ("entropy",)
+
+    def __post_init__(self):
+        number("share", self.share, high=1)
+        if self.share in (0, 1):
+            what = "every token, which is variant=dapo" if self.share else "no token"
+            raise ValueError(f"share: {self.share} keeps {what}; choose a number in between.")
+
+    def loss_mask(self, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
+        mask_BT = batch.response_mask.bool()
+        entropies = batch.entropy[mask_BT]
+        # The product of a decimal share is often just above a whole number, which must not become the next.
+        count = max(1, math.ceil(round(self.share * len(entropies), 6)))
+        return mask_BT & (batch.entropy >= entropies.topk(count).values[-1])
