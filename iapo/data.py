@@ -2,7 +2,8 @@
 
     python -m iapo.data NAME [--source FILE_OR_HUB_ID] [--out DIR] [--seed S]
 
-writes ``DIR/NAME/train.parquet`` and ``DIR/NAME/test.parquet``. NAME is one of
+writes ``DIR/NAME/train.parquet`` and ``DIR/NAME/test.parquet``, of verbose_arithmetic also ``validation.parquet``, on
+which to choose settings. NAME is one of
 
 - ``gsm8k``: openai/gsm8k, its own train and test split
 - ``math500``: HuggingFaceH4/MATH-500, split 80/20
@@ -12,7 +13,7 @@ writes ``DIR/NAME/train.parquet`` and ``DIR/NAME/test.parquet``. NAME is one of
 ``--source`` names another hub id, or a local file of the same columns (.parquet, .json, .jsonl); for gsm8k
 a directory that holds ``train*`` and ``test*`` files.
 
-A question stands once in a split, and never in both: rows are compared by their text with case folded and
+A question stands once in a split, and never in two: rows are compared by their text with case folded and
 runs of blanks made one blank; the first occurrence is kept, and the test split keeps what both have.
 """
 
@@ -38,7 +39,7 @@ INSTRUCTION = (
     "Your whole reply must have exactly this form:\n<think> ... </think>\n<answer> ... </answer>"
 )
 TEST_FRACTION = 0.2
-TRAIN_SIZE, TEST_SIZE = 4096, 256
+TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 4096, 256, 256
 SUFFIXES = (".parquet", ".json", ".jsonl")
 
 DAPO_PREFIX = (
@@ -276,14 +277,22 @@ class _Counter:
             yield item
 
 
-def generate_verbose_arithmetic(train_size: int, test_size: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """Distinct problems. The salt keeps any seed from repeating the stream of the model's fine-tuning."""
+def generate_verbose_arithmetic(train_size: int, test_size: int, seed: int) -> dict[str, list[Example]]:
+    """Distinct problems by split. The salt keeps any seed from repeating the stream of the model's fine-tuning.
+
+    The validation split is drawn last: the others are what they are without it.
+    """
     rng = random.Random(f"verbose_arithmetic data {seed}")
     problems: dict[tuple[int, ...], None] = {}  # an ordered set
-    while len(problems) < train_size + test_size:
+    end_of_train = test_size + train_size
+    while len(problems) < end_of_train + VALIDATION_SIZE:
         problems[verbose_arithmetic.sample_problem(rng)] = None
     examples = [Example(verbose_arithmetic.prompt(p), verbose_arithmetic.answer(p), i) for i, p in enumerate(problems)]
-    return examples[test_size:], examples[:test_size]
+    return {
+        "train": examples[test_size:end_of_train],
+        "test": examples[:test_size],
+        "validation": examples[end_of_train:],
+    }
 
 
 # --- writing ---
@@ -323,7 +332,7 @@ def prepare(
     train_size: int | None = None,
     test_size: int | None = None,
 ) -> dict[str, Path]:
-    """Write ``out_dir/name/{train,test}.parquet`` and return the two paths by split.
+    """Write ``out_dir/name/{train,test}.parquet``, and verbose_arithmetic's validation; return the paths by split.
 
     ``source`` (default: the hub) applies to the real data sets, ``train_size`` and ``test_size`` (default:
     4096 and 256) to verbose_arithmetic. An unknown name or unusable data raises ValueError in one line.
@@ -336,12 +345,12 @@ def prepare(
     if name == "verbose_arithmetic":
         _warn_if_set(name, source=source)
         instruction = ""
-        train, test = generate_verbose_arithmetic(train_size or TRAIN_SIZE, test_size or TEST_SIZE, seed)
+        examples = generate_verbose_arithmetic(train_size or TRAIN_SIZE, test_size or TEST_SIZE, seed)
     else:
         _warn_if_set(name, train_size=train_size, test_size=test_size)
         instruction = DATASETS[name].instruction
         train, test = load_examples(name, source, seed)
-    examples = {"train": train, "test": test}
+        examples = {"train": train, "test": test}
     paths = {split: Path(out_dir) / name / f"{split}.parquet" for split in examples}
     for split, rows in examples.items():
         if not rows:

@@ -1,5 +1,6 @@
 """Small files in the originals' schemas, converted to verl's rows; every error line."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -162,9 +163,13 @@ def test_dapo_takes_the_first_7000_distinct_questions(tmp_path):
 def test_verbose_arithmetic_is_distinct_disjoint_and_follows_the_seed(tmp_path):
     paths = data.prepare("verbose_arithmetic", tmp_path / "a", train_size=300, test_size=40)
     train, test = read(paths, "train"), read(paths, "test")
-    prompts = [row["prompt"][0]["content"] for row in train + test]
-    assert (len(train), len(test), len(set(prompts))) == (300, 40, 340)
-    for row, text in zip(train + test, prompts, strict=True):
+    validation = read(paths, "validation")
+    rows = train + test + validation
+    prompts = [row["prompt"][0]["content"] for row in rows]
+    assert (len(train), len(test), len(validation), len(set(prompts))) == (300, 40, 256, 596)
+    assert [row["extra_info"]["split"] for row in rows] == ["train"] * 300 + ["test"] * 40 + ["validation"] * 256
+    assert len({row["extra_info"]["index"] for row in rows}) == 596
+    for row, text in zip(rows, prompts, strict=True):
         assert row["prompt"] == [{"role": "user", "content": text}]
         assert row["reward_model"]["ground_truth"] == str(sum(verbose_arithmetic.parse_prompt(text)))
         assert row["data_source"] == "verbose_arithmetic"
@@ -172,6 +177,16 @@ def test_verbose_arithmetic_is_distinct_disjoint_and_follows_the_seed(tmp_path):
     other = data.prepare("verbose_arithmetic", tmp_path / "c", train_size=300, test_size=40, seed=1)
     assert read(same, "train") == train
     assert questions(read(other, "test")) != questions(test)
+
+
+def test_the_splits_that_published_numbers_refer_to_stay():
+    splits = data.generate_verbose_arithmetic(4096, 256, 0)
+    for split, digest in (
+        ("train", "0c8cb45cb481e7b1317b338210cc21e198124c01e6567c9ae5a45035138a734c"),
+        ("test", "42dfd164ebb7eadfb4d564ad123f035e504ae5294a32854fcc4120f209197091"),
+    ):
+        rows = json.dumps([[example.question, example.answer, example.index] for example in splits[split]])
+        assert hashlib.sha256(rows.encode()).hexdigest() == digest
 
 
 def test_a_failed_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeypatch):
@@ -192,6 +207,7 @@ def test_a_failed_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeypa
     assert sorted(f.name for f in (tmp_path / "verbose_arithmetic").iterdir()) == [
         "test.parquet",
         "train.parquet",
+        "validation.parquet",
     ]
 
 
