@@ -107,7 +107,9 @@ def _figures(samples: Iterable[Sample], ks: Sequence[int]) -> np.ndarray:
     if not groups:
         raise ValueError("samples: there are none; give the completions of at least one problem.")
     rows = []
-    for prompt, group in groups.items():
+    for prompt, group in sorted(
+        groups.items()
+    ):  # so that intervals don't depend on the order, which is random in dumps
         n, c = len(group), sum(sample.correct for sample in group)
         tokens, truncated = (sum(values) / n for values in ([s.tokens for s in group], [s.truncated for s in group]))
         rows.append([known_minimum(prompt), tokens, truncated, *(pass_at_k(n, c, k) for k in ks)])
