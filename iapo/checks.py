@@ -360,7 +360,7 @@ def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
         yield f"run_dir: {tracker} names step {text!r}, but there is no such global_step_N; {fix}, or choose another."
         return
     total = config.trainer.total_training_steps
-    if total is not None and int(text) >= total:
+    if total is not None and int(text) >= total and not config.trainer.val_only:
         yield (
             f"trainer.total_training_steps: {total}, but the run in {config.run_dir} is complete, at step {text}; "
             "set a larger number to go on."

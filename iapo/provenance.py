@@ -22,6 +22,7 @@ FREE_TO_CHANGE = (
     "trainer.test_freq",
     "trainer.save_freq",
     "trainer.val_before_train",
+    "trainer.val_only",
     "trainer.logger",
     "trainer.experiment_name",
     "trainer.default_local_dir",

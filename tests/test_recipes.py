@@ -348,6 +348,8 @@ def test_a_complete_run_is_not_started_again(verbose_arithmetic):
     check(resolve("platform=cpu", "run_dir=r", "trainer.total_training_steps=6"))
     with pytest.raises(ConfigError, match="^trainer.total_training_steps: 5, .*/r is complete, at step 5"):
         check(resolve("platform=cpu", "run_dir=r", "trainer.total_training_steps=5"))
+    # What it learned can be validated once more.
+    check(resolve("platform=cpu", "run_dir=r", "trainer.total_training_steps=5", "trainer.val_only=true"))
 
 
 def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
