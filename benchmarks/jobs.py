@@ -1,0 +1,161 @@
+"""Training runs side by side, each in a process, a run folder and a Ray of its own."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from iapo.metrics_file import read_metrics
+
+# What a run of the embedded model takes at its peak on a CPU, with a margin.
+GIB_PER_JOB = 6.5
+# Seconds that a stopped run has to end Ray and remove its shared memory before it is killed.
+PATIENCE_S = 120
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its folder, and the arguments of iapo.train that make it, run_dir included."""
+
+    name: str
+    folder: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "train.log"
+
+    def steps_done(self) -> int:
+        path = self.folder / "metrics.jsonl"
+        return max((step for step, _ in read_metrics(path)), default=0) if path.is_file() else 0
+
+
+class Running:
+    """A started job.
+
+    The lock of its folder is held by the run itself, so it outlives whoever started it: a second start while the run
+    is still alive, after a kill -9 of the first starter say, is refused.
+
+    Raises:
+        FolderInUse: the folder's run is alive.
+    """
+
+    def __init__(self, job: Job, command: Sequence[str], environment: dict[str, str]):
+        self.job, self.start = job, time.monotonic()
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with lock(job.folder / "lock") as held, job.log.open("a") as log:
+            # A session of its own: Ctrl-C of the terminal must not reach the run's workers before the run itself.
+            self.process = subprocess.Popen(
+                [*command, *job.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=[held.fileno()],
+                start_new_session=True,
+            )
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
+
+    def reason(self) -> str:
+        """Why it failed: what iapo.train says last, or whatever the log ends with."""
+        lines = [line for line in self.job.log.read_text(errors="replace").splitlines() if line.strip()]
+        said = [line for line in lines if line.startswith("iapo.train: ")] or lines
+        status = f"exit status {self.process.returncode}"
+        return f"{said[-1].removeprefix('iapo.train: ')} ({status})" if said else status
+
+
+class FolderInUse(RuntimeError):
+    """Another process works in a folder."""
+
+
+def lock(path: Path) -> IO:
+    """An open file with an exclusive lock, which lasts as long as any process has it open.
+
+    Raises:
+        FolderInUse: another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise FolderInUse(f"{path.parent} is in use by a run that is still alive; wait for it or stop it.") from None
+    return file
+
+
+def run_all(
+    wanted: Callable[[], list[Job]],
+    finished: Callable[[Running], str | None],
+    progress: Callable[[list[Running]], None],
+    command: Sequence[str],
+    slots: int,
+    interval_s: float = 1.0,
+) -> dict[str, str]:
+    """Run jobs, at most `slots` at a time, until no more is wanted. Returns why the failed ones did, by name.
+
+    A signal that raises stops all runs politely first: each gets SIGTERM and time to clean up.
+
+    Args:
+        wanted: the jobs that are known to be needed and not complete, in order; asked again whenever one ended.
+        finished: called with every run that ended; what it returns is why the run failed, None if it did not.
+        progress: called every `interval_s` seconds.
+        command: the command that takes a job's arguments.
+    """
+    # Each run starts a Ray of its own; with an address, all would join the same one.
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    running: list[Running] = []
+    failed: dict[str, str] = {}
+    try:
+        waiting = wanted()
+        while waiting or running:
+            while waiting and len(running) < slots:
+                job = waiting.pop(0)
+                try:
+                    running.append(Running(job, command, environment))
+                except FolderInUse as error:
+                    failed[job.name] = str(error)
+            progress(running)
+            time.sleep(interval_s)
+            ended = [run for run in running if run.process.poll() is not None]
+            for run in ended:
+                running.remove(run)
+                if reason := finished(run):
+                    failed[run.job.name] = reason
+            if ended:
+                busy = {run.job.name for run in running} | failed.keys()
+                waiting = [job for job in wanted() if job.name not in busy]
+        return failed
+    finally:
+        stop(running)
+
+
+def stop(running: list[Running]) -> None:
+    """End runs politely, or after `PATIENCE_S` by force; a second Ctrl-C doesn't cut this short."""
+    if not running:
+        return
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    for run in running:
+        run.process.terminate()
+    deadline = time.monotonic() + PATIENCE_S
+    for run in running:
+        try:
+            run.process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+def slots_by_memory(most: int, available_bytes: int) -> int:
+    """How many jobs fit side by side; at least one, which may have to swap."""
+    return max(1, min(most, int(available_bytes / 2**30 / GIB_PER_JOB)))

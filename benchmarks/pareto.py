@@ -1,0 +1,73 @@
+"""The picture of the table: accuracy against tokens, one curve per method over its knob, and the Pareto front."""
+
+from pathlib import Path
+
+MARKERS = "osD^v<>PX*phHd8"
+
+
+def front(points: dict[str, tuple[float, float]]) -> list[str]:
+    """The names of the (tokens, accuracy) that no other beats: with fewer tokens at no lower accuracy, or with higher
+    accuracy at no more tokens. From the fewest tokens on; equal points are all in or all out."""
+
+    def beaten(tokens: float, accuracy: float) -> bool:
+        return any(t <= tokens and a >= accuracy and (t, a) != (tokens, accuracy) for t, a in points.values())
+
+    return sorted((name for name, point in points.items() if not beaten(*point)), key=lambda name: points[name])
+
+
+def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
+    """Write the picture.
+
+    Args:
+        rows: of results.json. The large marker is the mean over seeds with the chosen value of the knob, with its
+            standard deviation; the thin line joins the values of the knob with the first seed.
+        on_front: names of the rows on the Pareto front.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    colors = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
+    places = {name: (row["test"]["tokens"][0], 100 * row["test"]["pass@1"][0]) for name, row in rows.items()}
+    for number, (name, row) in enumerate(rows.items()):
+        color, marker = colors[number % len(colors)], MARKERS[number % len(MARKERS)]
+        grid = sorted(row["grid"], key=lambda entry: entry["value"] or 0)  # null without a knob
+        tested = [entry["figures"]["test"] for entry in grid]
+        curve = [figures["tokens"] for figures in tested], [100 * figures["pass@1"] for figures in tested]
+        axes.plot(*curve, "-", marker=marker, ms=3.5, lw=1, alpha=0.55, color=color)
+        spread = [row["test"]["tokens"][1] or 0, 100 * (row["test"]["pass@1"][1] or 0)]
+        axes.errorbar(
+            *places[name],
+            xerr=spread[0],
+            yerr=spread[1],
+            fmt=marker,
+            ms=9,
+            mec="black" if name in on_front else "white",
+            mew=1.2 if name in on_front else 0.6,
+            elinewidth=0.8,
+            color=color,
+            label=f"{name} {row['label']}".strip(),
+            zorder=3,
+        )
+    steps = [places[name] for name in on_front]
+    axes.step(
+        [tokens for tokens, _ in steps],
+        [accuracy for _, accuracy in steps],
+        where="post",
+        ls="--",
+        lw=1,
+        color="black",
+        label="Pareto front",
+        zorder=1,
+    )
+    for number, name in enumerate(on_front):  # on one side and the other, as neighbours may be close
+        offset, side = ((-8, 6), "right") if number % 2 else ((8, -11), "left")
+        axes.annotate(name, places[name], xytext=offset, textcoords="offset points", ha=side, fontsize=9, zorder=4)
+    axes.set_xlabel("mean response tokens (fewer is better)")
+    axes.set_ylabel("Pass@1 on the test split [%]")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

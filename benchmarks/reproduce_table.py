@@ -1,0 +1,585 @@
+"""Every method on the embedded task, in one table: bash scripts/reproduce_table.sh [--quick] [options] [key=value ...]
+
+Trains each method of benchmarks/table.yaml on verbose arithmetic from the embedded model, with the same prompts and
+rollouts, and evaluates it on the whole test split. Each value of a method's knob is trained with the first seed; the
+one that the validation split chooses also with the others:
+
+    the fewest tokens among the values whose validation Pass@1 is at most 1 point below GRPO's,
+    and the highest Pass@1 if none is; of GRPO's own values the one with the highest Pass@1.
+
+The rule asks what a user asks, how short at no loss of accuracy, and needs no exchange rate between tokens and points.
+
+The output folder gets results.json, table.md, pareto.png and the runs. Start the same command again to go on after a
+stop: complete runs are kept, others go on from their last checkpoint, failed ones are tried again. key=value goes to
+every run, as in iapo.train.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import yaml
+
+from benchmarks import pareto
+from benchmarks.jobs import FolderInUse, Job, Running, lock, run_all, slots_by_memory
+from iapo.data import prepare
+from iapo.evaluation import bootstrap, evaluate, of_prompts, read_prompts, read_samples
+from iapo.metrics_file import read_metrics
+from iapo.provenance import versions
+
+ROOT = Path(__file__).parent.parent
+TRAIN = (sys.executable, "-u", "-m", "iapo.train")
+REFERENCE, TOLERANCE = "grpo", 0.01
+UNTRAINED = "untrained"
+
+# Seconds of a job with two side by side on two cores, measured: benchmarks/README.md.
+START_S, STEP_S, COMPLETION_S = 90.0, 15.0, 0.04
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of table.yaml: the values that are tried of the keys `knob`; (None,) if it has no knob."""
+
+    name: str
+    why: str
+    knob: tuple[str, ...] = ()
+    values: tuple = (None,)
+
+    def overrides(self, value) -> list[str]:
+        return [f"{key}={value}" for key in self.knob]
+
+    def label(self, value) -> str:
+        """The knob's short name with its value: k=4."""
+        return f"{'='.join(key.rpartition('.')[2] for key in self.knob)}={value}" if self.knob else ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train, and where."""
+
+    methods: dict[str, Method]
+    steps: int
+    samples: int
+    seeds: tuple[int, ...]
+    out: Path
+    splits: tuple[str, ...] = ("validation", "test")
+    overrides: tuple[str, ...] = ()
+
+    def settings(self) -> dict:
+        """What all runs of one output folder share."""
+        return {name: getattr(self, name) for name in ("steps", "samples", "splits", "overrides")}
+
+    @property
+    def jobs(self) -> int:
+        """How many runs it takes, the untrained model's evaluations included."""
+        grid = sum(len(method.values) for method in self.methods.values())
+        return len(self.seeds) + grid + len(self.methods) * (len(self.seeds) - 1)
+
+    def data_file(self, split: str) -> Path:
+        return self.out / "data" / "verbose_arithmetic" / f"{split}.parquet"
+
+    def job(self, name: str, value, seed: int) -> Job:
+        """The run of a method, or of none, with a value of its knob and a seed."""
+        trained = name != UNTRAINED
+        title = f"{name}-{str(value).replace('/', '_')}-seed{seed}" if value is not None else f"{name}-seed{seed}"
+        folder = self.out / "runs" / title
+        files = ",".join(f"'{self.data_file(split)}'" for split in self.splits)
+        arguments = [
+            "platform=cpu",
+            f"variant={name if trained else REFERENCE}",
+            "model=tiny",
+            "data=verbose_arithmetic",
+            f"data.val_files=[{files}]",
+            f"seed={seed}",
+            f"run_dir='{folder}'",
+            f"actor_rollout_ref.rollout.val_kwargs.n={self.samples}",
+            f"trainer.total_training_steps={self.steps}",
+            f"trainer.test_freq={self.steps}",
+            "trainer.save_freq=10",
+            "trainer.max_actor_ckpt_to_keep=1",
+            "iapo.validation_information=false",
+            *(self.methods[name].overrides(value) if trained else ()),
+            *self.overrides,
+            f"trainer.val_before_train={str(not trained).lower()}",
+            f"trainer.val_only={str(not trained).lower()}",
+        ]
+        return Job(title, folder, tuple(arguments))
+
+
+def load_methods(path: Path) -> dict[str, Method]:
+    """The methods of a table.yaml, in its order."""
+    methods = {}
+    for name, entry in yaml.safe_load(path.read_text())["methods"].items():
+        knob, values = entry.get("knob"), entry.get("values")
+        keys = tuple([knob] if isinstance(knob, str) else knob or ())
+        if bool(keys) != bool(values) or len(values or ()) > 3:
+            raise ValueError(f"{path.name}: methods.{name} needs both knob and 1 to 3 values, or neither.")
+        methods[name] = Method(name, entry["why"], keys, tuple(values or (None,)))
+    return methods
+
+
+def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table.yaml") -> Plan:
+    """The plan that the command's options ask for.
+
+    Raises:
+        ValueError: an unknown method, an impossible number, an argument that is no key=value.
+    """
+    settings = yaml.safe_load(path.read_text())["quick" if options.quick else "full"]
+    methods = load_methods(path)
+    chosen = options.methods.split(",") if options.methods else list(methods)
+    for name in chosen:
+        if name not in methods:
+            raise ValueError(f"--methods: {name!r} must be one of {', '.join(methods)}.")
+    if not options.quick and REFERENCE not in chosen:
+        chosen.append(REFERENCE)  # the rule that chooses a knob's value looks at it
+    methods = {name: method for name, method in methods.items() if name in chosen}
+    if options.quick:
+        methods = {name: Method(m.name, m.why, m.knob, m.values[:1]) for name, m in methods.items()}
+    for name in ("steps", "samples", "jobs"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name}: {value} must be at least 1.")
+    for override in options.overrides:
+        if "=" not in override:
+            raise ValueError(f"{override}: an argument for the runs is key=value.")
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else settings["seeds"]
+    except ValueError:
+        raise ValueError(f"--seeds: {options.seeds!r} must be whole numbers such as 0,1,2.") from None
+    return Plan(
+        methods=methods,
+        steps=options.steps or settings["steps"],
+        samples=options.samples or settings["samples"],
+        seeds=tuple(dict.fromkeys(seeds)),
+        out=Path(options.out or ("runs/table-quick" if options.quick else "runs/table")).absolute(),
+        splits=("test",) if options.quick else ("validation", "test"),
+        overrides=tuple(options.overrides),
+    )
+
+
+def choose(grid: dict, reference: float | None):
+    """The value of a knob that the rule in the module's docstring picks.
+
+    Args:
+        grid: figures of `iapo.evaluation` on the validation split by value.
+        reference: GRPO's Pass@1 there; None for GRPO itself.
+    """
+    if reference is not None:
+        accurate = [value for value in grid if grid[value]["pass@1"] >= reference - TOLERANCE - 1e-9]
+        if accurate:
+            return min(accurate, key=lambda value: grid[value]["tokens"])
+    return max(grid, key=lambda value: grid[value]["pass@1"])
+
+
+def resolved_config(job: Job) -> str:
+    """The text of the config.yaml that a start of this job would write.
+
+    Raises:
+        iapo.checks.ConfigError: iapo.train would refuse it.
+    """
+    from omegaconf import OmegaConf
+
+    from iapo.checks import check
+    from iapo.train import resolve
+
+    config = resolve(list(job.arguments))
+    check(config, files=False)
+    return OmegaConf.to_yaml(config)
+
+
+class Outcome(NamedTuple):
+    """What a complete run showed: figures by split, and how long its steps took."""
+
+    figures: dict[str, dict[str, float]]
+    intervals: dict[str, tuple[float, float]]  # on the test split
+    seconds_per_step: float | None
+    commit: str | None
+
+
+@dataclass
+class Table:
+    """The state of a plan: which of its runs are complete and which have failed."""
+
+    plan: Plan
+    config_of: Callable[[Job], str] = resolved_config
+    failed: dict[str, str] = field(default_factory=dict)
+    _configs: dict[str, str] = field(default_factory=dict)
+    _outcomes: dict[str, Outcome] = field(default_factory=dict)
+    _ratios: list[float] = field(default_factory=list)  # of the time that a run took to what was expected
+
+    def __post_init__(self):
+        self._prompts = {split: read_prompts(self.plan.data_file(split)) for split in self.plan.splits}
+
+    # -- which runs are there -----------------------------------------------------------------------------------
+
+    def outcome(self, name: str, value, seed: int) -> Outcome | None:
+        """Of a complete run: all samples of its last validation are there and it was made as it would be now."""
+        job = self.plan.job(name, value, seed)
+        if job.name not in self._outcomes and (samples := self._last_validation(job, name)) is not None:
+            if self.config(job) == (job.folder / "config.yaml").read_text():
+                self._outcomes[job.name] = self._evaluate(job, samples)
+        return self._outcomes.get(job.name)
+
+    def config(self, job: Job) -> str:
+        if job.name not in self._configs:
+            self._configs[job.name] = self.config_of(job)
+        return self._configs[job.name]
+
+    def _last_validation(self, job: Job, name: str) -> dict[str, list] | None:
+        """The samples by split; None if some are missing."""
+        dump = job.folder / "validation" / f"{0 if name == UNTRAINED else self.plan.steps}.jsonl"
+        if not dump.is_file():
+            return None
+        try:
+            samples = read_samples(dump)
+        except ValueError:  # a killed run may leave half a file
+            return None
+        splits = {split: of_prompts(samples, prompts) for split, prompts in self._prompts.items()}
+        whole = all(len(splits[s]) == len(self._prompts[s]) * self.plan.samples for s in splits)
+        return splits if whole else None
+
+    def _evaluate(self, job: Job, splits: dict[str, list]) -> Outcome:
+        ks = [k for k in (1, 2, 4, 8, 16) if k <= self.plan.samples]
+        metrics = [data for _, data in read_metrics(job.folder / "metrics.jsonl") if "timing_s/step" in data]
+        seconds = [data["timing_s/step"] - data.get("timing_s/save_checkpoint", 0.0) for data in metrics[1:]]
+        starts = job.folder / "starts.jsonl"
+        commits = [json.loads(line)["versions"]["commit"] for line in starts.read_text().splitlines()]
+        return Outcome(
+            figures={split: evaluate(samples, ks) for split, samples in splits.items()},
+            intervals=bootstrap(splits["test"], ks),
+            seconds_per_step=statistics.median(seconds) if seconds else None,
+            commit=" ".join(dict.fromkeys(commits)) or None,
+        )
+
+    # -- which are wanted ---------------------------------------------------------------------------------------
+
+    def grid(self, method: Method) -> dict[object, Outcome]:
+        """The complete runs of the first seed by the knob's value."""
+        found = {value: self.outcome(method.name, value, self.plan.seeds[0]) for value in method.values}
+        return {value: outcome for value, outcome in found.items() if outcome is not None}
+
+    def chosen(self, method: Method):
+        """(value,) of the knob that the validation split chose; () while that is open."""
+        if len(method.values) == 1:
+            return method.values
+        grid = self.grid(method)
+        settled = all(
+            value in grid or self.plan.job(method.name, value, self.plan.seeds[0]).name in self.failed
+            for value in method.values
+        )
+        if not settled or not grid:
+            return ()
+        figures = {value: outcome.figures["validation"] for value, outcome in grid.items()}
+        if method.name == REFERENCE:
+            return (choose(figures, None),)
+        reference = self.plan.methods[REFERENCE]
+        if not (best := self.chosen(reference)):
+            return ()
+        return (choose(figures, self.grid(reference)[best[0]].figures["validation"]["pass@1"]),)
+
+    def known(self) -> list[tuple[str, object, int]]:
+        """(method, value, seed) of every run that is known to be needed."""
+        first, *others = self.plan.seeds
+        runs = [(UNTRAINED, None, seed) for seed in self.plan.seeds]
+        runs += [(method.name, value, first) for method in self.plan.methods.values() for value in method.values]
+        for method in self.plan.methods.values():
+            runs += [(method.name, value, seed) for value in self.chosen(method) for seed in others]
+        return runs
+
+    def wanted(self) -> list[Job]:
+        """The jobs that are needed and not complete, the part of them that is left."""
+        missing = [self.plan.job(*run) for run in self.known() if self.outcome(*run) is None]
+        return [self._rest(job) for job in missing]
+
+    def _rest(self, job: Job) -> Job:
+        """A run that was stopped between its last checkpoint and its validation needs the validation alone."""
+        tracker = job.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+        if not tracker.is_file() or tracker.read_text().strip() != str(self.plan.steps):
+            return job
+        return Job(job.name, job.folder, (*job.arguments, "trainer.val_only=true", "trainer.val_before_train=true"))
+
+    def finished(self, run: Running) -> str | None:
+        """Why a run that ended failed, if it did; writes the table anew."""
+        status = run.process.returncode
+        complete = run.job.name not in {job.name for job in self.wanted()}
+        if status == 0 and complete:
+            self._ratios.append(run.seconds / self.expected_s(run.job))
+            reason = None
+            say(f"{run.job.name} is done in {clock(run.seconds)}")
+        else:
+            reason = run.reason() if status else "it ended without all completions of its last validation"
+            self.failed[run.job.name] = reason
+            say(f"{run.job.name} FAILED: {reason}; its log: {run.job.log}")
+        write(self)
+        return reason
+
+    # -- progress -----------------------------------------------------------------------------------------------
+
+    def expected_s(self, job: Job) -> float:
+        """Seconds of a job from the measured costs."""
+        steps = 0 if job.name.startswith(UNTRAINED) else self.plan.steps
+        completions = self.plan.samples * sum(map(len, self._prompts.values()))
+        return START_S + steps * STEP_S + completions * COMPLETION_S
+
+    def seconds_left(self, running: Sequence[Running], slots: int) -> float:
+        """From the measured costs, corrected by how long the runs so far took."""
+        ratio = statistics.mean(self._ratios) if self._ratios else 1.0
+        open_jobs = self.plan.jobs - len(self._outcomes) - len(self.failed)
+        untrained = sum(self.outcome(UNTRAINED, None, seed) is None for seed in self.plan.seeds)
+        trained_s, untrained_s = (self.expected_s(Job(name, Path(), ())) for name in ("", UNTRAINED))
+        work = ratio * (untrained * untrained_s + max(open_jobs - untrained, 0) * trained_s)
+        return max(work - sum(run.seconds for run in running), 0) / slots
+
+
+def say(text: str) -> None:
+    print(f"table: {text}", flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{seconds / 3600:.1f} h"
+
+
+def shower(table: Table, slots: int, interval_s: float = 30.0) -> Callable[[list[Running]], None]:
+    """A progress callback: one line now and then."""
+    last = -interval_s
+
+    def show(running: list[Running]) -> None:
+        nonlocal last
+        if time.monotonic() - last < interval_s:
+            return
+        last = time.monotonic()
+        at_work = ", ".join(f"{run.job.name} step {run.job.steps_done()}/{table.plan.steps}" for run in running)
+        left = clock(table.seconds_left(running, slots))
+        say(f"{len(table._outcomes)}/{table.plan.jobs} runs done; {at_work}; about {left} left")
+
+    return show
+
+
+# --- what is written ---
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, list[float | None]]:
+    """[mean, sample standard deviation over seeds] of each figure on the test split; no deviation of one seed."""
+    figures = [outcome.figures["test"] for outcome in outcomes]
+    columns = {name: [entry[name] for entry in figures] for name in figures[0]}
+    if all(outcome.seconds_per_step is not None for outcome in outcomes):
+        columns["seconds_per_step"] = [outcome.seconds_per_step for outcome in outcomes]
+    return {
+        name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
+        for name, values in columns.items()
+    }
+
+
+def results(table: Table) -> dict:
+    """Everything that is known so far, as plain JSON values."""
+    plan, rows = table.plan, {}
+    for name in (UNTRAINED, *plan.methods):
+        method = plan.methods.get(name, Method(UNTRAINED, "the model before any training"))
+        for value in table.chosen(method):
+            found = {seed: table.outcome(name, value, seed) for seed in plan.seeds}
+            runs = {seed: outcome for seed, outcome in found.items() if outcome is not None}
+            if runs:
+                rows[name] = {
+                    "knob": list(method.knob),
+                    "why": method.why,
+                    "value": value,
+                    "label": method.label(value),
+                    "test": summary(list(runs.values())),
+                    "seeds": {str(seed): outcome._asdict() for seed, outcome in runs.items()},
+                    "grid": [{"value": v, **outcome._asdict()} for v, outcome in table.grid(method).items()],
+                }
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "settings": plan.settings() | {"seeds": plan.seeds, "prompts": {s: len(p) for s, p in table._prompts.items()}},
+        "runs": {"done": len(table._outcomes), "planned": plan.jobs, "failed": table.failed},
+        "front": pareto.front({n: (r["test"]["tokens"][0], r["test"]["pass@1"][0]) for n, r in rows.items()}),
+        "rows": rows,
+    }
+
+
+def hardware() -> str:
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB of memory"
+
+
+def command() -> str:
+    return shlex.join(["bash", "scripts/reproduce_table.sh", *sys.argv[1:]])
+
+
+COLUMNS = (
+    ("Pass@1", "pass@1", 3),
+    ("mean tokens", "tokens", 1),
+    ("Ratio", "ratio@1", 4),
+    ("truncated", "truncated", 4),
+    ("tokens / minimum", "tokens/minimum", 3),
+    ("s / step", "seconds_per_step", 1),
+)
+
+
+def markdown(found: dict) -> str:
+    """table.md: the table and what one must know to read it."""
+    settings, runs = found["settings"], found["runs"]
+    lines = [
+        "| method | knob | " + " | ".join(title for title, _, _ in COLUMNS) + " | seeds |",
+        "|---|---|" + "---:|" * (len(COLUMNS) + 1),
+    ]
+    for name, row in found["rows"].items():
+        bold = "**" if name in found["front"] else ""
+        cells = [with_deviation(row["test"].get(key), digits) for _, key, digits in COLUMNS]
+        lines.append(f"| {bold}{name}{bold} | {row['label']} | " + " | ".join(cells) + f" | {len(row['seeds'])} |")
+    commits = sorted({c for row in found["rows"].values() for run in row["seeds"].values() if (c := run["commit"])})
+    versions_line = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name != "commit")
+    seeds = ", ".join(map(str, settings["seeds"]))
+    notes = [
+        f"{found['date']}, {found['hardware']}; {versions_line}.",
+        f"Command: `{found['command']}`. Commit of the runs: {', '.join(commits) or 'none'}.",
+        f"{settings['steps']} training steps; seeds {seeds}: mean ± sample standard deviation over them. Test split: "
+        f"{settings['prompts']['test']} prompts, {settings['samples']} sample(s) each at temperature 1.",
+        "Bold: on the Pareto front, no other row has both fewer tokens and higher Pass@1. Ratio: Pass@1 / mean tokens. "
+        "The minimum is the shortest trace that writes every addition once. Seconds of a step are a median; a run may "
+        "have shared the machine with another.",
+    ]
+    if "validation" in settings["splits"]:
+        notes.append(
+            "Knobs: each value was trained with the first seed, and chosen on the validation split: the fewest tokens "
+            f"among those at most {100 * TOLERANCE:g} point below GRPO's Pass@1, else the highest Pass@1."
+        )
+    else:
+        notes.append("Each method at its default, not tuned.")
+    if settings["overrides"]:
+        notes.append(f"All runs with {' '.join(settings['overrides'])}.")
+    if runs["done"] < runs["planned"]:
+        notes.append(f"**Not complete: {runs['done']} of {runs['planned']} runs are done.**")
+    notes += [f"Failed: {name}: {reason}" for name, reason in runs["failed"].items()]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def with_deviation(entry: list | None, digits: int) -> str:
+    if entry is None:
+        return ""
+    mean, deviation = entry
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def write(table: Table) -> dict:
+    """results.json and table.md, each whole or not at all."""
+    found = results(table)
+    for name, text in (("results.json", json.dumps(found, indent=1)), ("table.md", markdown(found))):
+        partial = table.plan.out / f".{name}.tmp"
+        partial.write_text(text + ("" if text.endswith("\n") else "\n"))
+        os.replace(partial, table.plan.out / name)
+    return found
+
+
+# --- the command ---
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="reproduce_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one seed, few steps, no tuning: within 30 minutes")
+    parser.add_argument("--methods", help="some of table.yaml, as a,b; GRPO, which tuning needs, is added")
+    parser.add_argument("--steps", type=int, help="training steps of each run")
+    parser.add_argument("--samples", type=int, help="completions per prompt of the evaluation")
+    parser.add_argument("--seeds", help="as 0,1,2; the first is the one that knobs are chosen with")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side where memory allows, default 2")
+    parser.add_argument("--out", help="output folder, default runs/table or runs/table-quick")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed on to every run")
+    return parser.parse_intermixed_args(arguments)
+
+
+def open_folder(plan: Plan) -> None:
+    """Make the output folder with its data; refuse one of a table with other settings.
+
+    Raises:
+        ValueError: in one line.
+    """
+    file, settings = plan.out / "settings.json", json.loads(json.dumps(plan.settings()))
+    plan.out.mkdir(parents=True, exist_ok=True)
+    if file.is_file():
+        for name, before in json.loads(file.read_text()).items():
+            if before != settings[name]:
+                raise ValueError(
+                    f"--out: {plan.out} holds a table with {name}={before}, but now it is {settings[name]}; set it "
+                    "back or choose another folder."
+                )
+    else:
+        file.write_text(json.dumps(settings) + "\n")
+    if not all(plan.data_file(split).is_file() for split in ("train", *plan.splits)):
+        prepare("verbose_arithmetic", plan.out / "data")
+
+
+def main(
+    arguments: list[str] | None = None,
+    train: Sequence[str] = TRAIN,
+    config_of: Callable[[Job], str] = resolved_config,
+    interval_s: float = 1.0,
+) -> int:
+    """Exit status: 0 all runs are done, 1 some failed, 2 refused, 130/143 stopped."""
+    try:
+        options = parse(arguments)
+        plan = make_plan(options)
+        # Each run has a Ray of its own, and the data that lie beside the results.
+        os.environ.pop("RAY_ADDRESS", None)
+        os.environ["IAPO_DATA_DIR"] = str(plan.out / "data")
+        open_folder(plan)
+        held = lock(plan.out / "lock")
+    except (ValueError, OSError, FolderInUse) as error:
+        print(f"table: {error}", file=sys.stderr)
+        return 2
+    with held:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+        try:
+            return reproduce(Table(plan, config_of), options.jobs, train, interval_s)
+        except SystemExit as stopped:
+            say(f"stopped; the same command goes on: {command()}")
+            return stopped.code
+
+
+def reproduce(table: Table, most_jobs: int, train: Sequence[str], interval_s: float) -> int:
+    plan = table.plan
+    slots = slots_by_memory(most_jobs, psutil.virtual_memory().available)
+    say(f"{len(plan.methods)} methods, {plan.jobs} runs of {plan.steps} steps, {slots} side by side; checking them")
+    try:
+        for run in table.known():  # so that a mistake shows now and not hours later
+            table.config(plan.job(*run))
+    except ValueError as error:
+        print(f"table: {plan.job(*run).name}: {error}", file=sys.stderr)
+        return 2
+    waiting = table.wanted()
+    say(
+        f"{len(table._outcomes)} are done already; about {clock(table.seconds_left([], slots))} for the others if this "
+        f"machine is like the one of benchmarks/README.md; everything lands in {plan.out}"
+    )
+    failed = {}
+    if waiting:
+        failed = run_all(table.wanted, table.finished, shower(table, slots), train, slots, interval_s)
+        table.failed |= failed
+    found = write(table)
+    if found["rows"]:
+        pareto.draw(found["rows"], found["front"], plan.out / "pareto.png")
+    print("\n" + markdown(found))
+    say(f"written: {plan.out}/results.json, table.md, pareto.png")
+    if failed:
+        say(f"{len(failed)} run(s) failed, see above; the same command tries them again: {command()}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Every method on the embedded task, in one table: bash scripts/reproduce_table.sh [--quick] [options] [key=value ...]
+# Sets up .venv on first use; --help lists the options. See benchmarks/reproduce_table.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh cpu
+exec .venv/bin/python -u -m benchmarks.reproduce_table "$@"

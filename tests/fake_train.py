@@ -1,0 +1,58 @@
+"""Stands in for iapo.train in the tests of benchmarks.reproduce_table: writes what a run writes, in no time.
+
+FAKE in the environment, JSON, says by the run folder's name what differs:
+    {"gfpo-2-seed0": {"validation": [Pass@1, tokens], "test": [...]}}   results; 0.5 and 50 otherwise
+    {"gfpo-2-seed0": "fail"}            fails with iapo.train's last line
+    {"gfpo-2-seed0": "stay"}            trains until it is told to stop
+    {"gfpo-2-seed0": "short"}           ends without its validation
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+
+def main():
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:])  # of several the last
+    folder = Path(given["run_dir"].strip("'"))
+    script = json.loads(os.environ.get("FAKE", "{}")).get(folder.name, {})
+    steps, samples = int(given["trainer.total_training_steps"]), int(given["actor_rollout_ref.rollout.val_kwargs.n"])
+    with (folder.parent / "calls").open("a") as calls:
+        calls.write(json.dumps([folder.name, given["trainer.val_only"], os.environ.get("RAY_ADDRESS")]) + "\n")
+    if script == "stay":
+        (folder / "here").touch()
+        signal.signal(signal.SIGTERM, lambda *_: (print("iapo.train: stopped by SIGTERM"), sys.exit(143)))
+        time.sleep(60)
+    if script == "fail":
+        print("a traceback", "iapo.train: the run failed: RuntimeError: no luck", "", sep="\n")
+        sys.exit(1)
+    tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    if not tracker.exists():
+        (folder / "config.yaml").write_text("\n".join(sys.argv[1:]))
+    with (folder / "starts.jsonl").open("a") as file:
+        file.write(json.dumps({"versions": {"commit": "abc"}}) + "\n")
+    trained = given["variant"] != "grpo" or not folder.name.startswith("untrained")
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, steps + 1) if trained else []:
+            seconds = {"timing_s/step": 9.0 if step == 1 else 2.0, "timing_s/save_checkpoint": 0.5}
+            file.write(json.dumps({"step": step, "data": seconds}) + "\n")
+    if script == "short":
+        return
+    (folder / "validation").mkdir(exist_ok=True)
+    with (folder / "validation" / f"{steps if trained else 0}.jsonl").open("w") as dump:
+        for path in given["data.val_files"].strip("[]").replace("'", "").split(","):
+            accuracy, tokens = script.get(Path(path).stem, [0.5, 50])
+            prompts = [row[0]["content"] for row in pq.read_table(path)["prompt"].to_pylist()]
+            for number in range(len(prompts) * samples):
+                right = float(number < accuracy * len(prompts) * samples)
+                record = {"input": prompts[number // samples], "acc": right, "response_length": tokens, "truncated": 0}
+                dump.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

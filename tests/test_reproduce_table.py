@@ -1,0 +1,440 @@
+"""The table's plan, choice of knobs, resume, stops and pages, with a stand-in for the training."""
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import jobs, pareto
+from benchmarks import reproduce_table as rt
+
+ROOT = Path(__file__).parent.parent
+FAKE_TRAIN = [sys.executable, "-u", str(ROOT / "tests/fake_train.py")]
+METHODS = rt.load_methods(ROOT / "benchmarks/table.yaml")
+needs_verl = pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl isn't installed")
+
+SMALL = {
+    "full": {"steps": 4, "samples": 2, "seeds": [0, 1]},
+    "quick": {"steps": 2, "samples": 1, "seeds": [0]},
+    "methods": {
+        "grpo": {"knob": "actor.kl", "values": [0.1, 0.2], "why": "w"},
+        "dapo": {"why": "w"},
+        "gfpo": {"knob": "methods.gfpo.k", "values": [4, 2, 6], "why": "w"},
+    },
+}
+
+
+def config_of(job):
+    """What fake_train writes as config.yaml."""
+    return "\n".join(job.arguments)
+
+
+@pytest.fixture(autouse=True)
+def small_table(tmp_path, monkeypatch):
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
+    monkeypatch.setattr(rt.make_plan, "__defaults__", (tmp_path / "table.yaml",))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setenv("IAPO_DATA_DIR", "set back at the end")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def make_plan(tmp_path, *arguments):
+    return rt.make_plan(rt.parse(["--out", str(tmp_path / "out"), *arguments]))
+
+
+def reproduce(tmp_path, monkeypatch, *arguments, **script):
+    """Run the command; returns its exit status and the runs that it started: (name, val_only, RAY_ADDRESS)."""
+    monkeypatch.setenv("FAKE", json.dumps(script))
+    calls = tmp_path / "out/runs/calls"
+    calls.unlink(missing_ok=True)
+    status = rt.main(["--out", str(tmp_path / "out"), *arguments], FAKE_TRAIN, config_of, interval_s=0.05)
+    return status, [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+# --- the plan ---
+
+
+@needs_verl
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_run_of_the_real_table_is_accepted_and_starts_from_the_recipes_default(tmp_path, method):
+    from omegaconf import OmegaConf
+
+    from iapo.train import resolve
+
+    assert method.why and 1 <= len(method.values) <= 3 and len(set(method.values)) == len(method.values)
+    plan = rt.Plan(METHODS, 4, 2, (0,), tmp_path)
+    for value in method.values:
+        config = OmegaConf.create(rt.resolved_config(plan.job(method.name, value, 0)))
+        assert [OmegaConf.select(config, key) for key in method.knob] == [value] * len(method.knob)
+    default = resolve(["platform=cpu", f"variant={method.name}"])
+    assert [OmegaConf.select(default, key) for key in method.knob] == [method.values[0]] * len(method.knob)
+
+
+@needs_verl
+def test_the_untrained_model_is_only_validated(tmp_path):
+    from omegaconf import OmegaConf
+
+    plan = rt.Plan(METHODS, 4, 2, (0,), tmp_path, overrides=("trainer.val_only=false",))
+    config = OmegaConf.create(rt.resolved_config(plan.job(rt.UNTRAINED, None, 0)))
+    assert config.trainer.val_only and config.trainer.val_before_train
+    assert [Path(path).name for path in config.data.val_files] == ["validation.parquet", "test.parquet"]
+
+
+def test_full_and_quick_plans(tmp_path):
+    full = make_plan(tmp_path)
+    assert (full.steps, full.samples, full.seeds, full.splits) == (4, 2, (0, 1), ("validation", "test"))
+    # 2 of the untrained model, 2 + 1 + 3 of the grid, 3 of the second seed
+    assert full.jobs == 11
+    quick = make_plan(tmp_path, "--quick", "--methods", "gfpo", "--steps", "7", "a.b=c")
+    assert (quick.steps, quick.samples, quick.seeds, quick.splits) == (7, 1, (0,), ("test",))
+    assert list(quick.methods) == ["gfpo"] and quick.methods["gfpo"].values == (4,) and quick.jobs == 2
+    assert "a.b=c" in quick.job("gfpo", 4, 0).arguments and "methods.gfpo.k=4" in quick.job("gfpo", 4, 0).arguments
+    assert list(make_plan(tmp_path, "--methods", "gfpo").methods) == ["grpo", "gfpo"]  # the rule needs GRPO
+    folders = [full.job(*run).folder for run in rt.Table.known(SimpleNamespace(plan=full, chosen=lambda m: m.values))]
+    assert len(set(folders)) == len(folders)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--methods", "grpo,nothing"], "--methods: 'nothing' must be one of grpo, dapo, gfpo."),
+        (["--steps", "0"], "--steps: 0 must be at least 1."),
+        (["--jobs", "0"], "--jobs: 0 must be at least 1."),
+        (["--seeds", "0,x"], "--seeds: '0,x' must be whole numbers such as 0,1,2."),
+        (["lr"], "lr: an argument for the runs is key=value."),
+    ],
+)
+def test_refusals_are_one_line(tmp_path, capsys, arguments, message):
+    assert rt.main(["--out", str(tmp_path / "out"), *arguments], FAKE_TRAIN, config_of) == 2
+    assert capsys.readouterr().err == f"table: {message}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("entry", [{"knob": "a.b"}, {"values": [1]}, {"knob": "a", "values": [1, 2, 3, 4]}])
+def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({"methods": {"m": entry | {"why": "w"}}}))
+    with pytest.raises(ValueError, match="methods.m needs both knob and 1 to 3 values, or neither"):
+        rt.load_methods(tmp_path / "table.yaml")
+
+
+def test_a_run_that_would_be_refused_stops_the_command_at_once(tmp_path, capsys):
+    def refuse(job):
+        if "methods.gfpo.k=6" in job.arguments:
+            raise ValueError("methods.gfpo.k: 6 is too many.")
+        return ""
+
+    assert rt.main(["--out", str(tmp_path / "out")], FAKE_TRAIN, refuse) == 2
+    assert capsys.readouterr().err == "table: gfpo-6-seed0: methods.gfpo.k: 6 is too many.\n"
+    assert not (tmp_path / "out/runs").exists()
+
+
+# --- the choice of a knob's value ---
+
+
+def figures(accuracy, tokens):
+    return {"pass@1": accuracy, "tokens": tokens}
+
+
+def test_choice_by_hand():
+    grid = {1: figures(0.86, 50), 2: figures(0.84, 40), 3: figures(0.80, 30)}
+    assert rt.choose(grid, None) == 1  # GRPO itself: the most accurate
+    assert rt.choose(grid, 0.85) == 2  # exactly 1 point below still counts
+    assert rt.choose(grid, 0.8501) == 1
+    assert rt.choose(grid, 0.90) == 1  # none is accurate enough: the most accurate
+    assert rt.choose(grid, 0.70) == 3
+    assert rt.choose({5: figures(0.8, 40), 6: figures(0.8, 40)}, 0.8) == 5  # the default stands first
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 100)), min_size=1, max_size=3), st.integers(0, 100))
+def test_choice_gives_no_accuracy_away_and_no_tokens(entries, reference):
+    grid = {i: figures(accuracy / 100, tokens) for i, (accuracy, tokens) in enumerate(entries)}
+    best = rt.choose(grid, reference / 100)
+    within = [entry for entry in entries if entry[0] >= reference - 1]
+    if within:
+        assert entries[best][0] >= reference - 1 and entries[best][1] == min(tokens for _, tokens in within)
+    else:
+        assert entries[best][0] == max(accuracy for accuracy, _ in entries)
+
+
+# --- from runs to the table ---
+
+# On the validation split GRPO's best has 0.80, and gfpo k=2 is the shortest within a point; k=6 is best on the test
+# split, which must not count.
+SCRIPT = {
+    "grpo-0.1-seed0": {"validation": [0.75, 50], "test": [0.75, 50]},
+    "grpo-0.2-seed0": {"validation": [0.80, 52], "test": [0.75, 52]},
+    "grpo-0.2-seed1": {"validation": [0.10, 52], "test": [0.50, 54]},
+    "gfpo-4-seed0": {"validation": [0.85, 48], "test": [0.25, 48]},
+    "gfpo-2-seed0": {"validation": [0.7930, 40], "test": [0.75, 40]},
+    "gfpo-6-seed0": {"validation": [0.70, 30], "test": [1.0, 30]},
+    "gfpo-2-seed1": {"validation": [0.0, 42], "test": [0.75, 44]},
+}
+GRID = {"grpo-0.1-seed0", "grpo-0.2-seed0", "dapo-seed0", "gfpo-4-seed0", "gfpo-2-seed0", "gfpo-6-seed0"}
+ALL = GRID | {"untrained-seed0", "untrained-seed1", "grpo-0.2-seed1", "dapo-seed1", "gfpo-2-seed1"}
+
+
+def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
+    status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT)
+    assert status == 0, capsys.readouterr()
+    assert {name for name, _, _ in calls} == ALL and len(calls) == len(ALL)
+    assert {name for name, val_only, _ in calls if val_only == "true"} == {"untrained-seed0", "untrained-seed1"}
+    assert {address for _, _, address in calls} == {None}  # a Ray of its own each
+
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert list(found["rows"]) == ["untrained", "grpo", "dapo", "gfpo"]
+    row = found["rows"]["gfpo"]
+    assert row["label"] == "k=2" and [entry["value"] for entry in row["grid"]] == [4, 2, 6]
+    assert row["test"]["pass@1"] == [0.75, 0]
+    assert row["test"]["tokens"] == [42, pytest.approx(statistics.stdev([40, 44]))]
+    assert row["test"]["seconds_per_step"] == [1.5, 0]  # 2.0 less the 0.5 of the checkpoint; the first doesn't count
+    assert found["rows"]["grpo"]["test"]["pass@1"] == [0.625, pytest.approx(0.25 / 2**0.5)]
+    assert "seconds_per_step" not in found["rows"]["untrained"]["test"]
+    assert found["runs"] == {"done": 11, "planned": 11, "failed": {}}
+    assert found["front"] == ["gfpo"]
+    low, high = row["seeds"]["0"]["intervals"]["pass@1"]
+    assert low < 0.75 < high
+
+    text = (tmp_path / "out/table.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| **gfpo** |")]
+    cells = [cell.strip() for cell in line.split("|")[2:-1]]
+    assert cells[:3] == ["k=2", "0.750 ± 0.000", "42.0 ± 2.8"]
+    assert cells[-2:] == ["1.5 ± 0.0", "2"]
+    assert "seeds 0, 1" in text and "Commit of the runs: abc" in text and "GiB of memory" in text and "torch" in text
+    assert "Not complete" not in text
+    assert (tmp_path / "out/pareto.png").read_bytes().startswith(b"\x89PNG")
+
+    status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT)
+    assert (status, calls) == (0, [])
+    again = json.loads((tmp_path / "out/results.json").read_text())
+    assert again["rows"] == found["rows"]
+
+
+def test_quick_runs_only_defaults(tmp_path, monkeypatch):
+    status, calls = reproduce(tmp_path, monkeypatch, "--quick")
+    assert status == 0
+    assert {name for name, _, _ in calls} == {"untrained-seed0", "grpo-0.1-seed0", "dapo-seed0", "gfpo-4-seed0"}
+    text = (tmp_path / "out/table.md").read_text()
+    assert "not tuned" in text and "±" not in text.splitlines()[2]
+
+
+def test_a_failed_run_is_reported_and_tried_again_and_loses_no_other(tmp_path, monkeypatch, capsys):
+    failing = SCRIPT | {"gfpo-2-seed0": "fail", "dapo-seed1": "short"}
+    status, calls = reproduce(tmp_path, monkeypatch, **failing)
+    assert status == 1
+    assert {name for name, _, _ in calls} == ALL - {"gfpo-2-seed1"} | {"gfpo-4-seed1"}  # the best of what is left
+    output = capsys.readouterr().out
+    assert "gfpo-2-seed0 FAILED: the run failed: RuntimeError: no luck (exit status 1); its log: " in output
+    assert "dapo-seed1 FAILED: it ended without all completions of its last validation" in output
+    text = (tmp_path / "out/table.md").read_text()
+    assert "Failed: gfpo-2-seed0: the run failed: RuntimeError: no luck" in text and "9 of 11 runs" in text
+
+    status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT)
+    assert status == 0
+    assert {name for name, _, _ in calls} == {"gfpo-2-seed0", "gfpo-2-seed1", "dapo-seed1"}
+
+
+def test_without_grpo_no_other_value_is_chosen(tmp_path, monkeypatch):
+    failing = SCRIPT | {"grpo-0.1-seed0": "fail", "grpo-0.2-seed0": "fail"}
+    status, calls = reproduce(tmp_path, monkeypatch, **failing)
+    assert status == 1
+    assert {name for name, _, _ in calls} == GRID | {"untrained-seed0", "untrained-seed1", "dapo-seed1"}
+    assert list(json.loads((tmp_path / "out/results.json").read_text())["rows"]) == ["untrained", "dapo"]
+
+
+# --- resume ---
+
+
+def test_only_whole_runs_made_with_the_same_configuration_are_kept(tmp_path, monkeypatch):
+    assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
+    runs = tmp_path / "out/runs"
+    dump = runs / "gfpo-2-seed0/validation/4.jsonl"
+    lines = dump.read_text().splitlines(keepends=True)
+    for broken in ("".join(lines[:-1]), "".join(lines)[:-20], ""):
+        dump.write_text(broken)
+        assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, **SCRIPT)[1]] == ["gfpo-2-seed0"]
+    (runs / "dapo-seed0/config.yaml").write_text("another recipe")
+    assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, **SCRIPT)[1]] == ["dapo-seed0"]
+
+
+def test_a_run_that_was_stopped_before_its_validation_is_only_validated(tmp_path, monkeypatch):
+    assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
+    for name, step in (("dapo-seed0", 4), ("gfpo-4-seed0", 3)):
+        folder = tmp_path / "out/runs" / name
+        (folder / "validation/4.jsonl").unlink()
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(step))
+    status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT)
+    assert status == 0
+    assert sorted((name, val_only) for name, val_only, _ in calls) == [
+        ("dapo-seed0", "true"),
+        ("gfpo-4-seed0", "false"),
+    ]
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path, monkeypatch, capsys):
+    assert reproduce(tmp_path, monkeypatch, "--quick")[0] == 0
+    capsys.readouterr()
+    assert reproduce(tmp_path, monkeypatch, "--quick", "--steps", "9") == (2, [])
+    assert "holds a table with steps=2, but now it is 9" in capsys.readouterr().err
+    assert reproduce(tmp_path, monkeypatch, "--quick", "--seeds", "0,1")[0] == 0  # more seeds are welcome
+
+
+# --- side by side, and stops ---
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_ends_all_runs_and_says_how_to_go_on(tmp_path, number):
+    driver = (
+        "import sys; from benchmarks import reproduce_table as rt\n"
+        f"rt.make_plan.__defaults__ = (__import__('pathlib').Path({str(tmp_path / 'table.yaml')!r}),)\n"
+        f"sys.exit(rt.main(None, {FAKE_TRAIN!r}, lambda job: chr(10).join(job.arguments), 0.05))"
+    )
+    script = {"grpo-0.1-seed0": "stay", "dapo-seed0": "stay"}
+    arguments = ["--quick", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", driver, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"FAKE": json.dumps(script)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    runs = tmp_path / "out/runs"
+    wait_for(lambda: (runs / "grpo-0.1-seed0/here").exists() and (runs / "dapo-seed0/here").exists())
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) == 2
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, errors
+    for name in script:
+        assert "iapo.train: stopped by SIGTERM" in (runs / name / "train.log").read_text()
+    assert not any(child.is_running() for child in children)
+    last = output.splitlines()[-1]
+    assert last.startswith("table: stopped; the same command goes on: ")
+    assert shlex.split(last.partition("goes on: ")[2]) == ["bash", "scripts/reproduce_table.sh", *arguments]
+
+
+def start_sleeper(folder, seconds=60):
+    folder.mkdir(exist_ok=True)
+    return jobs.Running(jobs.Job("sleeper", folder, (str(seconds),)), ["sleep"], dict(os.environ))
+
+
+def test_no_two_runs_share_a_folder_even_if_their_starter_is_gone(tmp_path):
+    run = start_sleeper(tmp_path / "run")
+    try:
+        with pytest.raises(jobs.FolderInUse, match="still alive"):
+            start_sleeper(tmp_path / "run")
+        job, other = jobs.Job("a", tmp_path / "run", ("0",)), jobs.Job("b", tmp_path / "other", ("0",))
+        done = []
+
+        def wanted():
+            return [j for j in (job, other) if j not in done]
+
+        failed = jobs.run_all(wanted, lambda r: done.append(r.job), lambda _: None, ["sleep"], 2, 0.01)
+        assert list(failed) == ["a"] and done == [other]
+    finally:
+        run.process.kill()
+        run.process.wait()
+    start_sleeper(tmp_path / "run", 0).process.wait()
+
+
+def test_no_more_runs_than_slots_and_none_twice(tmp_path):
+    todo = [jobs.Job(f"job{i}", tmp_path / f"job{i}", ("0.1",)) for i in range(5)]
+    done, at_once = [], []
+
+    def wanted():
+        return [job for job in todo if job not in done]
+
+    def finished(run):
+        done.append(run.job)
+
+    jobs.run_all(wanted, finished, lambda running: at_once.append(len(running)), ["sleep"], 2, 0.02)
+    assert sorted(job.name for job in done) == [job.name for job in todo]
+    assert max(at_once) == 2
+
+
+def test_a_run_that_does_not_stop_is_killed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "PATIENCE_S", 0.2)
+    command = ["bash", "-c", "trap '' TERM; touch ready; while true; do sleep 0.1; done", "stubborn"]
+    monkeypatch.chdir(tmp_path)
+    run = jobs.Running(jobs.Job("a", tmp_path / "a", ()), command, dict(os.environ))
+    wait_for((tmp_path / "ready").exists)
+    jobs.stop([run])
+    assert run.process.returncode == -signal.SIGKILL
+
+
+def test_slots_by_memory():
+    gib = 2**30
+    assert [jobs.slots_by_memory(2, g * gib) for g in (1, 6, 12, 13, 64)] == [1, 1, 1, 2, 2]
+    assert jobs.slots_by_memory(8, 64 * gib) == 8
+
+
+def test_time_left_follows_the_runs_so_far(tmp_path):
+    rt.open_folder(plan := make_plan(tmp_path))
+    table = rt.Table(plan, config_of)
+    trained = rt.START_S + 4 * rt.STEP_S + 2 * 512 * rt.COMPLETION_S
+    untrained = trained - 4 * rt.STEP_S
+    assert table.seconds_left([], 2) == pytest.approx((9 * trained + 2 * untrained) / 2)
+    table._ratios += [2.0, 4.0]
+    assert table.seconds_left([SimpleNamespace(seconds=30)], 1) == pytest.approx(3 * (9 * trained + 2 * untrained) - 30)
+
+
+# --- the picture ---
+
+
+def test_front_by_hand():
+    points = {"a": (40, 0.8), "b": (50, 0.9), "c": (50, 0.8), "d": (60, 0.85), "e": (39, 0.1)}
+    assert pareto.front(points) == ["e", "a", "b"]
+    assert pareto.front({"a": (1, 1), "b": (1, 1)}) == ["a", "b"]
+    assert pareto.front({}) == []
+
+
+@given(st.dictionaries(st.integers(), st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1))
+def test_front_is_what_no_other_beats(points):
+    on_front = pareto.front(points)
+    accuracies = [points[name][1] for name in on_front]
+    assert on_front and accuracies == sorted(accuracies)
+    for name, (tokens, accuracy) in points.items():
+        better = [
+            other
+            for other, (t, a) in points.items()
+            if (t < tokens and a >= accuracy) or (t <= tokens and a > accuracy)
+        ]
+        assert (name in on_front) == (not better)
+
+
+def test_the_picture_takes_as_many_methods_as_there_are(tmp_path):
+    rows = {
+        f"method{i}": {
+            "label": f"k={i}",
+            "grid": [{"value": v, "figures": {"test": figures(0.8 + v / 100, 40 + i)}} for v in (1, 2, 3)],
+            "test": {"tokens": [40 + i, None], "pass@1": [0.8, 0.01]},
+        }
+        for i in range(20)
+    }
+    rows["untrained"] = rows["method0"] | {"grid": [{"value": None, "figures": {"test": figures(0.8, 40)}}]}
+    pareto.draw(rows, ["method0", "method1"], tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
