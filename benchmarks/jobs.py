@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -16,6 +17,7 @@ from iapo.metrics_file import read_metrics
 GIB_PER_JOB = 6.5
 # Seconds that a stopped run has to end Ray and remove its shared memory before it is killed.
 PATIENCE_S = 120
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Running:
         self.job, self.start = job, time.monotonic()
         job.folder.mkdir(parents=True, exist_ok=True)
         with lock(job.folder / "lock") as held, job.log.open("a") as log:
+            self._log_start = log.tell()
             # A session of its own: Ctrl-C of the terminal must not reach the run's workers before the run itself.
             self.process = subprocess.Popen(
                 [*command, *job.arguments],
@@ -66,7 +69,8 @@ class Running:
 
     def reason(self) -> str:
         """Why it failed: what iapo.train says last, or whatever the log ends with."""
-        lines = [line for line in self.job.log.read_text(errors="replace").splitlines() if line.strip()]
+        text = self.job.log.read_bytes()[self._log_start :].decode(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("iapo.train: ")] or lines
         status = f"exit status {self.process.returncode}"
         return f"{said[-1].removeprefix('iapo.train: ')} ({status})" if said else status
@@ -120,7 +124,8 @@ def run_all(
             while waiting and len(running) < slots:
                 job = waiting.pop(0)
                 try:
-                    running.append(Running(job, command, environment))
+                    with deferred_signals():  # one that came in between would lose the run that was just started
+                        running.append(Running(job, command, environment))
                 except FolderInUse as error:
                     failed[job.name] = str(error)
             progress(running)
@@ -138,11 +143,25 @@ def run_all(
         stop(running)
 
 
+@contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Let a stop that arrives meanwhile wait for the end of the block."""
+    arrived: list[int] = []
+    previous = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        for number in arrived[:1]:
+            signal.raise_signal(number)
+
+
 def stop(running: list[Running]) -> None:
     """End runs politely, or after `PATIENCE_S` by force; a second Ctrl-C doesn't cut this short."""
     if not running:
         return
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in STOPS}
     for run in running:
         run.process.terminate()
     deadline = time.monotonic() + PATIENCE_S

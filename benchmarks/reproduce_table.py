@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+import pyarrow.parquet as pq
 import yaml
 
 from benchmarks import pareto
-from benchmarks.jobs import FolderInUse, Job, Running, lock, run_all, slots_by_memory
-from iapo.data import prepare
+from benchmarks.jobs import STOPS, FolderInUse, Job, Running, lock, run_all, slots_by_memory
+from iapo.data import prepare, write_parquets
 from iapo.evaluation import bootstrap, evaluate, of_prompts, read_prompts, read_samples
 from iapo.metrics_file import read_metrics
 from iapo.provenance import versions
@@ -43,8 +44,9 @@ TRAIN = (sys.executable, "-u", "-m", "iapo.train")
 REFERENCE, TOLERANCE = "grpo", 0.01
 UNTRAINED = "untrained"
 
-# Seconds of a job with two side by side on two cores, measured: benchmarks/README.md.
-START_S, STEP_S, COMPLETION_S = 90.0, 15.0, 0.04
+# Seconds that a run takes to start, its slow first step included, and for each completion of its evaluation, with two
+# runs side by side on two cores; measured: benchmarks/README.md.
+START_S, COMPLETION_S = 100.0, 0.036
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Plan:
     samples: int
     seeds: tuple[int, ...]
     out: Path
+    step_s: float = 11.0  # expected seconds of a step
     splits: tuple[str, ...] = ("validation", "test")
     overrides: tuple[str, ...] = ()
 
@@ -86,24 +89,23 @@ class Plan:
         grid = sum(len(method.values) for method in self.methods.values())
         return len(self.seeds) + grid + len(self.methods) * (len(self.seeds) - 1)
 
-    def data_file(self, split: str) -> Path:
-        return self.out / "data" / "verbose_arithmetic" / f"{split}.parquet"
+    def data_file(self, name: str) -> Path:
+        """train, a split, or what runs are evaluated on: see `write_evaluation_file`."""
+        return self.out / "data" / "verbose_arithmetic" / f"{name}.parquet"
 
     def job(self, name: str, value, seed: int) -> Job:
         """The run of a method, or of none, with a value of its knob and a seed."""
         trained = name != UNTRAINED
         title = f"{name}-{str(value).replace('/', '_')}-seed{seed}" if value is not None else f"{name}-seed{seed}"
         folder = self.out / "runs" / title
-        files = ",".join(f"'{self.data_file(split)}'" for split in self.splits)
         arguments = [
             "platform=cpu",
             f"variant={name if trained else REFERENCE}",
             "model=tiny",
             "data=verbose_arithmetic",
-            f"data.val_files=[{files}]",
+            f"data.val_files='{self.data_file('evaluation')}'",
             f"seed={seed}",
             f"run_dir='{folder}'",
-            f"actor_rollout_ref.rollout.val_kwargs.n={self.samples}",
             f"trainer.total_training_steps={self.steps}",
             f"trainer.test_freq={self.steps}",
             "trainer.save_freq=10",
@@ -115,6 +117,22 @@ class Plan:
             f"trainer.val_only={str(not trained).lower()}",
         ]
         return Job(title, folder, tuple(arguments))
+
+
+def write_evaluation_file(plan: Plan) -> None:
+    """The prompts of all splits, `samples` rows for each, told apart by their index, which seeds a completion.
+
+    val_kwargs.n would sample as often, but above 1 verl bootstraps the best of n of every prompt and number, which
+    takes longer than the sampling.
+    """
+    rows = [row for split in plan.splits for row in pq.read_table(plan.data_file(split)).to_pylist()]
+    distinct = 1 + max(row["extra_info"]["index"] for row in rows)
+    copies = [
+        row | {"extra_info": row["extra_info"] | {"index": row["extra_info"]["index"] + copy * distinct}}
+        for copy in range(plan.samples)
+        for row in rows
+    ]
+    write_parquets({plan.data_file("evaluation"): copies})
 
 
 def load_methods(path: Path) -> dict[str, Method]:
@@ -161,9 +179,10 @@ def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table
         steps=options.steps or settings["steps"],
         samples=options.samples or settings["samples"],
         seeds=tuple(dict.fromkeys(seeds)),
+        step_s=settings["step_s"],
         out=Path(options.out or ("runs/table-quick" if options.quick else "runs/table")).absolute(),
         splits=("test",) if options.quick else ("validation", "test"),
-        overrides=tuple(options.overrides),
+        overrides=(*settings.get("overrides", ()), *options.overrides),
     )
 
 
@@ -329,7 +348,7 @@ class Table:
         """Seconds of a job from the measured costs."""
         steps = 0 if job.name.startswith(UNTRAINED) else self.plan.steps
         completions = self.plan.samples * sum(map(len, self._prompts.values()))
-        return START_S + steps * STEP_S + completions * COMPLETION_S
+        return START_S + steps * self.plan.step_s + completions * COMPLETION_S
 
     def seconds_left(self, running: Sequence[Running], slots: int) -> float:
         """From the measured costs, corrected by how long the runs so far took."""
@@ -520,8 +539,9 @@ def open_folder(plan: Plan) -> None:
                 )
     else:
         file.write_text(json.dumps(settings) + "\n")
-    if not all(plan.data_file(split).is_file() for split in ("train", *plan.splits)):
+    if not plan.data_file("evaluation").is_file():
         prepare("verbose_arithmetic", plan.out / "data")
+        write_evaluation_file(plan)
 
 
 def main(
@@ -543,7 +563,7 @@ def main(
         print(f"table: {error}", file=sys.stderr)
         return 2
     with held:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in STOPS:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
             return reproduce(Table(plan, config_of), options.jobs, train, interval_s)

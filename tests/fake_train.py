@@ -21,7 +21,7 @@ def main():
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])  # of several the last
     folder = Path(given["run_dir"].strip("'"))
     script = json.loads(os.environ.get("FAKE", "{}")).get(folder.name, {})
-    steps, samples = int(given["trainer.total_training_steps"]), int(given["actor_rollout_ref.rollout.val_kwargs.n"])
+    steps = int(given["trainer.total_training_steps"])
     with (folder.parent / "calls").open("a") as calls:
         calls.write(json.dumps([folder.name, given["trainer.val_only"], os.environ.get("RAY_ADDRESS")]) + "\n")
     if script == "stay":
@@ -45,12 +45,13 @@ def main():
         return
     (folder / "validation").mkdir(exist_ok=True)
     with (folder / "validation" / f"{steps if trained else 0}.jsonl").open("w") as dump:
-        for path in given["data.val_files"].strip("[]").replace("'", "").split(","):
-            accuracy, tokens = script.get(Path(path).stem, [0.5, 50])
-            prompts = [row[0]["content"] for row in pq.read_table(path)["prompt"].to_pylist()]
-            for number in range(len(prompts) * samples):
-                right = float(number < accuracy * len(prompts) * samples)
-                record = {"input": prompts[number // samples], "acc": right, "response_length": tokens, "truncated": 0}
+        rows = pq.read_table(given["data.val_files"].strip("'")).to_pylist()
+        for split in dict.fromkeys(row["extra_info"]["split"] for row in rows):
+            accuracy, tokens = script.get(split, [0.5, 50])
+            prompts = [row["prompt"][0]["content"] for row in rows if row["extra_info"]["split"] == split]
+            for number, prompt in enumerate(prompts):
+                right = float(number < accuracy * len(prompts))
+                record = {"input": prompt, "acc": right, "response_length": tokens, "truncated": 0}
                 dump.write(json.dumps(record) + "\n")
 
 

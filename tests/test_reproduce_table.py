@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hypothesis import given
@@ -27,8 +28,8 @@ METHODS = rt.load_methods(ROOT / "benchmarks/table.yaml")
 needs_verl = pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl isn't installed")
 
 SMALL = {
-    "full": {"steps": 4, "samples": 2, "seeds": [0, 1]},
-    "quick": {"steps": 2, "samples": 1, "seeds": [0]},
+    "full": {"steps": 4, "samples": 2, "seeds": [0, 1], "step_s": 7.0},
+    "quick": {"steps": 2, "samples": 1, "seeds": [0], "step_s": 1.0, "overrides": ["data.train_batch_size=8"]},
     "methods": {
         "grpo": {"knob": "actor.kl", "values": [0.1, 0.2], "why": "w"},
         "dapo": {"why": "w"},
@@ -93,7 +94,6 @@ def test_the_untrained_model_is_only_validated(tmp_path):
     plan = rt.Plan(METHODS, 4, 2, (0,), tmp_path, overrides=("trainer.val_only=false",))
     config = OmegaConf.create(rt.resolved_config(plan.job(rt.UNTRAINED, None, 0)))
     assert config.trainer.val_only and config.trainer.val_before_train
-    assert [Path(path).name for path in config.data.val_files] == ["validation.parquet", "test.parquet"]
 
 
 def test_full_and_quick_plans(tmp_path):
@@ -104,10 +104,25 @@ def test_full_and_quick_plans(tmp_path):
     quick = make_plan(tmp_path, "--quick", "--methods", "gfpo", "--steps", "7", "a.b=c")
     assert (quick.steps, quick.samples, quick.seeds, quick.splits) == (7, 1, (0,), ("test",))
     assert list(quick.methods) == ["gfpo"] and quick.methods["gfpo"].values == (4,) and quick.jobs == 2
+    assert quick.overrides == ("data.train_batch_size=8", "a.b=c")
     assert "a.b=c" in quick.job("gfpo", 4, 0).arguments and "methods.gfpo.k=4" in quick.job("gfpo", 4, 0).arguments
     assert list(make_plan(tmp_path, "--methods", "gfpo").methods) == ["grpo", "gfpo"]  # the rule needs GRPO
     folders = [full.job(*run).folder for run in rt.Table.known(SimpleNamespace(plan=full, chosen=lambda m: m.values))]
     assert len(set(folders)) == len(folders)
+
+
+def test_each_prompt_is_sampled_as_often_as_asked(tmp_path):
+    rt.open_folder(plan := make_plan(tmp_path, "--samples", "3"))
+    rows = pq.read_table(plan.data_file("evaluation")).to_pylist()
+    prompts = [row["prompt"][0]["content"] for row in rows]
+    expected = [*rt.read_prompts(plan.data_file("validation")), *rt.read_prompts(plan.data_file("test"))]
+    assert sorted(prompts) == sorted(3 * expected)
+    # What seeds a completion (iapo.verl_adapter.agent_loop).
+    assert len({(row["extra_info"]["split"], row["extra_info"]["index"]) for row in rows}) == len(rows) == 3 * 512
+    original = {row["prompt"][0]["content"]: row for row in pq.read_table(plan.data_file("test")).to_pylist()}
+    for row in rows:
+        if row["extra_info"]["split"] == "test":
+            assert row["reward_model"] == original[row["prompt"][0]["content"]]["reward_model"]
 
 
 @pytest.mark.parametrize(
@@ -261,25 +276,28 @@ def test_without_grpo_no_other_value_is_chosen(tmp_path, monkeypatch):
 
 
 def test_only_whole_runs_made_with_the_same_configuration_are_kept(tmp_path, monkeypatch):
-    assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
-    runs = tmp_path / "out/runs"
-    dump = runs / "gfpo-2-seed0/validation/4.jsonl"
+    quick = ["--quick", "--methods", "dapo"]
+    assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
+    folder = tmp_path / "out/runs/dapo-seed0"
+    dump = folder / "validation/2.jsonl"
     lines = dump.read_text().splitlines(keepends=True)
     for broken in ("".join(lines[:-1]), "".join(lines)[:-20], ""):
         dump.write_text(broken)
-        assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, **SCRIPT)[1]] == ["gfpo-2-seed0"]
-    (runs / "dapo-seed0/config.yaml").write_text("another recipe")
-    assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, **SCRIPT)[1]] == ["dapo-seed0"]
+        assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, *quick)[1]] == ["dapo-seed0"]
+    (folder / "config.yaml").write_text("another recipe")
+    assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, *quick)[1]] == ["dapo-seed0"]
+    assert reproduce(tmp_path, monkeypatch, *quick) == (0, [])
 
 
 def test_a_run_that_was_stopped_before_its_validation_is_only_validated(tmp_path, monkeypatch):
-    assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
-    for name, step in (("dapo-seed0", 4), ("gfpo-4-seed0", 3)):
+    quick = ["--quick", "--methods", "dapo,gfpo"]
+    assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
+    for name, step in (("dapo-seed0", 2), ("gfpo-4-seed0", 1)):
         folder = tmp_path / "out/runs" / name
-        (folder / "validation/4.jsonl").unlink()
+        (folder / "validation/2.jsonl").unlink()
         (folder / "checkpoints").mkdir()
         (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(step))
-    status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT)
+    status, calls = reproduce(tmp_path, monkeypatch, *quick)
     assert status == 0
     assert sorted((name, val_only) for name, val_only, _ in calls) == [
         ("dapo-seed0", "true"),
@@ -299,7 +317,7 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, monkeypatch, capsys):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -327,7 +345,7 @@ def test_a_stop_ends_all_runs_and_says_how_to_go_on(tmp_path, number):
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 2
     process.send_signal(number)
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
     for name in script:
         assert "iapo.train: stopped by SIGTERM" in (runs / name / "train.log").read_text()
@@ -376,6 +394,30 @@ def test_no_more_runs_than_slots_and_none_twice(tmp_path):
     assert max(at_once) == 2
 
 
+def test_a_stop_that_comes_while_a_run_starts_does_not_lose_it(tmp_path, monkeypatch):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    popen, started = subprocess.Popen, []
+
+    def popen_with_a_stop(*arguments, **options):
+        started.append(popen(*arguments, **options))
+        signal.raise_signal(signal.SIGTERM)
+        return started[-1]
+
+    monkeypatch.setattr(jobs.subprocess, "Popen", popen_with_a_stop)
+    job = jobs.Job("a", tmp_path / "a", ("60",))
+    with pytest.raises(SystemExit) as stopped:
+        jobs.run_all(lambda: [job], lambda run: None, lambda _: None, ["sleep"], 2, 0.01)
+    assert stopped.value.code == 143
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+
+
+def test_the_reason_is_of_this_start(tmp_path):
+    (tmp_path / "train.log").write_text("iapo.train: what an earlier start said\n")
+    run = jobs.Running(jobs.Job("a", tmp_path, ()), ["bash", "-c", "echo noise; kill -9 $$"], dict(os.environ))
+    run.process.wait()
+    assert run.reason() == "noise (exit status -9)"
+
+
 def test_a_run_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "PATIENCE_S", 0.2)
     command = ["bash", "-c", "trap '' TERM; touch ready; while true; do sleep 0.1; done", "stubborn"]
@@ -395,11 +437,17 @@ def test_slots_by_memory():
 def test_time_left_follows_the_runs_so_far(tmp_path):
     rt.open_folder(plan := make_plan(tmp_path))
     table = rt.Table(plan, config_of)
-    trained = rt.START_S + 4 * rt.STEP_S + 2 * 512 * rt.COMPLETION_S
-    untrained = trained - 4 * rt.STEP_S
+    trained = rt.START_S + 4 * 7.0 + 2 * 512 * rt.COMPLETION_S
+    untrained = trained - 4 * 7.0
     assert table.seconds_left([], 2) == pytest.approx((9 * trained + 2 * untrained) / 2)
     table._ratios += [2.0, 4.0]
     assert table.seconds_left([SimpleNamespace(seconds=30)], 1) == pytest.approx(3 * (9 * trained + 2 * untrained) - 30)
+
+
+def test_the_real_quick_table_is_expected_within_half_an_hour(tmp_path):
+    plan = rt.make_plan(rt.parse(["--quick", "--out", str(tmp_path)]), ROOT / "benchmarks/table.yaml")
+    rt.open_folder(plan)
+    assert rt.Table(plan, config_of).seconds_left([], 2) < 28 * 60
 
 
 # --- the picture ---
