@@ -25,9 +25,9 @@ def main():
     with (folder.parent / "calls").open("a") as calls:
         calls.write(json.dumps([folder.name, given["trainer.val_only"], os.environ.get("RAY_ADDRESS")]) + "\n")
     if script == "stay":
-        (folder / "here").touch()
         signal.signal(signal.SIGTERM, lambda *_: (print("iapo.train: stopped by SIGTERM"), sys.exit(143)))
-        time.sleep(60)
+        (folder / "here").touch()
+        time.sleep(600)
     if script == "fail":
         print("a traceback", "iapo.train: the run failed: RuntimeError: no luck", "", sep="\n")
         sys.exit(1)
