@@ -1,4 +1,7 @@
-"""Training runs side by side, each in a process, a run folder and a Ray of its own."""
+"""Training runs side by side, each in a process and a run folder of its own.
+
+And in a Ray of its own, unless RAY_ADDRESS is in the environment.
+"""
 
 import fcntl
 import os
@@ -47,7 +50,7 @@ class Running:
         FolderInUse: the folder's run is alive.
     """
 
-    def __init__(self, job: Job, command: Sequence[str], environment: dict[str, str]):
+    def __init__(self, job: Job, command: Sequence[str]):
         self.job, self.start = job, time.monotonic()
         job.folder.mkdir(parents=True, exist_ok=True)
         with lock(job.folder / "lock") as held, job.log.open("a") as log:
@@ -58,7 +61,6 @@ class Running:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
                 pass_fds=[held.fileno()],
                 start_new_session=True,
             )
@@ -114,8 +116,6 @@ def run_all(
         progress: called every `interval_s` seconds.
         command: the command that takes a job's arguments.
     """
-    # Each run starts a Ray of its own; with an address, all would join the same one.
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     running: list[Running] = []
     failed: dict[str, str] = {}
     try:
@@ -125,7 +125,7 @@ def run_all(
                 job = waiting.pop(0)
                 try:
                     with deferred_signals():  # one that came in between would lose the run that was just started
-                        running.append(Running(job, command, environment))
+                        running.append(Running(job, command))
                 except FolderInUse as error:
                     failed[job.name] = str(error)
             progress(running)

@@ -378,9 +378,11 @@ def shower(table: Table, slots: int, interval_s: float = 30.0) -> Callable[[list
         if time.monotonic() - last < interval_s:
             return
         last = time.monotonic()
-        at_work = ", ".join(f"{run.job.name} step {run.job.steps_done()}/{table.plan.steps}" for run in running)
+        at_work = ", ".join(f"{run.job.name} (step {run.job.steps_done()})" for run in running)
         left = clock(table.seconds_left(running, slots))
-        say(f"{len(table._outcomes)}/{table.plan.jobs} runs done; {at_work}; about {left} left")
+        say(
+            f"{len(table._outcomes)}/{table.plan.jobs} runs done, of {table.plan.steps} steps; {at_work}; about {left} left"
+        )
 
     return show
 
@@ -554,7 +556,7 @@ def main(
     try:
         options = parse(arguments)
         plan = make_plan(options)
-        # Each run has a Ray of its own, and the data that lie beside the results.
+        # Each run has a Ray of its own, where with an address all would join one, and the data beside the results.
         os.environ.pop("RAY_ADDRESS", None)
         os.environ["IAPO_DATA_DIR"] = str(plan.out / "data")
         open_folder(plan)

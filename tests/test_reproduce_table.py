@@ -357,7 +357,7 @@ def test_a_stop_ends_all_runs_and_says_how_to_go_on(tmp_path, number):
 
 def start_sleeper(folder, seconds=60):
     folder.mkdir(exist_ok=True)
-    return jobs.Running(jobs.Job("sleeper", folder, (str(seconds),)), ["sleep"], dict(os.environ))
+    return jobs.Running(jobs.Job("sleeper", folder, (str(seconds),)), ["sleep"])
 
 
 def test_no_two_runs_share_a_folder_even_if_their_starter_is_gone(tmp_path):
@@ -413,7 +413,7 @@ def test_a_stop_that_comes_while_a_run_starts_does_not_lose_it(tmp_path, monkeyp
 
 def test_the_reason_is_of_this_start(tmp_path):
     (tmp_path / "train.log").write_text("iapo.train: what an earlier start said\n")
-    run = jobs.Running(jobs.Job("a", tmp_path, ()), ["bash", "-c", "echo noise; kill -9 $$"], dict(os.environ))
+    run = jobs.Running(jobs.Job("a", tmp_path, ()), ["bash", "-c", "echo noise; kill -9 $$"])
     run.process.wait()
     assert run.reason() == "noise (exit status -9)"
 
@@ -422,7 +422,7 @@ def test_a_run_that_does_not_stop_is_killed(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "PATIENCE_S", 0.2)
     command = ["bash", "-c", "trap '' TERM; touch ready; while true; do sleep 0.1; done", "stubborn"]
     monkeypatch.chdir(tmp_path)
-    run = jobs.Running(jobs.Job("a", tmp_path / "a", ()), command, dict(os.environ))
+    run = jobs.Running(jobs.Job("a", tmp_path / "a", ()), command)
     wait_for((tmp_path / "ready").exists)
     jobs.stop([run])
     assert run.process.returncode == -signal.SIGKILL
