@@ -44,8 +44,8 @@ TRAIN = (sys.executable, "-u", "-m", "iapo.train")
 REFERENCE, TOLERANCE = "grpo", 0.01
 UNTRAINED = "untrained"
 
-# Seconds that a run takes to start, its slow first step included, and for each completion of its evaluation, with two
-# runs side by side on two cores; measured: benchmarks/README.md.
+# Expected seconds that a run takes to start, beyond those of its first step, and for each completion of its evaluation,
+# with two runs side by side on two cores: benchmarks/README.md.
 START_S, COMPLETION_S = 100.0, 0.036
 
 
@@ -380,9 +380,8 @@ def shower(table: Table, slots: int, interval_s: float = 30.0) -> Callable[[list
         last = time.monotonic()
         at_work = ", ".join(f"{run.job.name} (step {run.job.steps_done()})" for run in running)
         left = clock(table.seconds_left(running, slots))
-        say(
-            f"{len(table._outcomes)}/{table.plan.jobs} runs done, of {table.plan.steps} steps; {at_work}; about {left} left"
-        )
+        done = f"{len(table._outcomes)}/{table.plan.jobs} runs of {table.plan.steps} steps done"
+        say(f"{done}; {at_work}; about {left} left")
 
     return show
 

@@ -39,7 +39,7 @@ def main():
     trained = given["variant"] != "grpo" or not folder.name.startswith("untrained")
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1) if trained else []:
-            seconds = {"timing_s/step": 9.0 if step == 1 else 2.0, "timing_s/save_checkpoint": 0.5}
+            seconds = {"timing_s/step": 9.0 if step == 1 else float(step), "timing_s/save_checkpoint": 0.5}
             file.write(json.dumps({"step": step, "data": seconds}) + "\n")
     if script == "short":
         return

@@ -217,7 +217,10 @@ def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
     assert row["label"] == "k=2" and [entry["value"] for entry in row["grid"]] == [4, 2, 6]
     assert row["test"]["pass@1"] == [0.75, 0]
     assert row["test"]["tokens"] == [42, pytest.approx(statistics.stdev([40, 44]))]
-    assert row["test"]["seconds_per_step"] == [1.5, 0]  # 2.0 less the 0.5 of the checkpoint; the first doesn't count
+    assert row["test"]["seconds_per_step"] == [
+        2.5,
+        0,
+    ]  # of 9, 2, 3, 4 without the first, less the 0.5 of the checkpoint
     assert found["rows"]["grpo"]["test"]["pass@1"] == [0.625, pytest.approx(0.25 / 2**0.5)]
     assert "seconds_per_step" not in found["rows"]["untrained"]["test"]
     assert found["runs"] == {"done": 11, "planned": 11, "failed": {}}
@@ -229,7 +232,7 @@ def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
     (line,) = [line for line in text.splitlines() if line.startswith("| **gfpo** |")]
     cells = [cell.strip() for cell in line.split("|")[2:-1]]
     assert cells[:3] == ["k=2", "0.750 ± 0.000", "42.0 ± 2.8"]
-    assert cells[-2:] == ["1.5 ± 0.0", "2"]
+    assert cells[-2:] == ["2.5 ± 0.0", "2"]
     assert "seeds 0, 1" in text and "Commit of the runs: abc" in text and "GiB of memory" in text and "torch" in text
     assert "Not complete" not in text
     assert (tmp_path / "out/pareto.png").read_bytes().startswith(b"\x89PNG")
