@@ -6,4 +6,5 @@ bash scripts/setup.sh cpu --dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-exec .venv/bin/python -m pytest "$@"
+# Two processes: one makes the end-to-end runs, which often wait, one after the other; the other does the rest.
+exec .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"

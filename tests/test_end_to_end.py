@@ -1,6 +1,7 @@
 """Real runs: verl's trainer, Ray, FSDP2 and a vLLM server on a CPU. A minute each; skip with -m "not e2e"."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 
 from iapo.metrics_file import read_metrics
 from iapo.shared_memory import mapped_segments, remove_unmapped
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("e2e")]
 
 SMALL = [
     "platform=cpu",
@@ -235,8 +237,48 @@ def test_dapo_filters_groups_and_applies_its_own_loss_settings(train):
     assert 0 < max(changes) < 0.01
 
 
+# Every method acts in a real run. Those that act by different hooks share one, and two runs share the machine.
+TOGETHER = [
+    ("length_penalty,gfpo,iapo", "laser,s_grpo,iapo_ne"),
+    ("grpo_lambda,top_entropy", "gtpo,iapo_rate"),
+    ("dler", "gtpo_trajectory"),
+    ("grpo_s", "dr_grpo"),
+]
+FSDP1 = ["actor_rollout_ref.actor.strategy=fsdp", "trainer.n_gpus_per_node=2"]
+
+
+def test_the_pairs_below_hold_every_variant():
+    together = {name for pair in TOGETHER for variants in pair for name in variants.split(",")}
+    recipes = {path.stem for path in (Path(__file__).parent.parent / "recipes" / "variant").glob("*.yaml")}
+    assert recipes - together == {"grpo", "dapo"}  # have tests of their own
+
+
+@pytest.mark.parametrize("pair", TOGETHER)
+def test_every_method_trains(train, pair):
+    runs = []
+    for variants in pair:
+        extra = ["methods.gfpo.k=2"] if "gfpo" in variants else FSDP1 if variants == "gtpo,iapo_rate" else []
+        folder = variants.replace(",", "+")
+        runs.append(train(f"variant=[{variants}]", "trainer.total_training_steps=2", *extra, folder=folder))
+    for variants, run in zip(pair, runs, strict=True):
+        metrics = finished(run).metrics()
+        assert list(metrics) == [1, 2]
+        methods = set(yaml.safe_load((run.folder / "config.yaml").read_text())["methods"])
+        assert methods == set(variants.split(",")) - {"iapo", "iapo_ne", "iapo_rate", "dr_grpo"}
+        for step in (1, 2):
+            assert math.isfinite(metrics[step]["actor/pg_loss"])
+            assert ("iapo/method/tokens_kept" in metrics[step]) == bool(methods)
+            if methods & {"gfpo", "s_grpo", "top_entropy"}:
+                assert 0 < metrics[step]["iapo/method/tokens_kept"] < 1
+            if "gfpo" in methods:
+                assert metrics[step]["iapo/method/completions_kept"] == 0.5
+        assert max(metrics[step]["actor/grad_norm"] for step in (1, 2)) > 0
+
+
 def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
-    steps = ["variant=iapo_rate", "trainer.total_training_steps=4", "trainer.save_freq=2"]
+    # A method that learns as it goes, too.
+    steps = ["variant=[iapo_rate,gfpo]", "methods.gfpo.k=2", "methods.gfpo.adaptive=[3,3,2,2]"]
+    steps += ["trainer.total_training_steps=4", "trainer.save_freq=2"]
     unbroken = finished(train(*steps, folder="unbroken"))
 
     run = train(*steps, folder="killed")
@@ -262,6 +304,9 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
         state = torch.load(shard, weights_only=False)
         return {name: getattr(value, "_local_tensor", value) for name, value in state.items()}
 
+    learned = [run.folder / "checkpoints" / "global_step_4" / "methods.json" for run in (unbroken, resumed)]
+    states = [path.read_text() for path in learned]
+    assert states[0] == states[1] and sum(count for _, count in json.loads(states[0])["gfpo"]["seen"]) == 16
     first, second = weights(unbroken.folder), weights(resumed.folder)
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, atol=1e-5, rtol=1e-4)
