@@ -156,7 +156,8 @@ def results(tmp_path_factory):
     return folder
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.xdist_group("ranks")  # they share the runs
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 @pytest.mark.parametrize("batch", ROWS)
 def test_two_ranks_equal_the_naive_reference(results, wrapping, batch):
