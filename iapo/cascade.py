@@ -11,6 +11,9 @@ denominator l_k; the parts are merged exactly:
 So nothing is copied per position, no T x T mask exists and little masked-out work is done. The merge is the one of
 FlashAttention and of cascade inference; `attend_naive` and the tests' plain forward are the references.
 
+The keys and values may also be those of a forward that somebody else makes of the same trajectories, see
+`captured_attention`.
+
 Shape suffixes: H heads, K key heads, G = H / K heads per key head, N queries, M keys, D head size.
 """
 
@@ -22,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import AttentionInterface, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLEMENTATION = "iapo_cascade"
 
@@ -48,12 +52,15 @@ class Range(NamedTuple):
 # Ranges of disjoint queries; what the parts say of one query is merged.
 Part = Sequence[Range]
 
+# (K, M, D) keys and (K, M, D) values of every attention module, of one packed row of tokens.
+KeysAndValues = dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
+
 
 class Cascade:
     """The keys and values of one forward of trajectories, and who sees what in the forward at hand."""
 
     def __init__(self, model, ignores_softcap: bool):
-        self.stored: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.stored: KeysAndValues = {}
         self._model, self._ignores_softcap = model, ignores_softcap
         self._parts: Sequence[Part] = ()
         self._storing = False
@@ -87,10 +94,7 @@ class Cascade:
     def attend(self, module, query, key, value, scale, softcap) -> torch.Tensor:
         """(N, H, D) outputs for the queries (H, N, D) of one layer, whose own keys and values are (K, N, D)."""
         if self._storing:
-            # A model with one projection for all three gives views of it, which would keep the whole alive.
-            self.stored[module] = tuple(
-                x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for x in (key, value)
-            )
+            self.stored[module] = _alone(key), _alone(value)
         stored_key, stored_value = self.stored[module]
         softcap = None if self._ignores_softcap else softcap
 
@@ -238,6 +242,41 @@ def cascade_attention(model) -> Iterator[Cascade | MaskedAttention]:
             yield MaskedAttention(model)
     finally:
         model.set_attn_implementation(before)
+
+
+@contextmanager
+def captured_attention(model) -> Iterator[KeysAndValues]:
+    """The keys and values of the last forward of one packed row that runs inside, which itself stays as it is.
+
+    Only the function that the name of the model's attention stands for is wrapped; the name, on which masks and much
+    else depend, does not change. Nothing is captured of eager attention, which is behind no name, and of a model that
+    `cascade_attention` can't switch.
+    """
+    stored: KeysAndValues = {}
+    name = model.config._attn_implementation
+    with cascade_attention(model) as attention:
+        known = isinstance(attention, Cascade) and name in ALL_ATTENTION_FUNCTIONS
+    if not known:
+        yield stored
+        return
+    original = ALL_ATTENTION_FUNCTIONS[name]
+
+    def keeping(module, query, key, value, *args, **kwargs):
+        stored[module] = _alone(key[0].to(value.dtype)), _alone(value[0])
+        return original(module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[name] = keeping
+    try:
+        yield stored
+    finally:
+        del ALL_ATTENTION_FUNCTIONS[name]  # the local one, which hid the one that is registered for all
+        if ALL_ATTENTION_FUNCTIONS.get(name) is not original:  # another local one had been there
+            ALL_ATTENTION_FUNCTIONS[name] = original
+
+
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    """A model with one projection for all three gives views of it, which would keep the whole alive."""
+    return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 _CURRENT: ContextVar[Cascade] = ContextVar("cascade")

@@ -9,14 +9,15 @@ whose keys and values are kept, and many positions' probes per forward. Unlike t
 per position: the probes are queries of ONE shared copy, see `iapo.cascade`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 
-from iapo.cascade import cascade_attention
+from iapo.cascade import KeysAndValues, captured_attention, cascade_attention
 from iapo.output_layer import measured_output_layer
-from iapo.packing import Completion, forwards, longest, packs, probe_positions
+from iapo.packing import Completion, Forward, longest, packs, probe_forwards, probe_positions, trajectory_forward
 from iapo.support import check_model
 
 # Tokens per forward where the caller doesn't say, by device: a CPU's caches like few, a GPU's cores many.
@@ -121,24 +122,71 @@ def exit_entropies(
     probed = [torch.zeros(len(completion.positions)) for completion in completions]
     with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:
         for groups in packs(completions, max_tokens):
-            for forward in forwards(completions, groups, probe_ids, max_tokens, chunk_size):
-                storing = not forward.runs
-                output_layer.start(forward.targets, passes_on=storing)
-                result = attention.run(
-                    forward.token_ids.to(device),
-                    forward.position_ids.to(device),
-                    forward.parts,
-                    storing,
-                    logits_to_keep=1 if storing else forward.scored.to(device),
-                )
-                if storing:
-                    output_layer.check(model, result.logits)
-                    continue
-                scores = (output_layer.entropy if forward.targets is None else -output_layer.log_prob).cpu()
-                h = torch.zeros(int(forward.probe_of_scored[-1]) + 1).index_add_(0, forward.probe_of_scored, scores)
-                for i, first, last in forward.runs:
-                    probed[i][first : last + 1], h = h[: last + 1 - first], h[last + 1 - first :]
+            forward, places = trajectory_forward(completions, groups)
+            output_layer.start(None, passes_on=True)
+            result = attention.run(
+                forward.token_ids.to(device), forward.position_ids.to(device), forward.parts, True, logits_to_keep=1
+            )
+            output_layer.check(model, result.logits)
+            probes = probe_forwards(completions, places, probe_ids, max_tokens, chunk_size)
+            _run_probes(attention, output_layer, probes, probed, device)
     return [interpolate(h, c.positions, len(c.response)) for h, c in zip(probed, completions, strict=True)]
+
+
+@contextmanager
+def forward_to_share(model) -> Iterator[KeysAndValues]:
+    """The keys and values of the one forward that runs inside, of packed sequences, for `exit_entropies_after`.
+
+    That forward itself, its attention and its logits are bit for bit what they would be outside. Empty if the model's
+    attention can't be captured, see `captured_attention`.
+
+    Raises:
+        ValueError: as `exit_entropies`, from within the forward.
+    """
+    with captured_attention(model) as keys_and_values, measured_output_layer(model) as output_layer:
+        output_layer.start(None, passes_on=True)
+        handle = model.register_forward_hook(lambda _, inputs, output: output_layer.check(model, output.logits))
+        try:
+            yield keys_and_values
+        finally:
+            handle.remove()
+
+
+def exit_entropies_after(
+    model,
+    completions: Sequence[Completion],
+    probes: Iterable[Forward],
+    keys_and_values: KeysAndValues,
+    *,
+    device: torch.device | str = "cpu",
+) -> list[torch.Tensor]:
+    """`exit_entropies` where the trajectories' keys and values are there already, by `forward_to_share`.
+
+    Args:
+        probes: `iapo.packing.probe_forwards` at the completions' places in that forward.
+    """
+    probed = [torch.zeros(len(completion.positions)) for completion in completions]
+    with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:
+        attention.stored = keys_and_values
+        _run_probes(attention, output_layer, probes, probed, device)
+    return [interpolate(h, c.positions, len(c.response)) for h, c in zip(probed, completions, strict=True)]
+
+
+def _run_probes(attention, output_layer, probes: Iterable[Forward], probed: list[torch.Tensor], device) -> None:
+    """Write the entropies or surprisals at the probed positions of every row into `probed`."""
+    for forward in probes:
+        output_layer.start(forward.targets, passes_on=False)
+        attention.run(
+            forward.token_ids.to(device),
+            forward.position_ids.to(device),
+            forward.parts,
+            False,
+            logits_to_keep=forward.scored.to(device),
+        )
+        scores = (output_layer.entropy if forward.targets is None else -output_layer.log_prob).cpu()
+        h = torch.zeros(int(forward.probe_of_scored[-1]) + 1).index_add_(0, forward.probe_of_scored, scores)
+        for i, first, last in forward.runs:
+            probed[i][first : last + 1], h = h[: last + 1 - first], h[last + 1 - first :]
 
 
 def exit_entropy_naive(

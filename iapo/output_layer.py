@@ -73,7 +73,7 @@ class MeasuredOutputLayer:
         self.entropy = self.log_prob = self.raw = None
 
     def start(self, targets: torch.Tensor | None, passes_on: bool) -> None:
-        """Before a forward: its targets, or that its logits go on to the model as they always do."""
+        """Before a forward: its targets, or that its logits go on to the model as they always do, bit for bit."""
         self.targets, self.passes_on = targets, passes_on
 
     def check(self, model, logits: torch.Tensor) -> None:
@@ -82,7 +82,7 @@ class MeasuredOutputLayer:
         Raises:
             ValueError: the logits that the model returned are not what `after` makes of the layer's output.
         """
-        if not torch.allclose(self.after(self.raw.float()), logits.float(), rtol=1e-2, atol=1e-3):
+        if not torch.allclose(self.after(self.raw.float()), logits[..., -1, :].float(), rtol=1e-2, atol=1e-3):
             raise ValueError(
                 f"model: {type(model).__name__} changes its logits after the output layer in a way that is not known "
                 "here, so their entropy can't be measured in float32 slices."
@@ -90,8 +90,9 @@ class MeasuredOutputLayer:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.passes_on:
-            self.raw = self.original(hidden)
-            return self.raw
+            logits = self.original(hidden)
+            self.raw = logits[..., -1, :].clone()  # the last token's, before the model changes them
+            return logits
         with torch.autocast(hidden.device.type, enabled=False):
             self.entropy, self.log_prob = self._measure(hidden.flatten(0, -2))
         return hidden[..., :1]  # the rank that the model's code expects; nobody reads it

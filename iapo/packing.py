@@ -1,7 +1,8 @@
 """What goes through the model together: completions packed into forwards without padding, and who sees whom.
 
 A pack is one forward of trajectories, prompts that several completions share standing in it once, and then probe
-forwards over its keys and values. Everything here is about integers: no model, no floating-point number.
+forwards over its keys and values, or over those of somebody else's forward of the same sequences. Everything here is
+about integers: no model, no floating-point number.
 """
 
 import math
@@ -46,14 +47,21 @@ class Completion(NamedTuple):
         return self.answer is not None and len(self.answer) == 0
 
 
+class Place(NamedTuple):
+    """Where the keys of a completion's prompt and trajectory stand among those kept of one forward."""
+
+    prompt: slice
+    trajectory: slice
+
+
 class Forward(NamedTuple):
     """One call of the model.
 
     Attributes:
         token_ids, position_ids: (N,).
         parts: who sees what.
-        runs: (row, first, last): the probes in it, in order, by the places of their positions; none: a forward of
-            trajectories, whose keys and values are to be kept.
+        runs: (row, first, last): the probes in it, in order, by the places of their positions; none in a forward of
+            trajectories.
         scored: (M,) the tokens whose logits count.
         probe_of_scored: (M,) the probe that each of them belongs to.
         targets: (M,) the tokens whose log-probabilities are asked for; None: the entropies are.
@@ -62,7 +70,7 @@ class Forward(NamedTuple):
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     parts: list[Part]
-    runs: list[tuple[int, int, int]]
+    runs: Sequence[tuple[int, int, int]] = ()
     scored: torch.Tensor | None = None
     probe_of_scored: torch.Tensor | None = None
     targets: torch.Tensor | None = None
@@ -93,14 +101,10 @@ def packs(completions: Sequence[Completion], max_tokens: int) -> list[list[list[
 
     A pack's trajectory forward has at most `max_tokens` tokens, a shared prompt counted once; one row always fits.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, completion in enumerate(completions):
-        if completion.nothing_to_score:
-            continue
-        groups.setdefault(tuple(completion.prompt.tolist()), []).append(i)
     result: list[list[list[int]]] = []
     room = 0
-    for prompt, rows in groups.items():
+    for rows in _by_prompt(completions):
+        prompt = completions[rows[0]].prompt
         opened = False  # does the current pack hold this prompt?
         for i in rows:
             response = len(completions[i].trajectory)
@@ -116,22 +120,21 @@ def packs(completions: Sequence[Completion], max_tokens: int) -> list[list[list[
     return result
 
 
-def forwards(
-    completions: Sequence[Completion],
-    groups: Sequence[Sequence[int]],
-    probe_ids: torch.Tensor,
-    max_tokens: int,
-    chunk_size: int | None,
-) -> Iterator[Forward]:
-    """The trajectory forward of a pack and then its probe forwards.
+def _by_prompt(completions: Sequence[Completion]) -> list[list[int]]:
+    """The rows with something to score, in groups that have the same prompt."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, completion in enumerate(completions):
+        if not completion.nothing_to_score:
+            groups.setdefault(tuple(completion.prompt.tolist()), []).append(i)
+    return list(groups.values())
 
-    Args:
-        groups: an element of `packs`.
-        chunk_size: probes per forward; None: as many as `max_tokens` holds, at least one.
-    """
+
+def trajectory_forward(
+    completions: Sequence[Completion], groups: Sequence[Sequence[int]]
+) -> tuple[Forward, dict[int, Place]]:
+    """The forward of a pack's trajectories, an element of `packs`, and where each of its rows then stands."""
     tokens, positions = [], []
-    prompt_of: dict[int, slice] = {}
-    response_of: dict[int, slice] = {}
+    places: dict[int, Place] = {}
     own: list[Range] = []
     prompts: list[Range] = []
     end = 0
@@ -150,17 +153,45 @@ def forwards(
         prompt_ids = completions[group[0]].prompt
         prompt = place(prompt_ids, 0)
         for i in group:
-            prompt_of[i], response_of[i] = prompt, place(completions[i].trajectory, len(prompt_ids))
+            places[i] = Place(prompt, place(completions[i].trajectory, len(prompt_ids)))
         if end > prompt.stop:
             prompts.append(Range(slice(prompt.stop, end), prompt, 1))
-    yield Forward(torch.cat(tokens), torch.cat(positions), [own, prompts], [])
+    return Forward(torch.cat(tokens), torch.cat(positions), [own, prompts]), places
 
-    for chunk in _chunks(completions, groups, len(probe_ids), max_tokens, chunk_size):
+
+def places_of_sequences(completions: Sequence[Completion], starts: Sequence[int]) -> dict[int, Place]:
+    """Where rows stand in somebody else's forward of their whole sequences, prompt and response, from `starts` on.
+
+    Rows of one prompt are given the same copy of it, so that their probes are queries of one range of keys.
+    """
+    places = {}
+    for rows in _by_prompt(completions):
+        length = len(completions[rows[0]].prompt)
+        prompt = slice(starts[rows[0]], starts[rows[0]] + length)
+        for i in rows:
+            response = starts[i] + length
+            places[i] = Place(prompt, slice(response, response + len(completions[i].trajectory)))
+    return places
+
+
+def probe_forwards(
+    completions: Sequence[Completion],
+    places: dict[int, Place],
+    probe_ids: torch.Tensor,
+    max_tokens: int,
+    chunk_size: int | None = None,
+) -> Iterator[Forward]:
+    """The forwards of the probes of the rows in `places`, over the keys and values that stand there.
+
+    Args:
+        chunk_size: probes per forward; None: as many as `max_tokens` holds, at least one.
+    """
+    for chunk in _chunks(completions, places, len(probe_ids), max_tokens, chunk_size):
         tokens, positions, runs, scored, targets = [], [], [], [], []
         own, prompts, prefixes, stairs = parts = [], [], [], []
         end = 0
         for i, first, last in _runs(chunk, completions):
-            completion, prompt, response = completions[i], prompt_of[i], response_of[i]
+            completion, (prompt, response) = completions[i], places[i]
             before = completion.positions[first : last + 1]
             count = len(before)
             suffix = probe_ids if completion.answer is None else torch.cat([probe_ids, completion.answer[:-1]])
@@ -177,8 +208,8 @@ def forwards(
             tokens.append(suffix.repeat(count))
             positions.append((len(completion.prompt) + before[:, None] + torch.arange(width)).flatten())
             # The logits that count: of the last probe token and of the answer tokens behind it.
-            places = torch.arange(len(probe_ids) - 1, width)
-            scored.append((torch.arange(queries.start, queries.stop, width)[:, None] + places).flatten())
+            offsets = torch.arange(len(probe_ids) - 1, width)
+            scored.append((torch.arange(queries.start, queries.stop, width)[:, None] + offsets).flatten())
             runs.append((i, first, last))
             if completion.answer is not None:
                 targets.append(completion.answer.repeat(count))
@@ -213,13 +244,16 @@ def forward_count(
     """Calls of the model for all packs; the ranks of an FSDP model must make equally many."""
     count = 0
     for groups in packs(completions, max_tokens):
-        count += 1 + sum(1 for _ in _chunks(completions, groups, probe_length, max_tokens, chunk_size))
+        rows = [i for group in groups for i in group]
+        count += 1 + sum(1 for _ in _chunks(completions, rows, probe_length, max_tokens, chunk_size))
     return count
 
 
-def _chunks(completions, groups, probe_length, max_tokens, chunk_size) -> Iterator[list[tuple[int, int]]]:
+def _chunks(completions, rows, probe_length, max_tokens, chunk_size) -> Iterator[list[tuple[int, int]]]:
     """(row, place of its position) of the probes of each forward; forwards of about the same size, none a remainder."""
-    needed = {i: probe_length + completions[i].answered for group in groups for i in group}
+    needed = {i: probe_length + completions[i].answered for i in rows}
+    if not needed:
+        return
     total = sum(len(completions[i].positions) * tokens for i, tokens in needed.items())
     share = min(math.ceil(total / math.ceil(total / max_tokens)) + max(needed.values()) - 1, max_tokens)
     chunk, room = [], share

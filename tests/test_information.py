@@ -11,8 +11,10 @@ from iapo.information import (
     default_max_tokens,
     entropy,
     exit_entropies,
+    exit_entropies_after,
     exit_entropy,
     exit_entropy_naive,
+    forward_to_share,
     information_gain,
     information_rate,
     interpolate,
@@ -466,3 +468,92 @@ def test_ragged_completions_are_checked_before_the_first_forward(models):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match="sliding window of 4 tokens"):
         exit_entropies(model, [row([1, 2, 3])], PROBE)
+
+
+def packed_forward(model, rows):
+    """One forward of whole sequences without padding, as trainers make it for log-probs, and where each starts."""
+    sequences = [torch.cat([row.prompt, row.response]) for row in rows]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    with torch.no_grad():
+        logits = model(
+            input_ids=torch.cat(sequences)[None],
+            attention_mask=None,
+            position_ids=torch.cat([torch.arange(n) for n in lengths])[None],
+            use_cache=False,
+        ).logits
+    return logits, (lengths.cumsum(0) - lengths).tolist()
+
+
+def random_rows(score_answers):
+    """Rows of which two share a prompt and three go on behind their last probe."""
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n):
+        return torch.randint(0, VOCAB, (n,), generator=generator)
+
+    shared = ids(5)
+    prompts = shared, ids(3), ids(9), shared, ids(1)
+    positions = (
+        packing.probe_positions(13, 3),
+        packing.probe_positions(6),
+        packing.probe_positions(0),
+        packing.probe_positions(9, boundaries=torch.tensor([0, 1, 0, 0, 0, 0, 0, 1, 0]), max_gap=3),
+        packing.probe_positions(7),
+    )
+    answers = [torch.tensor(a, dtype=torch.long) for a in ([1, 2], [3], [4], [5, 6, 7], [])]
+    return [
+        packing.Completion(prompt, ids(n), places, answer if score_answers else None)
+        for prompt, n, places, answer in zip(prompts, (13, 9, 2, 9, 11), positions, answers, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("score_answers", [False, True])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_somebody_else_s_forward_is_shared_and_left_as_it_is(models, family, score_answers):
+    model, rows, probe = models[family], random_rows(score_answers), torch.tensor(PROBE)
+    name = model.config._attn_implementation
+    function, layer_forward = cascade.ALL_ATTENTION_FUNCTIONS[name], model.get_output_embeddings().forward
+    expected_logits, _ = packed_forward(model, rows)
+    with forward_to_share(model) as keys_and_values:
+        logits, starts = packed_forward(model, rows)
+    assert torch.equal(logits, expected_logits)
+    assert model.config._attn_implementation == name and model.get_output_embeddings().forward == layer_forward
+    assert cascade.ALL_ATTENTION_FUNCTIONS[name] is function and not model._forward_hooks
+    probes = packing.probe_forwards(rows, packing.places_of_sequences(rows, starts), probe, max_tokens=50)
+    result = exit_entropies_after(model, rows, probes, keys_and_values)
+    for row, h in zip(rows, result, strict=True):
+        ids = torch.cat([row.prompt, row.trajectory])[None]
+        everything = torch.ones_like(ids)
+        boundaries = torch.zeros(1, len(row.trajectory))
+        boundaries[:, row.positions[1:] - 1] = 1
+        options = dict(boundaries=boundaries, answers=[row.answer] if score_answers else None)
+        expected = exit_entropy_naive(model, ids, everything, everything[:, len(row.prompt) :], PROBE, **options)[0]
+        torch.testing.assert_close(h[: len(expected)], expected, atol=1e-5, rtol=1e-6)
+        n = len(row.trajectory)
+        assert len(h) == len(row.response) + 1 and (h[n:] == h[n]).all()
+
+
+def test_what_can_t_be_captured_is_known(models, monkeypatch):
+    rows = random_rows(False)
+    eager = make_model("qwen2")
+    eager.set_attn_implementation("eager")
+    own = make_model("qwen2")
+    monkeypatch.setattr(own, "_can_set_attn_implementation", lambda: False)
+    for model in (eager, own):
+        with forward_to_share(model) as keys_and_values:
+            packed_forward(model, rows)
+        assert keys_and_values == {}
+    with forward_to_share(models["qwen2"]) as keys_and_values:
+        packed_forward(models["qwen2"], rows)
+    assert len(keys_and_values) == 2
+
+
+def test_a_shared_forward_that_fails_or_changes_its_logits_leaves_the_model_as_it_was(models):
+    model, rows = make_model("qwen2"), random_rows(False)
+    function = cascade.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    handle = model.lm_head.register_forward_hook(lambda layer, args, output: output * 2)
+    with pytest.raises(ValueError, match="changes its logits after the output layer"), forward_to_share(model):
+        packed_forward(model, rows)
+    handle.remove()
+    assert cascade.ALL_ATTENTION_FUNCTIONS["sdpa"] is function
+    assert torch.equal(packed_forward(model, rows)[0], packed_forward(models["qwen2"], rows)[0])

@@ -4,7 +4,16 @@ from hypothesis import strategies as st
 
 from iapo.cascade import Range
 from iapo.information import exit_entropies
-from iapo.packing import Completion, forward_count, forwards, packs, probe_positions
+from iapo.packing import (
+    Completion,
+    Place,
+    forward_count,
+    packs,
+    places_of_sequences,
+    probe_forwards,
+    probe_positions,
+    trajectory_forward,
+)
 from tests.conftest import VOCAB
 
 PROBE = torch.tensor([5, 11])
@@ -40,7 +49,9 @@ def test_boundaries_are_probed_and_no_gap_is_too_long(boundaries, gap):
 def test_forwards_by_hand():
     """Two completions of one prompt, the second of one token; then their probes, four to a forward."""
     rows = [completion([1, 2], [3, 4, 6], [0, 1, 2]), completion([1, 2], [7], [0, 1])]
-    trajectories, first, second = forwards(rows, [[0, 1]], PROBE, max_tokens=100, chunk_size=4)
+    trajectories, places = trajectory_forward(rows, [[0, 1]])
+    assert places == {0: (slice(0, 2), slice(2, 4)), 1: (slice(0, 2), slice(4, 5))}
+    first, second = probe_forwards(rows, places, PROBE, max_tokens=100, chunk_size=4)
     assert trajectories.token_ids.tolist() == [1, 2, 3, 4, 7]  # token 6 is behind the last position
     assert trajectories.position_ids.tolist() == [0, 1, 2, 3, 2]
     own, prompts = trajectories.parts
@@ -58,10 +69,25 @@ def test_forwards_by_hand():
 
 def test_answers_stand_behind_the_probe_but_for_their_last_token():
     row = completion([1], [3], [0, 1], torch.tensor([8, 9, 10]))
-    _, probes = forwards([row], [[0]], PROBE, max_tokens=100, chunk_size=None)
+    places = {0: Place(slice(0, 1), slice(1, 2))}
+    (probes,) = probe_forwards([row], places, PROBE, max_tokens=100)
     assert probes.token_ids.tolist() == [5, 11, 8, 9] * 2
     assert probes.scored.tolist() == [1, 2, 3, 5, 6, 7] and probes.targets.tolist() == [8, 9, 10] * 2
     assert probes.probe_of_scored.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_places_in_somebody_elses_forward_by_hand():
+    """Whole sequences, one after the other; the second row of a prompt reads the first one's copy of it."""
+    rows = [
+        completion([1, 2], [3, 4, 6], [0, 2]),
+        completion([9], [3], [0, 1], torch.empty(0, dtype=torch.long)),  # nothing to score
+        completion([1, 2], [7], [0, 1]),
+    ]
+    assert places_of_sequences(rows, [0, 5, 7]) == {
+        0: (slice(0, 2), slice(2, 4)),
+        2: (slice(0, 2), slice(9, 10)),
+    }
+    assert list(probe_forwards(rows[1:2], places_of_sequences(rows[1:2], [0]), PROBE, max_tokens=10)) == []
 
 
 def random_rows(shapes, prompts, seed=0):
