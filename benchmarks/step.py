@@ -16,8 +16,10 @@ from iapo.metrics_file import read_metrics
 
 VARIANTS = {
     "grpo": ["variant=grpo"],
-    "iapo, every position": ["variant=iapo"],
-    "iapo, boundaries": ["variant=iapo", "iapo.probe_at=boundaries"],
+    "iapo, every position": ["variant=iapo", "iapo.share_log_prob_forward=false"],
+    "iapo, every position, shared": ["variant=iapo", "iapo.share_log_prob_forward=true"],
+    "iapo, boundaries": ["variant=iapo", "iapo.probe_at=boundaries", "iapo.share_log_prob_forward=false"],
+    "iapo, boundaries, shared": ["variant=iapo", "iapo.probe_at=boundaries", "iapo.share_log_prob_forward=true"],
 }
 
 

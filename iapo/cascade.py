@@ -244,21 +244,22 @@ def cascade_attention(model) -> Iterator[Cascade | MaskedAttention]:
         model.set_attn_implementation(before)
 
 
+def can_capture(model) -> bool:
+    """Whether `captured_attention` serves a model: its attention can be switched and has a name, unlike eager's."""
+    name = model.config._attn_implementation
+    with cascade_attention(model) as attention:
+        return isinstance(attention, Cascade) and name in ALL_ATTENTION_FUNCTIONS
+
+
 @contextmanager
 def captured_attention(model) -> Iterator[KeysAndValues]:
-    """The keys and values of the last forward of one packed row that runs inside, which itself stays as it is.
+    """The keys and values of the forward of one packed row that runs inside, which itself stays as it is.
 
     Only the function that the name of the model's attention stands for is wrapped; the name, on which masks and much
-    else depend, does not change. Nothing is captured of eager attention, which is behind no name, and of a model that
-    `cascade_attention` can't switch.
+    else depend, does not change.
     """
     stored: KeysAndValues = {}
     name = model.config._attn_implementation
-    with cascade_attention(model) as attention:
-        known = isinstance(attention, Cascade) and name in ALL_ATTENTION_FUNCTIONS
-    if not known:
-        yield stored
-        return
     original = ALL_ATTENTION_FUNCTIONS[name]
 
     def keeping(module, query, key, value, *args, **kwargs):

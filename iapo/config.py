@@ -32,6 +32,8 @@ class IapoConfig:
         stride: 1 probes every position (paper).
         max_gap: with "boundaries": no more tokens than this between two probes.
         max_tokens_per_micro_batch: tokens per forward of the pass, None: what suits the device; speed and memory only.
+        share_log_prob_forward: let the probes read the keys and values of verl's forwards for old log-probs, where it
+            makes them, instead of making one more forward of the trajectories; speed only.
         validation_information: measure the information rate on validation completions too (one more pass each time).
 
     Raises:
@@ -51,6 +53,7 @@ class IapoConfig:
     stride: int = 1
     max_gap: int = 64
     max_tokens_per_micro_batch: int | None = None
+    share_log_prob_forward: bool = False
     validation_information: bool = False
 
     def __post_init__(self):
@@ -76,8 +79,9 @@ class IapoConfig:
                 f"iapo.score: 'next_token_entropy' says nothing of the answer, so there is no information rate for "
                 f"iapo.rho={self.rho}; set iapo.rho=0 or choose another score."
             )
-        if not isinstance(self.validation_information, bool):
-            raise ValueError(f"iapo.validation_information: {self.validation_information!r} must be true or false.")
+        for name in ("share_log_prob_forward", "validation_information"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"iapo.{name}: {getattr(self, name)!r} must be true or false.")
 
     @property
     def needs_exit_entropy(self) -> bool:

@@ -137,8 +137,8 @@ def exit_entropies(
 def forward_to_share(model) -> Iterator[KeysAndValues]:
     """The keys and values of the one forward that runs inside, of packed sequences, for `exit_entropies_after`.
 
-    That forward itself, its attention and its logits are bit for bit what they would be outside. Empty if the model's
-    attention can't be captured, see `captured_attention`.
+    That forward itself, its attention and its logits, are bit for bit what they would be outside. For models that
+    `iapo.cascade.can_capture`.
 
     Raises:
         ValueError: as `exit_entropies`, from within the forward.

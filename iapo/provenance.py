@@ -39,6 +39,7 @@ FREE_TO_CHANGE = (
     "actor_rollout_ref.rollout.agent.agent_loop_config_path",
     "actor_rollout_ref.rollout.trace",
     "iapo.max_tokens_per_micro_batch",
+    "iapo.share_log_prob_forward",
     "iapo.validation_information",
 )
 

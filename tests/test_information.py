@@ -534,18 +534,13 @@ def test_somebody_else_s_forward_is_shared_and_left_as_it_is(models, family, sco
 
 
 def test_what_can_t_be_captured_is_known(models, monkeypatch):
-    rows = random_rows(False)
-    eager = make_model("qwen2")
-    eager.set_attn_implementation("eager")
-    own = make_model("qwen2")
-    monkeypatch.setattr(own, "_can_set_attn_implementation", lambda: False)
-    for model in (eager, own):
-        with forward_to_share(model) as keys_and_values:
-            packed_forward(model, rows)
-        assert keys_and_values == {}
-    with forward_to_share(models["qwen2"]) as keys_and_values:
-        packed_forward(models["qwen2"], rows)
-    assert len(keys_and_values) == 2
+    assert all(cascade.can_capture(model) for model in models.values())
+    model = make_model("qwen2")
+    model.set_attn_implementation("eager")
+    assert not cascade.can_capture(model)
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(model, "_can_set_attn_implementation", lambda: False)
+    assert not cascade.can_capture(model)
 
 
 def test_a_shared_forward_that_fails_or_changes_its_logits_leaves_the_model_as_it_was(models):

@@ -133,6 +133,7 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
     [
         (["iapo.alpha=-1"], "iapo.alpha: -1 must be a number >= 0"),
         (["iapo.gate=some"], "iapo.gate: 'some' must be one of"),
+        (["iapo.share_log_prob_forward=1"], "iapo.share_log_prob_forward: 1 must be true or false"),
         (["variant=grpo", "iapo.alpha=0.1"], "iapo.alpha=0.1.*no effect with algorithm.adv_estimator=grpo"),
         (["variant=[grpo,gfpo]"], "^methods.gfpo: no effect with algorithm.adv_estimator=grpo; set it to iapo.$"),
         (["variant=gfpo", "methods.gfpo.k=1"], "^methods.gfpo.k: 1 must be a whole number of at least 2.$"),
@@ -357,7 +358,9 @@ def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
     provenance.save(config)
     check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7"))  # no checkpoint yet: nothing to mix up
     checkpoint(config, 2)
-    for free in ("trainer.total_training_steps=80", "iapo.max_tokens_per_micro_batch=8", "trainer.experiment_name=x"):
+    shared = f"iapo.share_log_prob_forward={not config.iapo.share_log_prob_forward}".lower()
+    speed = ("iapo.max_tokens_per_micro_batch=8", shared)
+    for free in ("trainer.total_training_steps=80", "trainer.experiment_name=x", *speed):
         check(resolve("platform=cpu", "run_dir=r", free))
     for change in ("actor_rollout_ref.actor.optim.lr=1e-5", "iapo.region=response", "actor_rollout_ref.rollout.n=4"):
         with pytest.raises(ConfigError, match=change.split("=")[0]):

@@ -24,6 +24,7 @@ def test_trainer_has_the_methods_that_are_overridden():
     expected = {
         "_init_resource_pool_mgr": ["self"],
         "_build_replay_buffer": ["self"],
+        "_compute_old_log_prob": ["self", "batch", "metrics"],
         "_compute_advantage": ["self", "batch", "metrics"],
         "_compute_metrics": ["self", "batch", "metrics", "timing_raw", "global_steps", "epoch"],
     }
@@ -100,6 +101,8 @@ def test_worker_and_engine():
     for name in ("eval_mode", "get_data_parallel_group"):
         assert hasattr(engine, name), f"FSDPEngine.{name} is gone"
     assert "self._autocast_dtype" in inspect.getsource(transformer_impl)
+    assert parameters(engine_workers.ActorRolloutRefWorker.compute_log_prob) == ["self", "data"]
+    assert "self.forward_step(micro_batch, " in inspect.getsource(engine.forward_backward_batch)
 
 
 def test_transfer_queue_batch():

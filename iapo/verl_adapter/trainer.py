@@ -1,4 +1,7 @@
-"""The trainer: verl's synchronous v1 trainer with the exit-entropy pass between old log-probs and the advantage."""
+"""The trainer: verl's synchronous v1 trainer with the exit-entropy pass between old log-probs and the advantage.
+
+With `iapo.share_log_prob_forward` the pass goes with the old log-probs.
+"""
 
 import json
 from dataclasses import asdict
@@ -107,6 +110,22 @@ class IapoTrainer(PPOTrainerSync):
 
     # -- the step -----------------------------------------------------------------------------------------------
 
+    @property
+    def _shares_forward(self) -> bool:
+        """Whether the exit entropies come with old log-probs; in bypass mode verl computes none."""
+        bypass = OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode")
+        return self.iapo.share_log_prob_forward and self.iapo.needs_exit_entropy and not bypass
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if not self._shares_forward:
+            return super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info["iapo"] = asdict(self.iapo)
+        result = super()._compute_old_log_prob(batch, metrics)
+        result.extra_info.pop("iapo", None)  # reference log-probs may be computed by the same worker
+        seconds = self._fetch(result, ["exit_entropy_seconds"])["exit_entropy_seconds"].max().item()
+        self.timing_raw["exit_entropy"] = self.timing_raw.get("exit_entropy", 0.0) + seconds
+        return result
+
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if any(key.rsplit("_", 1)[-1] != "0" for key in batch.keys):
             raise ValueError(
@@ -115,7 +134,7 @@ class IapoTrainer(PPOTrainerSync):
             )
         if self.config.algorithm.adv_estimator != "iapo":
             return super()._compute_advantage(batch, metrics)
-        if self.iapo.needs_exit_entropy:
+        if self.iapo.needs_exit_entropy and not self._shares_forward:
             with marked_timer("exit_entropy", self.timing_raw, color="purple"):
                 self._run_exit_entropy(batch)
         with bind(self._advantage_inputs(batch)) as inputs:

@@ -1,0 +1,187 @@
+"""Exit entropies by verl's own log-prob forwards: its real FSDP2 engine and training worker on two gloo ranks."""
+
+import os
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from iapo.information import exit_entropy_naive
+from tests.conftest import make_model
+from tests.test_worker import CONFIG, EOS, OTHER_EOS, Tokenizer, make_rows
+
+CONFIGS = {
+    "every position": CONFIG,
+    "stride": replace(CONFIG, stride=3),
+    "boundaries": replace(CONFIG, probe_at="boundaries", max_gap=4),
+    "answer": replace(CONFIG, score="answer_logprob", answer_end="e"),
+}
+CASES = [*(("some padding", name) for name in CONFIGS), ("only padding", "every position")]
+KINDS = {
+    "shared": dict(override_config={"attn_implementation": "sdpa"}),
+    "eager": dict(override_config={"attn_implementation": "eager"}),
+    "padded": dict(override_config={"attn_implementation": "sdpa"}, use_remove_padding=False),
+}
+LOG_PROBS = ["log_probs", "entropy"]
+EXIT_ENTROPIES = ["exit_entropy", "region_mask", "probe_tokens"]
+
+
+def make_worker(folder, **model_config):
+    """`IapoWorker` with the model in `folder`, as `init_model` builds it, without a rollout server."""
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, HFModelConfig, TrainingWorkerConfig
+    from verl.workers.engine_workers import TrainingWorker
+
+    from iapo.verl_adapter.worker import IapoWorker
+
+    engine_config = FSDPEngineConfig(
+        strategy="fsdp2",
+        forward_only=True,
+        model_dtype="fp32",
+        mixed_precision=dict(param_dtype="fp32", reduce_dtype="fp32", buffer_dtype="fp32"),
+        use_torch_compile=False,
+        infer_max_token_len_per_gpu=60,
+    )
+    model_config = HFModelConfig(path=str(folder), load_tokenizer=False, **model_config)
+    model_config.tokenizer = Tokenizer()
+    model_config.generation_config = SimpleNamespace(eos_token_id=[EOS, OTHER_EOS])
+    worker = object.__new__(IapoWorker)
+    worker.enable_routing_replay = False
+    worker.actor = TrainingWorker(
+        TrainingWorkerConfig(
+            model_type="language_model",
+            model_config=model_config,
+            engine_config=engine_config,
+            checkpoint_config=CheckpointConfig(),
+        )
+    )
+    worker.actor.reset()
+    return worker
+
+
+def make_data(rows, config=None):
+    """What verl's trainer sends for old log-probs, and our entry if there is a `config`."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils as tu
+
+    def jagged(tensors):
+        return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
+
+    sequences = [torch.cat([row.prompt, row.response]) for row, _ in rows]
+    data = TensorDict(
+        {
+            "prompts": jagged([row.prompt for row, _ in rows]),
+            "responses": jagged([row.response for row, _ in rows]),
+            "response_mask": jagged([mask for _, mask in rows]),
+            "loss_mask": jagged([mask for _, mask in rows]),
+            "input_ids": jagged(sequences),
+            "position_ids": jagged([torch.arange(len(sequence)) for sequence in sequences]),
+        },
+        batch_size=len(rows),
+    )
+    tu.assign_non_tensor(data, temperature=0.7, calculate_entropy=True, compute_loss=False)
+    if config is not None:
+        tu.assign_non_tensor_data(data, "iapo", asdict(config))
+    return data
+
+
+def answering_rows(batch, rank):
+    """The rows of the other test, of which those with room write the probe and the answer "12" near their end."""
+    rows = make_rows(batch, rank)
+    for row, _ in rows:
+        if len(row.response) >= 13:
+            row.response[-6:-1] = torch.tensor([5, 11, 12, 13, 14])
+    return rows
+
+
+def rows_of(result, names):
+    return {name: [row.clone() for row in result[name].unbind()] for name in names}
+
+
+def run_rank(rank, port, folder):
+    os.environ.update(VERL_PLATFORM="cpu", VERL_ENGINE_DEVICE="cuda", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(WORLD_SIZE="2", RANK=str(rank))
+    torch.set_num_threads(1)
+    import torch.distributed as dist
+
+    forwards = []
+    for kind, settings in KINDS.items():
+        worker = make_worker(folder, **settings)
+        worker.actor.engine.module.register_forward_hook(lambda *_: forwards.append(1))
+        for batch, name in CASES if kind == "shared" else CASES[:1]:
+            rows, config = answering_rows(batch, rank), CONFIGS[name]
+            alone = worker.compute_log_prob(make_data(rows))
+            assert "exit_entropy" not in alone.keys()
+            forwards.clear()
+            together = worker.compute_log_prob(data := make_data(rows, config))
+            calls = len(forwards)
+            assert "forward_step" not in vars(worker.actor.engine) and "iapo_row" not in data.keys()
+            assert (together["exit_entropy_seconds"] > 0).all()
+            for a, b in zip(*(rows_of(result, LOG_PROBS).values() for result in (alone, together)), strict=True):
+                assert all(map(torch.equal, a, b))
+            forwards.clear()
+            separate = worker.compute_exit_entropy(make_data(rows, config))
+            torch.save(
+                dict(
+                    calls=calls,
+                    separate_calls=len(forwards),
+                    shared=rows_of(together, EXIT_ENTROPIES),
+                    separate=rows_of(separate, EXIT_ENTROPIES),
+                ),
+                folder / f"{kind}-{batch}-{name}-{rank}.pt",
+            )
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    import socket
+
+    folder = tmp_path_factory.mktemp("model")
+    make_model("qwen2").save_pretrained(folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run_rank, args=(port, folder), nprocs=2)
+    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("batch,name", CASES)
+def test_shared_equals_separate(results, batch, name):
+    """Log-probs and entropies, which must not change by a bit, are compared in `run_rank`."""
+    for rank in range(2):
+        result = results[f"shared-{batch}-{name}-{rank}"]
+        for a, b in zip(result["shared"]["exit_entropy"], result["separate"]["exit_entropy"], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-6)
+        for field in ("region_mask", "probe_tokens"):
+            assert all(map(torch.equal, result["shared"][field], result["separate"][field]))
+    first, second = (results[f"shared-{batch}-{name}-{rank}"] for rank in range(2))
+    assert torch.cat(first["shared"]["exit_entropy"]).std() > 0.1  # so equality says something
+    assert first["calls"] == second["calls"]  # though the ranks' work is unequal
+
+
+def test_shared_equals_the_naive_reference(results):
+    model = make_model("qwen2")
+    for rank in range(2):
+        values = results[f"shared-some padding-every position-{rank}"]["shared"]["exit_entropy"]
+        for (row, mask), h in zip(answering_rows("some padding", rank), values, strict=True):
+            assert len(h) == len(row.response) + 1
+            if not mask.any():
+                assert h.tolist() == [0.0] * len(h)
+                continue
+            ids = torch.cat([row.prompt, row.trajectory])[None]
+            everything = torch.ones_like(ids)
+            expected = exit_entropy_naive(model, ids, everything, everything[:, len(row.prompt) :], [5, 11])[0]
+            torch.testing.assert_close(h[: len(expected)], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["eager", "padded"])
+def test_the_separate_pass_is_made_where_nothing_can_be_shared(results, kind):
+    for rank in range(2):
+        result = results[f"{kind}-some padding-every position-{rank}"]
+        assert result["calls"] == result["separate_calls"] + 2  # verl's two micro-batches
+        for field in EXIT_ENTROPIES:
+            assert all(map(torch.equal, result["shared"][field], result["separate"][field]))
