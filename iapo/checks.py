@@ -372,6 +372,8 @@ def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         yield f"iapo.gate={iapo.gate} has no effect with iapo.alpha=0."
     if iapo.score == "next_token_entropy" and iapo.alpha == 0:
         yield "iapo.score=next_token_entropy has no effect with iapo.alpha=0."
+    if iapo.share_log_prob_forward != IapoConfig.share_log_prob_forward and not iapo.needs_exit_entropy:
+        yield f"iapo.share_log_prob_forward={iapo.share_log_prob_forward} has no effect: no term needs a probe pass."
     if not iapo.needs_exit_entropy and not iapo.validation_information:
         of_pass = {"probe_at", "stride", "max_gap", "probe", "answer_end"}
         if not iapo.needs_next_token_entropy:

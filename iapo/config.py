@@ -53,7 +53,7 @@ class IapoConfig:
     stride: int = 1
     max_gap: int = 64
     max_tokens_per_micro_batch: int | None = None
-    share_log_prob_forward: bool = False
+    share_log_prob_forward: bool = True
     validation_information: bool = False
 
     def __post_init__(self):

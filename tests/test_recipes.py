@@ -416,6 +416,7 @@ def test_a_running_ray_cluster_gets_no_resources(monkeypatch):
 def test_options_without_effect_warn(verbose_arithmetic):
     for override, message in (
         ("iapo.gate=correct", "iapo.gate=correct has no effect with iapo.alpha=0"),
+        ("variant=grpo iapo.share_log_prob_forward=false", "iapo.share_log_prob_forward=False has no effect: no term"),
         ("iapo.max_gap=8", "iapo.max_gap has no effect with iapo.probe_at=stride"),
         ("iapo.answer_end=X", "iapo.answer_end has no effect with iapo.score=first_token_entropy"),
         ("iapo.rho=0 iapo.score=next_token_entropy", "iapo.score=next_token_entropy has no effect with iapo.alpha=0"),
