@@ -133,6 +133,8 @@ class IapoWorker(ActorRolloutRefWorker):
         engine, device = self.actor.engine, get_device_id()
         forward_step = engine.forward_step
         values: dict[int, torch.Tensor] = {}
+        lengths = data["input_ids"].offsets().diff().tolist()
+        assert all(lengths[i] == len(c.prompt) + len(c.response) for i, c in work.completions.items())
 
         def forward_step_and_probes(micro_batch, *args, **kwargs):
             check_model(engine.module, work.longest)
