@@ -322,7 +322,7 @@ def default_max_tokens(config, device: torch.device | str | int) -> int:
         config: the model's Hugging Face config.
     """
     text = config.get_text_config(decoder=True)
-    hidden, heads = text.hidden_size, text.num_attention_heads
+    hidden, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 1  # Mamba has none
     head_size = getattr(text, "head_dim", None) or hidden // heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
