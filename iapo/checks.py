@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from iapo.config import IapoConfig
 from iapo.data import NAMES
-from iapo.methods import conflicts, make_methods
+from iapo.methods import acts_by, conflicts, load_states, make_methods
 from iapo.provenance import differences, saved_config, tracker_file
 
 
@@ -129,9 +129,31 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             reason = method.ignores["overlong"]
             yield f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect beside {name}: {reason}."
     yield from conflicts(methods)
+    hooks = {name: acts_by(method) for name, method in methods.items()}
+    for name, method in methods.items():
+        if config.algorithm.use_kl_in_reward and "shape_reward" in method.ignores:
+            reason = method.ignores["shape_reward"]
+            yield f"algorithm.use_kl_in_reward: true has no effect beside {name}: {reason}; set it to false."
+        if not config.algorithm.norm_adv_by_std_in_grpo and "outcome_advantage" in hooks[name]:
+            yield (
+                f"algorithm.norm_adv_by_std_in_grpo: false has no effect beside {name}, which has an advantage of its "
+                "own; set it to true."
+            )
+        mode = config.actor_rollout_ref.actor.loss_agg_mode
+        if mode != "token-mean" and {"keep_completions", "loss_mask"} & set(hooks[name]):
+            yield (
+                f"actor_rollout_ref.actor.loss_agg_mode: {mode!r} counts the completions that {name} leaves out; set "
+                "it to token-mean."
+            )
+    correction = config.algorithm.rollout_correction
+    if correction and correction.rollout_rs and (methods or not iapo.is_grpo):
+        yield (
+            f"algorithm.rollout_correction.rollout_rs: {correction.rollout_rs!r} cuts tokens out of responses, whose "
+            "lengths then are wrong for methods and terms; set it to null."
+        )
     needing = [name for name, method in methods.items() if "entropy" in method.needs]
     needing += ["iapo.score=next_token_entropy"] if iapo.needs_next_token_entropy else []
-    if needing and config.algorithm.rollout_correction.bypass_mode:
+    if needing and correction and correction.bypass_mode:
         yield (
             "algorithm.rollout_correction.bypass_mode: true leaves no next-token entropies, which "
             f"{' and '.join(needing)} can't do without; set it to false."
@@ -323,6 +345,12 @@ def _positions(config: DictConfig, model_config) -> Iterator[str]:
 
 def _resume(config: DictConfig) -> Iterator[str]:
     tracker = tracker_file(config)
+    if config.trainer.resume_mode == "resume_path" and config.trainer.resume_from_path:
+        methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
+        try:
+            load_states(methods, Path(config.trainer.resume_from_path))
+        except ValueError as error:
+            yield str(error)
     if config.trainer.resume_mode != "auto" or not tracker.is_file():
         return
     if not saved_config(config).is_file():

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 
 from iapo.config import IapoConfig
+from iapo.methods.gfpo import Gfpo
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,7 @@ def test_zero_weights_equal_grpo_bit_for_bit(verl_v1, by_std):
     results = []
     for name in ("grpo", "iapo"):
         data, keys = batch(DataProto)
+        data.batch["response_mask"][1] = 0  # no padding: verl's rejection sampling took all its tokens
         with estimator.bind(estimator.AdvantageInputs(IapoConfig())):
             result = compute(data, keys, name, norm_adv_by_std_in_grpo=by_std, config=config)
         results.append(result.batch)
@@ -82,3 +84,20 @@ def test_without_the_trainer_the_error_says_what_to_do(verl_v1):
     data, keys = batch(DataProto)
     with pytest.raises(RuntimeError, match="trainer.v1.trainer_mode=iapo"):
         compute(data, keys, "iapo", config=OmegaConf.create({}))
+
+
+def test_methods_see_no_padding_and_what_they_drop_leaves_the_loss(verl_v1):
+    DataProto, compute, estimator = verl_v1
+    data, keys = batch(DataProto)
+    mask = data.batch["response_mask"]
+    inputs = estimator.AdvantageInputs(IapoConfig(), {"gfpo": Gfpo(k=2)}, correct=torch.ones(len(mask)) > 0)
+    with estimator.bind(inputs):
+        advantages = compute(data, keys, "iapo", config=OmegaConf.create({})).batch["advantages"]
+    lengths = mask.sum(1)
+    kept = set()
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]):
+        kept |= set(sorted(rows, key=lambda i: lengths[i])[:2])
+    assert set(inputs.loss_mask.any(1).nonzero().flatten().tolist()) == kept
+    assert torch.equal(inputs.loss_mask, mask * inputs.loss_mask.any(1, keepdim=True))
+    assert not advantages[inputs.loss_mask == 0].any() and advantages.any()
+    torch.testing.assert_close(inputs.terms["outcome"], advantages)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from iapo.methods import Method, acts_by, conflicts, make_methods, number, select, weigh
+from iapo.methods import Method, acts_by, conflicts, load_states, make_methods, number, save_states, select, weigh
+from iapo.methods.gtpo_trajectory import GtpoTrajectory
 from tests.methods.batches import make_batch, make_rows
 
 
@@ -94,12 +95,32 @@ def test_a_mask_that_leaves_nothing_leaves_advantages_of_zero():
     assert not weighed.any() and torch.equal(mask, batch.response_mask)
 
 
+class Curious(Method):
+    needs = ("truth",)
+
+
+def test_states_travel_with_a_checkpoint_and_a_missing_one_is_named(tmp_path):
+    methods = {"g": GtpoTrajectory()}
+    methods["g"].load_state_dict({"initial_entropy": 0.5})
+    save_states(methods, tmp_path)
+    fresh = {"g": GtpoTrajectory()}
+    load_states(fresh, tmp_path)
+    assert fresh["g"].state_dict() == {"initial_entropy": 0.5}
+    for folder, name in ((tmp_path, "h"), (tmp_path / "older", "g")):
+        with pytest.raises(ValueError, match=f"^methods.{name}: {folder}/methods.json says nothing of it; choose"):
+            load_states({name: GtpoTrajectory()}, folder)
+
+
 @pytest.mark.parametrize(
     "section,message",
     [
         ({"_target_": "iapo.methods.gfpo.Gfpo", "k": 0}, "^methods.x.k: 0 must be a whole number of at least 2.$"),
         ({"_target_": "iapo.methods.gfpo.Nothing"}, "^methods.x: iapo.methods.gfpo.Nothing can't be made of {}"),
         ({"_target_": "iapo.methods.gfpo.Gfpo", "kk": 3}, "^methods.x: .*unexpected keyword argument 'kk'"),
+        (
+            {"_target_": "tests.test_methods.Curious"},
+            "^methods.x: needs truth, but there are correct, tokens, ent",
+        ),
         ({"k": 3}, "^methods.x: None can't be made of"),
         (None, "^methods.x: None can't be made of"),
     ],

@@ -139,6 +139,19 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["variant=gfpo", "methods.gfpo.k=1"], "^methods.gfpo.k: 1 must be a whole number of at least 2.$"),
         (["variant=gfpo", "methods.gfpo.k=8"], "^methods.gfpo.k: 8 of actor_rollout_ref.rollout.n=8 completions"),
         (["variant=gfpo", "methods.gfpo._target_=no.such.Class"], "^methods.gfpo: no.such.Class can't be made of "),
+        (
+            ["variant=gtpo", "algorithm.use_kl_in_reward=true", "actor_rollout_ref.actor.use_kl_loss=false"],
+            "^algorithm.use_kl_in_reward: true has no effect beside gtpo: it judges by right and wrong alone",
+        ),
+        (["variant=[dr_grpo,dler]"], "^algorithm.norm_adv_by_std_in_grpo: false has no effect beside dler, which has"),
+        (
+            ["variant=[gfpo,dr_grpo]"],
+            "^actor_rollout_ref.actor.loss_agg_mode: 'seq-mean-token-sum-norm' counts the completions that gfpo leaves",
+        ),
+        (
+            ["variant=iapo", "algorithm.rollout_correction.rollout_rs=token_k1"],
+            "^algorithm.rollout_correction.rollout_rs: 'token_k1' cuts tokens out of responses",
+        ),
         (["variant=iapo_ne", "iapo.rho=1"], "^iapo.score: 'next_token_entropy' says nothing of the answer"),
         (
             ["variant=iapo_ne", "algorithm.rollout_correction.bypass_mode=true"],

@@ -11,15 +11,20 @@ The advantages of a training step are made in stages. A method overrides those t
 docs/adding-a-method.md walks through an example. Shape suffixes as in `iapo.information`.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 
 HOOKS = ("shape_reward", "keep_completions", "outcome_advantage", "token_weight", "loss_mask")
+# The fields of a `Batch` that a method gets if it needs them.
+OPTIONAL = ("correct", "tokens", "entropy")
 # Several methods may weigh and mask the same tokens; two rewards, selections or advantages would undo each other.
 ONE_METHOD_ONLY = ("shape_reward", "keep_completions", "outcome_advantage")
+STATES_FILE = "methods.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,6 @@ class Batch:
         response_mask: (B, T).
         step: of training, from 1.
         correct: (B,) bool, the answer is right. None, like what follows, unless a method `needs` it.
-        truncated: (B,) bool, the response was cut at the longest allowed length.
         tokens: (B, T) response token ids.
         entropy: (B, T) next-token entropies of the old policy where each token was drawn, in nats.
     """
@@ -42,7 +46,6 @@ class Batch:
     response_mask: torch.Tensor
     step: int = 1
     correct: torch.Tensor | None = None
-    truncated: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
 
@@ -65,7 +68,7 @@ class Method:
     """A method: a dataclass of its knobs with the hooks that it acts by.
 
     Attributes:
-        needs: names of the optional `Batch` fields that it reads.
+        needs: those of `OPTIONAL` that it reads.
         ignores: hooks of other methods, or the `overlong` penalty, that would have no effect beside this one, and why.
     """
 
@@ -93,7 +96,10 @@ class Method:
         return torch.ones_like(advantages)
 
     def loss_mask(self, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
-        """(B, T): tokens outside have no loss, of whatever kind, and don't count in its mean."""
+        """(B, T): tokens outside have no loss, of whatever kind, and don't count in its mean.
+
+        verl skips a mini-batch in which no token is left; its loss is NaN among the metrics.
+        """
         return batch.response_mask
 
     def state_dict(self) -> dict:
@@ -152,7 +158,28 @@ def make_methods(sections: dict[str, dict]) -> dict[str, Method]:
         except Exception as error:  # of whatever is imported
             reason = " ".join(f"{error}".split())
             raise ValueError(f"methods.{name}: {target} can't be made of {knobs} ({reason}).") from None
+        if unknown := set(methods[name].needs) - set(OPTIONAL):
+            raise ValueError(f"methods.{name}: needs {', '.join(unknown)}, but there are {', '.join(OPTIONAL)} only.")
     return methods
+
+
+def save_states(methods: dict[str, Method], folder: Path) -> None:
+    """Write what the methods learned beside a checkpoint."""
+    (folder / STATES_FILE).write_text(json.dumps({name: method.state_dict() for name, method in methods.items()}))
+
+
+def load_states(methods: dict[str, Method], folder: Path) -> None:
+    """Let the methods go on from a checkpoint.
+
+    Raises:
+        ValueError: it holds no state of one of them.
+    """
+    path = folder / STATES_FILE
+    states = json.loads(path.read_text()) if path.is_file() else {}
+    for name, method in methods.items():
+        if name not in states:
+            raise ValueError(f"methods.{name}: {path} says nothing of it; choose a checkpoint of this variant.")
+        method.load_state_dict(states[name])
 
 
 def conflicts(methods: dict[str, Method]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, register
 
 from iapo.advantage import iapo_advantage
 from iapo.config import IapoConfig
-from iapo.methods import Batch, Method, acts_by, select, weigh
+from iapo.methods import OPTIONAL, Batch, Method, acts_by, select, weigh
 
 
 @dataclass
@@ -28,7 +28,6 @@ class AdvantageInputs:
     region_mask: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
     correct: torch.Tensor | None = None
-    truncated: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
     probe_tokens: int = 0
@@ -80,9 +79,10 @@ def compute_iapo_advantage(token_level_rewards, response_mask, index, config=Non
         rewards=token_level_rewards.sum(-1),
         response_mask=response_mask,
         step=inputs.step,
-        **{name: getattr(inputs, name) for name in ("correct", "truncated", "tokens", "entropy")},
+        **{name: getattr(inputs, name) for name in OPTIONAL},
     )
-    real_B = response_mask.bool().any(1)  # the others are verl's padding
+    # Rows without a token are verl's padding, a group of their own, which methods need not know.
+    real_B = response_mask.bool().any(1) if methods else torch.ones(len(everything.group), dtype=torch.bool)
     batch, kept = select(methods, everything.rows(real_B))
     rows = real_B.nonzero().flatten()[kept]
     own_outcome = next((method.outcome_advantage for method in methods if "outcome_advantage" in acts_by(method)), None)

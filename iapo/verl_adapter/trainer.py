@@ -3,7 +3,6 @@
 With `iapo.share_log_prob_forward` the pass goes with the old log-probs.
 """
 
-import json
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from verl.utils.debug import marked_timer
 from iapo.config import IapoConfig
 from iapo.console import ProgressConsole
 from iapo.information import next_token_entropies
-from iapo.methods import make_methods
+from iapo.methods import load_states, make_methods, save_states
 from iapo.metrics import information_metrics, method_metrics, reward_metrics
 from iapo.metrics_file import MetricsFile
 from iapo.verl_adapter.estimator import AdvantageInputs, bind
@@ -31,9 +30,6 @@ from iapo.verl_adapter.worker import INPUT_FIELDS, OUTPUT_FIELDS, IapoWorker, re
 
 # Batches of prompts that dynamic sampling may draw for one step before the run is stopped.
 MAX_REFILLS = 100
-
-# What the methods learned in training so far, in the folder of each checkpoint.
-METHODS_FILE = "methods.json"
 
 # What verl's replay buffer says when every rollout of a training step failed.
 NO_COMPLETION = "Sync replay buffer selected terminal groups with no materializable trajectories."
@@ -163,8 +159,7 @@ class IapoTrainer(PPOTrainerSync):
         # Before verl's, which ends by naming this checkpoint the last.
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
-        states = {name: method.state_dict() for name, method in self.methods.items()}
-        (folder / METHODS_FILE).write_text(json.dumps(states))
+        save_states(self.methods, folder)
         super()._save_checkpoint()
 
     def _load_checkpoint(self):
@@ -173,9 +168,7 @@ class IapoTrainer(PPOTrainerSync):
             mode = self.config.trainer.resume_mode
             folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
             folder = Path(self.config.trainer.resume_from_path) if mode == "resume_path" else folder
-            states = json.loads((folder / METHODS_FILE).read_text())
-            for name, method in self.methods.items():
-                method.load_state_dict(states[name])
+            load_states(self.methods, folder)
         return result
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch):
@@ -219,8 +212,6 @@ class IapoTrainer(PPOTrainerSync):
                     "iapo.rho, iapo.gate=correct and most methods need; return it or set them to 0, 0, 'all' and none."
                 )
             inputs.correct = torch.tensor([float(info["acc"]) for info in infos]) > 0.5
-        if "truncated" in needs:
-            inputs.truncated = torch.tensor([float(info["truncated"]) for info in infos]) > 0.5
         return inputs
 
     def _next_token_entropies(self, batch: KVBatchMeta) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,6 @@ class Row(NamedTuple):
     length: int
     correct: bool
     reward: float
-    truncated: bool
     tokens: list[int]
     entropy: list[float]
 
@@ -40,7 +39,7 @@ def make_rows(groups, seed=0, longest=7, distinct=False) -> list[Row]:
         for correct, length in zip(corrects, [int(n) + 1 for n in lengths], strict=True):
             reward = (1.0 if correct else -1.0) + (0.5 if draw(1, 2)[0] else -0.5)
             entropy = (torch.rand(length, generator=generator) * 2).tolist()
-            rows.append(Row(group, length, correct, reward, bool(draw(1, 4)[0] == 0), draw(length, 5), entropy))
+            rows.append(Row(group, length, correct, reward, draw(length, 5), entropy))
     return rows
 
 
@@ -60,7 +59,6 @@ def make_batch(rows: list[Row], step: int = 1, extra: int = 0) -> Batch:
         response_mask=mask,
         step=step,
         correct=torch.tensor([row.correct for row in rows]),
-        truncated=torch.tensor([row.truncated for row in rows]),
         tokens=tokens,
         entropy=entropy,
     )

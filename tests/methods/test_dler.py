@@ -14,7 +14,7 @@ from tests.methods.batches import Row, make_batch, row_lists, step
 
 
 def row(group, length, correct):
-    return Row(group, length, correct, 1.5 if correct else -1.5, False, [0] * length, [0.0] * length)
+    return Row(group, length, correct, 1.5 if correct else -1.5, [0] * length, [0.0] * length)
 
 
 def test_beyond_the_target_length_there_is_no_reward():

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo.methods import HOOKS, acts_by, make_methods
+from iapo.methods import HOOKS, OPTIONAL, acts_by, make_methods
 from iapo.train import recipes_dir
 from tests.methods.batches import make_batch, make_rows, row_lists, step
 
@@ -46,7 +46,7 @@ def test_it_acts_and_says_what_it_reads(name):
     assert acts_by(method)
     assert set(method.ignores) <= {*HOOKS, "overlong"}
     batch = make_batch(make_rows([4, 4]))
-    unread = {"correct", "truncated", "tokens", "entropy"} - set(method.needs)
+    unread = set(OPTIONAL) - set(method.needs)
     for field in unread:  # must not be missed
         object.__setattr__(batch, field, None)
     step(method, batch)

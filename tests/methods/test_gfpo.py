@@ -12,7 +12,7 @@ from tests.methods.batches import Row, grpo_naive, make_batch, row_lists, step
 
 
 def row(group, length, reward):
-    return Row(group, length, reward > 0, reward, False, [0] * length, [0.0] * length)
+    return Row(group, length, reward > 0, reward, [0] * length, [0.0] * length)
 
 
 GROUP = [row(0, 5, 1.5), row(0, 2, -1.5), row(0, 3, 0.5), row(0, 1, 0.5), row(0, 4, -0.5)]

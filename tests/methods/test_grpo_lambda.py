@@ -14,7 +14,7 @@ from tests.methods.batches import Row, make_batch, make_rows, row_lists
 
 
 def row(group, length, correct):
-    return Row(group, length, correct, 1.5 if correct else -1.5, False, [0] * length, [0.0] * length)
+    return Row(group, length, correct, 1.5 if correct else -1.5, [0] * length, [0.0] * length)
 
 
 # Accuracies 1/2, 3/4, 3/4 and 1/4; the second group's right answers have 2, 4 and 6 tokens.

@@ -15,7 +15,7 @@ from tests.methods.batches import Row, make_batch, row_lists
 
 
 def row(group, correct, entropy):
-    return Row(group, len(entropy), correct, 0.0, False, [0] * len(entropy), entropy)
+    return Row(group, len(entropy), correct, 0.0, [0] * len(entropy), entropy)
 
 
 WIDE = dict(entropy_low=0.01, entropy_high=100.0)

@@ -13,7 +13,7 @@ from tests.methods.batches import Row, make_batch, row_lists, step
 
 
 def row(group, tokens, reward, entropy=0.0):
-    return Row(group, len(tokens), reward > 0, float(reward), False, list(tokens), [entropy] * len(tokens))
+    return Row(group, len(tokens), reward > 0, float(reward), list(tokens), [entropy] * len(tokens))
 
 
 def weights(rows, method=None):

@@ -17,7 +17,7 @@ def rows_of(group, lengths, correct):
     flags = [n < correct for n in range(len(lengths))]
     rewards = [1.5 if flag else -1.5 for flag in flags]
     return [
-        Row(group, length, flag, reward, False, [0] * length, [0.0] * length)
+        Row(group, length, flag, reward, [0] * length, [0.0] * length)
         for length, flag, reward in zip(lengths, flags, rewards, strict=True)
     ]
 

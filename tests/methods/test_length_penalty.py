@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from iapo.methods.length_penalty import LengthPenalty
 from tests.methods.batches import Row, make_batch, row_lists
 
-ROWS = [Row(0, length, correct, 1.5 if correct else -1.5, False, [0] * length, [0.0] * length)
+ROWS = [Row(0, length, correct, 1.5 if correct else -1.5, [0] * length, [0.0] * length)
         for length, correct in ((2, True), (6, True), (4, True), (8, False))]  # fmt: skip
 
 

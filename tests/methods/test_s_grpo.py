@@ -15,7 +15,7 @@ from tests.methods.batches import Row, make_batch, row_lists, step
 
 
 def row(tokens):
-    return Row(0, len(tokens), True, 1.5, False, tokens, [0.0] * len(tokens))
+    return Row(0, len(tokens), True, 1.5, tokens, [0.0] * len(tokens))
 
 
 def kept(method, rows, step=1):

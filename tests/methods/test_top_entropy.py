@@ -13,7 +13,7 @@ from tests.methods.batches import Row, make_batch, row_lists, step
 
 
 def row(group, reward, entropy):
-    return Row(group, len(entropy), reward > 0, reward, False, [0] * len(entropy), entropy)
+    return Row(group, len(entropy), reward > 0, reward, [0] * len(entropy), entropy)
 
 
 def kept(method, rows):
