@@ -244,7 +244,6 @@ TOGETHER = [
     ("dler", "gtpo_trajectory"),
     ("grpo_s", "dr_grpo"),
 ]
-FSDP1 = ["actor_rollout_ref.actor.strategy=fsdp", "trainer.n_gpus_per_node=2"]
 
 
 def test_the_pairs_below_hold_every_variant():
@@ -257,7 +256,7 @@ def test_the_pairs_below_hold_every_variant():
 def test_every_method_trains(train, pair):
     runs = []
     for variants in pair:
-        extra = ["methods.gfpo.k=2"] if "gfpo" in variants else FSDP1 if variants == "gtpo,iapo_rate" else []
+        extra = ["methods.gfpo.k=2"] if "gfpo" in variants else []
         folder = variants.replace(",", "+")
         runs.append(train(f"variant=[{variants}]", "trainer.total_training_steps=2", *extra, folder=folder))
     for variants, run in zip(pair, runs, strict=True):
@@ -273,6 +272,17 @@ def test_every_method_trains(train, pair):
             if "gfpo" in methods:
                 assert metrics[step]["iapo/method/completions_kept"] == 0.5
         assert max(metrics[step]["actor/grad_norm"] for step in (1, 2)) > 0
+
+
+def test_fsdp1_trains_as_fsdp2_does(train):
+    steps = ["variant=iapo_rate", "trainer.total_training_steps=2", "trainer.n_gpus_per_node=2"]
+    runs = [train(*steps, f"actor_rollout_ref.actor.strategy={name}", folder=name) for name in ("fsdp", "fsdp2")]
+    first, second = (finished(run).metrics() for run in runs)
+    names = ["iapo/exit_entropy/start", "iapo/information_rate", "actor/entropy", "actor/pg_loss", "actor/grad_norm"]
+    for step in (1, 2):
+        for name in [*names, "critic/score/mean", "response_length/mean"]:
+            assert first[step][name] == pytest.approx(second[step][name], rel=1e-4, abs=1e-6), (step, name)
+    assert first[2]["actor/grad_norm"] > 0
 
 
 def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
