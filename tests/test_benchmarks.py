@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+from benchmarks import density, step
 from benchmarks import exit_entropy as benchmark
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import peak_mib, table
@@ -63,6 +64,33 @@ def test_peak_memory_is_that_of_a_process_of_its_own():
 
 def filling(mib):
     return functools.partial(torch.ones, mib * 2**18)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def test_sparser_probes_keep_the_rate_and_lose_the_term(capsys):
+    density.main(["--prompts", "4", "--group", "2"])
+    rows = {name: numbers for name, *numbers in map(cells, capsys.readouterr().out.splitlines()[3:11])}
+    assert [float(x) for x in rows["every position"]] == [1.0] * 4
+    for name in ("stride 2", "stride 16", "boundaries, gap 64"):
+        probes, _, term, rate = map(float, rows[name])
+        assert probes < 1 and -1 <= term < 1 and rate > 0.999
+
+
+def test_the_share_of_a_step_is_the_median_of_verls_timers(capsys, monkeypatch):
+    steps = [
+        {"timing_s/step": s, "timing_s/exit_entropy": e, "timing_s/gen": 4.0} for s, e in ((10, 1), (8, 2), (5, 1))
+    ]
+    monkeypatch.setattr(
+        step, "run", lambda overrides, count, folder: steps if "variant=iapo" in overrides else steps[:1]
+    )
+    step.main([])
+    rows = {name: numbers for name, *numbers in map(cells, capsys.readouterr().out.splitlines()[3:])}
+    assert list(rows) == list(step.VARIANTS)
+    # Steps of 10, 8 and 5 seconds; shares of 10%, 25% and 20%.
+    assert rows["iapo, boundaries"][:2] == ["8.00", "4.00"] and rows["iapo, boundaries"][5:7] == ["1.00", "20.0%"]
 
 
 def test_a_table_by_hand():
