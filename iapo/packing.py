@@ -160,17 +160,13 @@ def trajectory_forward(
 
 
 def places_of_sequences(completions: Sequence[Completion], starts: Sequence[int]) -> dict[int, Place]:
-    """Where rows stand in somebody else's forward of their whole sequences, prompt and response, from `starts` on.
-
-    Rows of one prompt are given the same copy of it, so that their probes are queries of one range of keys.
-    """
+    """Where rows stand in somebody else's forward of their whole sequences, prompt and response, from `starts` on."""
     places = {}
-    for rows in _by_prompt(completions):
-        length = len(completions[rows[0]].prompt)
-        prompt = slice(starts[rows[0]], starts[rows[0]] + length)
-        for i in rows:
-            response = starts[i] + length
-            places[i] = Place(prompt, slice(response, response + len(completions[i].trajectory)))
+    for i, (completion, start) in enumerate(zip(completions, starts, strict=True)):
+        if completion.nothing_to_score:
+            continue
+        response = start + len(completion.prompt)
+        places[i] = Place(slice(start, response), slice(response, response + len(completion.trajectory)))
     return places
 
 
@@ -199,10 +195,13 @@ def probe_forwards(
             queries = slice(end, end + count * width)
             end = queries.stop
             _extend(own, Range(queries, None, width))
-            _extend(prompts, Range(queries, prompt, 1))
             lowest, highest = (response.start + int(before[k]) for k in (0, -1))
-            if lowest > response.start:
-                prefixes.append(Range(queries, slice(response.start, lowest), width))
+            if prompt.stop == response.start:  # one range of keys instead of two
+                prefixes.append(Range(queries, slice(prompt.start, lowest), width))
+            else:
+                _extend(prompts, Range(queries, prompt, 1))
+                if lowest > response.start:
+                    prefixes.append(Range(queries, slice(response.start, lowest), width))
             if highest > lowest:
                 stairs.append(Range(queries, slice(lowest, highest), width, before - before[0]))
             tokens.append(suffix.repeat(count))

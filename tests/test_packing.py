@@ -60,8 +60,10 @@ def test_forwards_by_hand():
     assert first.token_ids.tolist() == [5, 11] * 4
     assert first.position_ids.tolist() == [2, 3, 3, 4, 4, 5, 2, 3]
     assert first.runs == [(0, 0, 2), (1, 0, 0)] and first.scored.tolist() == [1, 3, 5, 7]
-    own, prompts, (stairs,) = first.parts
-    assert own == [Range(slice(0, 8), None, 2)] and prompts == [Range(slice(0, 8), slice(0, 2), 1)]
+    own, prompts, prefixes, (stairs,) = first.parts
+    assert own == [Range(slice(0, 8), None, 2)]
+    # The first row stands right behind the prompt, which is part of its prefix.
+    assert prefixes == [Range(slice(0, 6), slice(0, 2), 2)] and prompts == [Range(slice(6, 8), slice(0, 2), 1)]
     assert stairs[:3] == (slice(0, 6), slice(2, 4), 2) and stairs.visible.tolist() == [0, 1, 2]
     assert second.runs == [(1, 1, 1)]
     assert second.parts[2] == [Range(slice(0, 2), slice(4, 5), 2)]  # a prefix that needs no mask
@@ -77,7 +79,7 @@ def test_answers_stand_behind_the_probe_but_for_their_last_token():
 
 
 def test_places_in_somebody_elses_forward_by_hand():
-    """Whole sequences, one after the other; the second row of a prompt reads the first one's copy of it."""
+    """Whole sequences, one after the other."""
     rows = [
         completion([1, 2], [3, 4, 6], [0, 2]),
         completion([9], [3], [0, 1], torch.empty(0, dtype=torch.long)),  # nothing to score
@@ -85,7 +87,7 @@ def test_places_in_somebody_elses_forward_by_hand():
     ]
     assert places_of_sequences(rows, [0, 5, 7]) == {
         0: (slice(0, 2), slice(2, 4)),
-        2: (slice(0, 2), slice(9, 10)),
+        2: (slice(7, 9), slice(9, 10)),
     }
     assert list(probe_forwards(rows[1:2], places_of_sequences(rows[1:2], [0]), PROBE, max_tokens=10)) == []
 
