@@ -1,10 +1,10 @@
 """The exit-entropy pass against its floor and its competitors: python -m benchmarks.exit_entropy
 
 The floor is a plain forward of as many tokens as the pass must push through the model, S + P (T + 1) per completion, as
-causal sequences as long as the trajectory, so that a token attends to about as many others on average. `/ floor` is the ratio
-to it, `/ probes` the ratio to a plain forward of the P (T + 1) probe tokens alone. Times are medians of interleaved
-repeats. `peak MiB` is the memory beyond the loaded model, each method in a process of its own, and the last column its
-ratio to that of a plain forward of one trajectory that keeps its keys and values.
+causal sequences as long as the trajectory, so that a token attends to about as many others on average. `/ floor` is the
+ratio to it, `/ probes` that to a plain forward of the P (T + 1) probe tokens alone. Times are medians of interleaved
+repeats. `peak MiB` is the memory beyond the loaded model, on a CPU each method in a process of its own, and the last
+column its ratio to that of a plain forward of one trajectory that keeps its keys and values.
 """
 
 import argparse
