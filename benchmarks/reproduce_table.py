@@ -558,6 +558,8 @@ def main(
         # Each run has a Ray of its own, where with an address all would join one, and the data beside the results.
         os.environ.pop("RAY_ADDRESS", None)
         os.environ["IAPO_DATA_DIR"] = str(plan.out / "data")
+        for method in plan.methods.values():  # refused here, nothing is written
+            config_of(plan.job(method.name, method.values[0], plan.seeds[0]))
         open_folder(plan)
         held = lock(plan.out / "lock")
     except (ValueError, OSError, FolderInUse) as error:

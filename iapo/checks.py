@@ -115,13 +115,16 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
 
 def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     try:
-        methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
+        methods = make_methods(OmegaConf.to_container(config, resolve=True)["methods"])
     except ValueError as error:
         yield str(error)
         return
     estimator, overlong = config.algorithm.adv_estimator, config.reward.reward_kwargs.overlong_buffer_cfg.enable
     if methods and estimator != "iapo":
-        yield f"methods.{next(iter(methods))}: no effect with algorithm.adv_estimator={estimator}; set it to iapo."
+        yield (
+            f"methods.{next(iter(methods))}: no effect with algorithm.adv_estimator={estimator}; leave {estimator} out "
+            "of variant=[...], or set algorithm.adv_estimator=iapo."
+        )
     rollouts, length = config.actor_rollout_ref.rollout.n, config.data.max_response_length
     for name, method in methods.items():
         yield from (f"methods.{name}.{problem}" for problem in method.problems(rollouts, length))
@@ -346,8 +349,8 @@ def _positions(config: DictConfig, model_config) -> Iterator[str]:
 def _resume(config: DictConfig) -> Iterator[str]:
     tracker = tracker_file(config)
     if config.trainer.resume_mode == "resume_path" and config.trainer.resume_from_path:
-        methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
         try:
+            methods = make_methods(OmegaConf.to_container(config, resolve=True)["methods"])
             load_states(methods, Path(config.trainer.resume_from_path))
         except ValueError as error:
             yield str(error)

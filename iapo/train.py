@@ -104,6 +104,7 @@ def resolve(overrides: list[str]):
     register_resolvers()
     try:
         expanded = [part for override in overrides for part in expand(override)]
+        variant = "+".join(chosen_variants(expanded))
         with initialize_config_dir(str(recipes_dir()), version_base=None):
             config = compose("iapo", overrides=expanded, return_hydra_config=True)
         choices = config.hydra.runtime.choices
@@ -111,7 +112,6 @@ def resolve(overrides: list[str]):
             del config["hydra"]
             model = Path(config.actor_rollout_ref.model.path).name if choices.model == "path" else choices.model
             data = Path(config.data.train_files).parent.name if choices.data == "parquet" else choices.data
-            variant = "+".join(chosen_variants(expanded))
             config.trainer.experiment_name = config.trainer.experiment_name or f"{variant}-{model}-{data}"
             config.run_dir = os.path.abspath(config.run_dir or Path("runs") / config.trainer.experiment_name)
             environment = {"TENSORBOARD_DIR": f"{config.run_dir}/tensorboard"}
@@ -128,11 +128,23 @@ def resolve(overrides: list[str]):
 
 
 def chosen_variants(overrides: list[str]) -> list[str]:
-    """Hydra's list of choices leaves out a group of which several are chosen."""
-    for override in reversed(overrides):
-        if override.startswith("variant="):
-            return override.removeprefix("variant=").strip("[]").replace(" ", "").split(",")
-    return ["iapo_rate"]
+    """The recipes of variant=..., which Hydra's list of choices leaves out where there are several.
+
+    Raises:
+        ConfigError: one that isn't there, or twice.
+    """
+    from iapo.checks import ConfigError
+
+    given = [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]
+    if not given:
+        return ["iapo_rate"]
+    value = given[-1].strip("'\"")
+    listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    names = [name.strip() for name in listed.split(",")]
+    known = sorted(path.stem for path in (recipes_dir() / "variant").glob("*.yaml"))
+    if set(names) - set(known) or len(set(names)) < len(names):
+        raise ConfigError(f"variant: {value} must be one of {', '.join(known)}, or several as [iapo_rate,gfpo].")
+    return names
 
 
 def explain(hydra_error: str) -> str:

@@ -3,5 +3,12 @@
 # Sets up .venv on first use; --help lists the options. See benchmarks/reproduce_table.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case " $* " in
+    *" --help "* | *" -h "*)
+        [ -x .venv/bin/python ] && exec .venv/bin/python -m benchmarks.reproduce_table --help
+        sed -n '2,/^"""/{/^"""/!p}' benchmarks/reproduce_table.py
+        exit
+        ;;
+esac
 bash scripts/setup.sh cpu
 exec .venv/bin/python -u -m benchmarks.reproduce_table "$@"

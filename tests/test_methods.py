@@ -121,8 +121,12 @@ def test_states_travel_with_a_checkpoint_and_a_missing_one_is_named(tmp_path):
             {"_target_": "tests.test_methods.Curious"},
             "^methods.x: needs truth, but there are correct, tokens, ent",
         ),
-        ({"k": 3}, "^methods.x: None can't be made of"),
-        (None, "^methods.x: None can't be made of"),
+        ({"k": 3}, "^methods.x: {'k': 3} lacks _target_, the class; choose it by variant=x.$"),
+        (None, "^methods.x: None lacks _target_"),
+        (3, "^methods.x: 3 lacks _target_"),
+        ({"_target_": "tests.methods.batches.Row"}, "^methods.x: tests.methods.batches.Row can't be made of {}"),
+        ({"_target_": "collections.Counter"}, "^methods.x: .* \\(it is no iapo.methods.Method\\).$"),
+        ({"_target_": "os.getcwd"}, "^methods.x: os.getcwd can't be made of {}"),
     ],
 )
 def test_a_section_that_makes_no_method_gets_one_line(section, message):
@@ -150,3 +154,8 @@ def test_the_limits_of_a_number(value, limits, message):
         return number("x", value, **limits)
     with pytest.raises(ValueError, match=message):
         number("x", value, **limits)
+
+
+def test_a_methods_section_that_is_no_mapping_gets_one_line():
+    with pytest.raises(ValueError, match="^methods: 'gfpo' must be a mapping"):
+        make_methods("gfpo")

@@ -112,7 +112,12 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
 @pytest.mark.parametrize(
     "overrides,message",
     [
-        (["variant=ipo"], "variant/ipo.*iapo"),
+        (["variant=ipo"], "^variant: ipo must be one of dapo, dler, .*, or several as \\[iapo_rate,gfpo\\].$"),
+        (["variant=[gfpo,laserr]"], "^variant: \\[gfpo,laserr\\] must be one of"),
+        (["variant=[gfpo,gfpo]"], "^variant: \\[gfpo,gfpo\\] must be one of"),
+        (["variant=[]"], "^variant: \\[\\] must be one of"),
+        (["variant=null"], "^variant: null must be one of"),
+        (["variant=[[gfpo]]"], "^variant: \\[\\[gfpo\\]\\] must be one of"),
         (["model=qwen"], "model/qwen"),
         (["iapo.alfa=0.1"], "^iapo.alfa: unknown key; did you mean iapo.alpha\\?$"),
         (["trainer.lr=1"], "^trainer.lr: unknown key; did you mean actor_rollout_ref.actor.optim.lr\\?$"),
@@ -135,7 +140,8 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["iapo.gate=some"], "iapo.gate: 'some' must be one of"),
         (["iapo.share_log_prob_forward=1"], "iapo.share_log_prob_forward: 1 must be true or false"),
         (["variant=grpo", "iapo.alpha=0.1"], "iapo.alpha=0.1.*no effect with algorithm.adv_estimator=grpo"),
-        (["variant=[grpo,gfpo]"], "^methods.gfpo: no effect with algorithm.adv_estimator=grpo; set it to iapo.$"),
+        (["variant=[grpo,gfpo]"], "^methods.gfpo: no effect with algorithm.adv_estimator=grpo; leave grpo out"),
+        (["methods=null"], "^methods: None must be a mapping of names to sections"),
         (["variant=gfpo", "methods.gfpo.k=1"], "^methods.gfpo.k: 1 must be a whole number of at least 2.$"),
         (["variant=gfpo", "methods.gfpo.k=8"], "^methods.gfpo.k: 8 of actor_rollout_ref.rollout.n=8 completions"),
         (["variant=gfpo", "methods.gfpo._target_=no.such.Class"], "^methods.gfpo: no.such.Class can't be made of "),

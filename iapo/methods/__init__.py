@@ -148,15 +148,21 @@ def make_methods(sections: dict[str, dict]) -> dict[str, Method]:
     from hydra.utils import get_class
 
     methods = {}
+    if not isinstance(sections, dict):
+        raise ValueError(f"methods: {sections!r} must be a mapping of names to sections; leave it to variant=....")
     for name, section in sections.items():
-        knobs = dict(section or {})
-        target = knobs.pop("_target_", None)
+        if not isinstance(section, dict) or not section.get("_target_"):
+            raise ValueError(f"methods.{name}: {section!r} lacks _target_, the class; choose it by variant={name}.")
+        knobs = dict(section)
+        target = knobs.pop("_target_")
         try:
-            methods[name] = get_class(str(target))(**knobs)
-        except ValueError as error:
-            raise ValueError(f"methods.{name}.{error}") from None
+            methods[name] = get_class(target)(**knobs)
+            if not isinstance(methods[name], Method):
+                raise TypeError("it is no iapo.methods.Method")
         except Exception as error:  # of whatever is imported
-            reason = " ".join(f"{error}".split())
+            if isinstance(error, ValueError) and str(error).partition(":")[0] in knobs:
+                raise ValueError(f"methods.{name}.{error}") from None
+            reason = " ".join(str(error).split())
             raise ValueError(f"methods.{name}: {target} can't be made of {knobs} ({reason}).") from None
         if unknown := set(methods[name].needs) - set(OPTIONAL):
             raise ValueError(f"methods.{name}: needs {', '.join(unknown)}, but there are {', '.join(OPTIONAL)} only.")

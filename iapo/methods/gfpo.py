@@ -39,8 +39,8 @@ class Gfpo(Method):
         number("k", self.k, low=2, whole=True)  # one alone has no advantage
         choice("by", self.by, ("length", "reward_per_token"))
         if self.adaptive is not None:
-            if len(self.adaptive) != 4:
-                raise ValueError(f"adaptive: {list(self.adaptive)} must have four numbers, hardest quarter first.")
+            if not isinstance(self.adaptive, list) or len(self.adaptive) != 4:
+                raise ValueError(f"adaptive: {self.adaptive!r} must be four numbers, [8,8,6,4], hardest quarter first.")
             for k in self.adaptive:
                 number("adaptive", k, low=2, whole=True)
 
