@@ -6,5 +6,6 @@ bash scripts/setup.sh cpu --dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# Two processes: one makes the end-to-end runs, which often wait, one after the other; the other does the rest.
-exec .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
+# Two processes, a file in one of them and in its order: one gets to the end-to-end runs early, which often wait, and the
+# other does the rest.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

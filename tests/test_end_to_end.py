@@ -20,7 +20,7 @@ import yaml
 from iapo.metrics_file import read_metrics
 from iapo.shared_memory import mapped_segments, remove_unmapped
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900), pytest.mark.xdist_group("e2e")]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 SMALL = [
     "platform=cpu",
@@ -193,8 +193,11 @@ def test_two_ranks_train_with_every_term(train, fractions, monkeypatch, tmp_path
 
 def test_zero_weights_train_exactly_as_grpo(train):
     steps = ["trainer.total_training_steps=3"]
-    grpo = finished(train("variant=grpo", *steps, folder="grpo")).metrics()
-    iapo = finished(train("variant=iapo", "iapo.alpha=0", "iapo.beta=0", *steps, folder="iapo")).metrics()
+    runs = [
+        train("variant=grpo", *steps, folder="grpo"),
+        train("variant=iapo", "iapo.alpha=0", "iapo.beta=0", *steps, folder="iapo"),
+    ]
+    grpo, iapo = (finished(run).metrics() for run in runs)
     names = [
         *(f"critic/advantages/{k}" for k in ("mean", "max", "min")),
         *("actor/pg_loss", "actor/kl_loss", "actor/loss", "actor/grad_norm", "actor/entropy"),
@@ -289,9 +292,7 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
     # A method that learns as it goes, too.
     steps = ["variant=[iapo_rate,gfpo]", "methods.gfpo.k=2", "methods.gfpo.adaptive=[3,3,2,2]"]
     steps += ["trainer.total_training_steps=4", "trainer.save_freq=2"]
-    unbroken = finished(train(*steps, folder="unbroken"))
-
-    run = train(*steps, folder="killed")
+    unbroken, run = train(*steps, folder="unbroken"), train(*steps, folder="killed")
     tracker = run.folder / "checkpoints" / "latest_checkpointed_iteration.txt"
     run.wait_for(lambda: tracker.is_file() and tracker.read_text() == "2" and 2 in run.metrics())
     os.kill(run.process.pid, signal.SIGKILL)
@@ -300,6 +301,7 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
     before = (run.folder / "metrics.jsonl").read_bytes().splitlines()
 
     resumed = finished(train(*steps, folder="killed"))
+    finished(unbroken)
     after = (resumed.folder / "metrics.jsonl").read_bytes().splitlines()
     assert after[:2] == before[:2], "the first process's lines changed"
     assert list(resumed.metrics()) == [1, 2, 3, 4]
@@ -322,16 +324,17 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
         torch.testing.assert_close(second[name], value, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["iapo_rate", "dapo"])
-def test_a_reward_that_raises_stops_the_run_with_one_clear_line(train, tmp_path, variant):
+def test_a_reward_that_raises_stops_the_run_with_one_clear_line(train, tmp_path):
     reward = tmp_path / "broken_reward.py"
     reward.write_text("def compute_score(**_):\n    raise KeyError('no such answer')\n")
-    run = train(f"variant={variant}", f"reward.custom_reward_function.path={reward}", "trainer.total_training_steps=2")
-    assert run.wait() == 1, run.tail()
-    last = run.tail(1)
-    assert last.startswith("iapo.train: the run failed: RuntimeError: reward: the reward function raised on 16 of 16")
-    assert "KeyError: 'no such answer'" in last
-    assert not run.wait_until_gone(), "processes are left behind"
+    settings = [f"reward.custom_reward_function.path={reward}", "trainer.total_training_steps=2"]
+    for run in [train(f"variant={name}", *settings, folder=name) for name in ("iapo_rate", "dapo")]:
+        assert run.wait() == 1, run.tail()
+        last = run.tail(1)
+        expected = "iapo.train: the run failed: RuntimeError: reward: the reward function raised on 16 of 16"
+        assert last.startswith(expected)
+        assert "KeyError: 'no such answer'" in last
+        assert not run.wait_until_gone(), "processes are left behind"
 
 
 def test_a_wrong_configuration_stops_before_ray(train):

@@ -156,7 +156,6 @@ def results(tmp_path_factory):
     return folder
 
 
-@pytest.mark.xdist_group("ranks")  # they share the runs
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 @pytest.mark.parametrize("batch", ROWS)
