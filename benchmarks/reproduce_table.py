@@ -9,12 +9,14 @@ one that the validation split chooses also with the others:
 
 The rule asks what a user asks, how short at no loss of accuracy, and needs no exchange rate between tokens and points.
 
-The output folder gets results.json, table.md, pareto.png and the runs. Start the same command again to go on after a
-stop: complete runs are kept, others go on from their last checkpoint, failed ones are tried again. key=value goes to
-every run, as in iapo.train.
+The output folder gets results.json, table.md, pareto.png, the runs, and a record of what each complete run showed.
+Start the same command again to go on after a stop: complete runs are kept, others go on from their last checkpoint,
+failed ones are tried again. A record stands for its run: runs/ may be deleted, and the folder moved to another machine
+to go on there. key=value goes to every run, as in iapo.train.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -242,12 +244,41 @@ class Table:
     # -- which runs are there -----------------------------------------------------------------------------------
 
     def outcome(self, name: str, value, seed: int) -> Outcome | None:
-        """Of a complete run: all samples of its last validation are there and it was made as it would be now."""
+        """Of a complete run, which was made as it would be now: by its record, or if all samples of its last validation
+        are there."""
         job = self.plan.job(name, value, seed)
-        if job.name not in self._outcomes and (samples := self._last_validation(job, name)) is not None:
-            if self.config(job) == (job.folder / "config.yaml").read_text():
-                self._outcomes[job.name] = self._evaluate(job, samples)
+        if job.name not in self._outcomes:
+            if (outcome := self._recorded(job)) is not None:
+                self._outcomes[job.name] = outcome
+            elif (samples := self._last_validation(job, name)) is not None:
+                if self.config(job) == (job.folder / "config.yaml").read_text():
+                    self._outcomes[job.name] = self._evaluate(job, samples)
+                    self._record(job)
         return self._outcomes.get(job.name)
+
+    def _record_file(self, job: Job) -> Path:
+        return self.plan.out / "records" / f"{job.name}.json"
+
+    def _recorded(self, job: Job) -> Outcome | None:
+        if not (file := self._record_file(job)).is_file():
+            return None
+        try:
+            record = json.loads(file.read_text())
+            outcome = Outcome(**record["outcome"])
+            return outcome if record["config"] == self._fingerprint(job) else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}: is no record of a run ({error!r}); delete it, and the run is made again."
+            ) from None
+
+    def _record(self, job: Job) -> None:
+        record = {"config": self._fingerprint(job), "outcome": self._outcomes[job.name]._asdict()}
+        write_whole(self._record_file(job), json.dumps(record, indent=1) + "\n")
+
+    def _fingerprint(self, job: Job) -> str:
+        """Of the run's configuration, the same wherever the output folder and the code are."""
+        text = self.config(job).replace(str(self.plan.out), "OUT").replace(str(ROOT), "ROOT")
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def config(self, job: Job) -> str:
         if job.name not in self._configs:
@@ -498,11 +529,17 @@ def with_deviation(entry: list | None, digits: int) -> str:
 def write(table: Table) -> dict:
     """results.json and table.md, each whole or not at all."""
     found = results(table)
-    for name, text in (("results.json", json.dumps(found, indent=1)), ("table.md", markdown(found))):
-        partial = table.plan.out / f".{name}.tmp"
-        partial.write_text(text + ("" if text.endswith("\n") else "\n"))
-        os.replace(partial, table.plan.out / name)
+    write_whole(table.plan.out / "results.json", json.dumps(found, indent=1) + "\n")
+    write_whole(table.plan.out / "table.md", markdown(found))
     return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
 
 
 # --- the command ---
@@ -579,13 +616,16 @@ def reproduce(table: Table, most_jobs: int, train: Sequence[str], interval_s: fl
     plan = table.plan
     slots = slots_by_memory(most_jobs, psutil.virtual_memory().available)
     say(f"{len(plan.methods)} methods, {plan.jobs} runs of {plan.steps} steps, {slots} side by side; checking them")
+    name = ""
     try:
-        for run in table.known():  # so that a mistake shows now and not hours later
-            table.config(plan.job(*run))
+        for job in [plan.job(*run) for run in table.known()]:  # so that a mistake shows now and not hours later
+            name = f"{job.name}: "
+            table.config(job)
+        name = ""
+        waiting = table.wanted()
     except ValueError as error:
-        print(f"table: {plan.job(*run).name}: {error}", file=sys.stderr)
+        print(f"table: {name}{error}", file=sys.stderr)
         return 2
-    waiting = table.wanted()
     say(
         f"{len(table._outcomes)} are done already; about {clock(table.seconds_left([], slots))} for the others if this "
         f"machine is like the one of benchmarks/README.md; everything lands in {plan.out}"

@@ -52,7 +52,11 @@ class Run:
             )
 
     def wait(self, timeout: float = 360) -> int:
-        return self.process.wait(timeout)
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            alive = [(p.pid, p.status(), p.cmdline()[:1]) for p in self.processes()]
+            raise AssertionError(f"waited {timeout} s; alive: {alive}\n{self.tail(200)}") from None
 
     def wait_for(self, condition, timeout: float = 300) -> None:
         deadline = time.monotonic() + timeout

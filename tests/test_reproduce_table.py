@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -283,13 +284,42 @@ def test_only_whole_runs_made_with_the_same_configuration_are_kept(tmp_path, mon
     assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
     folder = tmp_path / "out/runs/dapo-seed0"
     dump = folder / "validation/2.jsonl"
+    record = tmp_path / "out/records/dapo-seed0.json"
     lines = dump.read_text().splitlines(keepends=True)
     for broken in ("".join(lines[:-1]), "".join(lines)[:-20], ""):
+        record.unlink()
         dump.write_text(broken)
         assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, *quick)[1]] == ["dapo-seed0"]
+    record.unlink()
     (folder / "config.yaml").write_text("another recipe")
     assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, *quick)[1]] == ["dapo-seed0"]
     assert reproduce(tmp_path, monkeypatch, *quick) == (0, [])
+
+
+def test_a_record_stands_for_its_run_also_in_another_place(tmp_path, monkeypatch, capsys):
+    assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
+    before = json.loads((tmp_path / "out/results.json").read_text())
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for kept in ("records", "settings.json"):
+        (tmp_path / "out" / kept).rename(moved / kept)
+    shutil.rmtree(tmp_path / "out")
+    moved.rename(tmp_path / "elsewhere2")
+    monkeypatch.setattr(rt, "ROOT", tmp_path)  # the code is elsewhere too
+    again = rt.main(["--out", str(tmp_path / "elsewhere2")], ["false"], config_of)
+    assert again == 0, capsys.readouterr()
+    assert json.loads((tmp_path / "elsewhere2/results.json").read_text())["rows"] == before["rows"]
+
+    # A record of another configuration doesn't count, and what is no record is refused in a line.
+    record = tmp_path / "elsewhere2/records/dapo-seed1.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"config": "another"}))
+    assert rt.main(["--out", str(tmp_path / "elsewhere2")], FAKE_TRAIN, config_of, interval_s=0.05) == 0
+    assert [path.name for path in (tmp_path / "elsewhere2/runs").glob("*-seed*")] == ["dapo-seed1"]
+    record.write_text('{"config"')
+    capsys.readouterr()
+    assert rt.main(["--out", str(tmp_path / "elsewhere2")], ["false"], config_of) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"table: {record}: is no record of a run (") and errors.count("\n") == 1
 
 
 def test_a_run_that_was_stopped_before_its_validation_is_only_validated(tmp_path, monkeypatch):
@@ -298,6 +328,7 @@ def test_a_run_that_was_stopped_before_its_validation_is_only_validated(tmp_path
     for name, step in (("dapo-seed0", 2), ("gfpo-4-seed0", 1)):
         folder = tmp_path / "out/runs" / name
         (folder / "validation/2.jsonl").unlink()
+        (tmp_path / f"out/records/{name}.json").unlink()
         (folder / "checkpoints").mkdir()
         (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text(str(step))
     status, calls = reproduce(tmp_path, monkeypatch, *quick)
