@@ -246,8 +246,23 @@ def check_machine(config) -> None:
                 f"GPU(s); {f'set it to between 1 and {most}' if most else 'run on one with GPUs'}, or use platform=cpu "
                 "model=tiny."
             )
+    check_vllm_plugin()
     check_ray_answers(os.environ.get("RAY_ADDRESS", ""))
     auto_set_device(config)
+
+
+def check_vllm_plugin() -> None:
+    """vLLM will load this package's plugin, without which the trainer waits for ever to hand over its first weights."""
+    from importlib.metadata import entry_points
+
+    from iapo.checks import ConfigError
+    from iapo.verl_adapter.vllm_plugin import ENTRY_POINT
+
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and ENTRY_POINT not in allowed.split(","):
+        raise ConfigError(f"VLLM_PLUGINS: '{allowed}' leaves out '{ENTRY_POINT}', which iapo needs; add or unset it.")
+    if not entry_points(group="vllm.general_plugins", name=ENTRY_POINT):
+        raise ConfigError("iapo: its vLLM plugin isn't installed; install the package as it is now: pip install -e .")
 
 
 def check_ray_answers(address: str) -> None:

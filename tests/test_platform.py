@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import importlib.metadata, torch.distributed.fsdp as fsdp
 import torch.distributed.fsdp._init_utils as init_utils
@@ -52,11 +54,42 @@ print(device.get_device_name(), f"{device.get_device_name()}:{device.get_device_
     assert run(code, VERL_PLATFORM="cpu") == ["cpu", "cpu:0", "gloo", "GPU", "cpu", "False", "0", "True"]
 
 
+def test_two_runs_on_a_machine_have_sockets_of_their_own():
+    code = """
+import os
+from iapo.verl_adapter.vllm_plugin import register, unique_job_id
+register()
+register()  # vLLM loads plugins in each process, and processes inherit the environment
+print(os.environ.get("VERL_RAY_JOB_ID"), unique_job_id("01000000"))
+"""
+    assert run(code, VERL_RAY_JOB_ID="01000000", IAPO_RUN_ID="a1") == ["01000000-a1", "01000000-a1"]
+    assert run(code, VERL_RAY_JOB_ID="01000000", IAPO_RUN_ID="b2") == ["01000000-b2", "01000000-b2"]
+    assert run(code, VERL_RAY_JOB_ID="01000000") == ["01000000", "01000000"]  # no run of iapo.train
+    assert run(code, IAPO_RUN_ID="a1") == ["None", "01000000-a1"]
+
+
+def test_a_run_is_refused_where_vllm_would_leave_the_plugin_out(monkeypatch):
+    from iapo.checks import ConfigError
+    from iapo.train import check_vllm_plugin
+
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    check_vllm_plugin()
+    monkeypatch.setenv("VLLM_PLUGINS", "other,iapo")
+    check_vllm_plugin()
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(ConfigError, match="VLLM_PLUGINS: 'other' leaves out 'iapo'"):
+        check_vllm_plugin()
+    monkeypatch.delenv("VLLM_PLUGINS")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
+    with pytest.raises(ConfigError, match="its vLLM plugin isn't installed"):
+        check_vllm_plugin()
+
+
 def test_vllm_keeps_its_own_kernels_without_the_environment_variable():
     code = """
 from vllm.model_executor.layers import utils
 original = utils.dispatch_cpu_unquantized_gemm
-from iapo.verl_adapter.vllm_cpu import register
+from iapo.verl_adapter.vllm_plugin import register
 register()
 print(utils.dispatch_cpu_unquantized_gemm is original)
 """

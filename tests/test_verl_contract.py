@@ -3,6 +3,7 @@
 import inspect
 import re
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -144,3 +145,19 @@ def test_places_of_the_cpu_workarounds():
     assert "backend" in parameters(distributed.initialize_global_process_group_ray)
     assert parameters(CPUOffloadPolicy.__init__)[:2] == ["self", "pin_memory"]
     assert callable(PlatformRegistry.register)
+
+
+def test_the_socket_for_weights_is_named_by_the_job():
+    """What `unique_job_id` changes on both sides."""
+    import verl
+
+    from iapo.verl_adapter.vllm_plugin import JOB_ID
+
+    folder = Path(verl.__file__).parent / "workers/rollout/vllm_rollout"
+    server, trainer, worker = (
+        (folder / f"{name}.py").read_text() for name in ("vllm_async_server", "vllm_rollout", "utils")
+    )
+    name = 'f"ipc:///tmp/rl-colocate-zmq-{job_id}-'
+    assert f'os.environ["{JOB_ID}"] = ray.get_runtime_context().get_job_id()' in server
+    assert "job_id = ray.get_runtime_context().get_job_id()" in trainer and f"self.zmq_handle = {name}" in trainer
+    assert f'job_id = os.environ.get("{JOB_ID}", "0")' in worker and f"return {name}" in worker

@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import NamedTuple
 
+import ray
 import torch
 import torch.distributed as dist
 from tensordict import TensorDict
-from verl.single_controller.base.decorator import make_nd_compute_dataproto_dispatch_fn, register
+from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils import tensordict_utils as tu
 from verl.utils.debug.performance import simple_timer
 from verl.utils.device import get_device_id, get_device_name
@@ -24,6 +25,7 @@ from iapo.information import default_max_tokens, exit_entropies, exit_entropies_
 from iapo.packing import Completion, forward_count, longest, places_of_sequences, probe_forwards, probe_positions
 from iapo.region import final_answer, reasoning_length, step_ends
 from iapo.support import check_model
+from iapo.verl_adapter.vllm_plugin import unique_job_id
 
 # What the pass reads from TransferQueue and what it writes back, as jagged tensors.
 INPUT_FIELDS = ["prompts", "responses", "response_mask"]
@@ -45,6 +47,13 @@ class Work(NamedTuple):
 
 
 class IapoWorker(ActorRolloutRefWorker):
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def init_model(self):
+        super().init_model()
+        if handle := getattr(self.rollout, "zmq_handle", None):  # vLLM's
+            job_id = ray.get_runtime_context().get_job_id()
+            self.rollout.zmq_handle = handle.replace(job_id, unique_job_id(job_id))
+
     @register(dispatch_mode=make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     @DistProfiler.annotate(color="purple", role="exit_entropy")
     def compute_exit_entropy(self, data: TensorDict) -> TensorDict:

