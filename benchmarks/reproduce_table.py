@@ -157,7 +157,7 @@ def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table
     """
     settings = yaml.safe_load(path.read_text())["quick" if options.quick else "full"]
     methods = load_methods(path)
-    chosen = options.methods.split(",") if options.methods else list(methods)
+    chosen = [name.strip() for name in options.methods.split(",")] if options.methods else list(methods)
     for name in chosen:
         if name not in methods:
             raise ValueError(f"--methods: {name!r} must be one of {', '.join(methods)}.")

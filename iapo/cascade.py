@@ -11,6 +11,9 @@ denominator l_k; the parts are merged exactly:
 So nothing is copied per position, no T x T mask exists and little masked-out work is done. The merge is the one of
 FlashAttention and of cascade inference; `attend_naive` and the tests' plain forward are the references.
 
+Behind the last layer's attention no token sees another, and only the scored ones' logits are asked for. So there the
+others' queries and MLP are left out; of trajectories, whose keys and values alone count, all are.
+
 The keys and values may also be those of a forward that somebody else makes of the same trajectories, see
 `captured_attention`.
 
@@ -18,8 +21,8 @@ Shape suffixes: H heads, K key heads, G = H / K heads per key head, N queries, M
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -62,64 +65,93 @@ class Cascade:
     def __init__(self, model, ignores_softcap: bool):
         self.stored: KeysAndValues = {}
         self._model, self._ignores_softcap = model, ignores_softcap
+        self._layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self._parts: Sequence[Part] = ()
-        self._storing = False
+        self._scored: torch.Tensor | None = None
+        self._scored_there: torch.Tensor | None = None  # on the model's device
+        self._undo = ExitStack()
         self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def run(self, token_ids, position_ids, parts: Sequence[Part], storing: bool, logits_to_keep):
+    def run(self, token_ids, position_ids, parts: Sequence[Part], scored: torch.Tensor | None):
         """The model's output for one packed row (N,) of tokens.
 
         Args:
             parts: who sees what.
-            storing: whether these tokens' keys and values are the ones to keep.
+            scored: (M,) increasing, on the CPU: the tokens whose logits are asked for; None: no token's, but all keys
+                and values, to keep.
 
         Raises:
             ValueError: not every layer called this attention.
         """
-        self._parts, self._storing = parts, storing
+        self._parts, self._scored = parts, scored
+        self._scored_there = None if scored is None else scored.to(token_ids.device)
         self._masks.clear()
-        if storing:
+        if scored is None:
             self.stored.clear()
-        output = self._model(
-            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, logits_to_keep=logits_to_keep
-        )
-        layers = self._model.config.get_text_config(decoder=True).num_hidden_layers
-        if len(self.stored) != layers:
+        with self._undo:
+            output = self._model(
+                input_ids=token_ids[None],
+                position_ids=position_ids[None],
+                use_cache=False,
+                logits_to_keep=1 if scored is None else self._scored_there,
+            )
+        if len(self.stored) != self._layers:
             raise ValueError(
-                f"model: {len(self.stored)} of the {layers} layers of {type(self._model).__name__} use transformers' "
-                "attention interface; the exit-entropy pass needs all of them to, or none."
+                f"model: {len(self.stored)} of the {self._layers} layers of {type(self._model).__name__} use "
+                "transformers' attention interface; the exit-entropy pass needs all of them to, or none."
             )
         return output
 
     def attend(self, module, query, key, value, scale, softcap) -> torch.Tensor:
-        """(N, H, D) outputs for the queries (H, N, D) of one layer, whose own keys and values are (K, N, D)."""
-        if self._storing:
+        """(N, H, D) outputs for the queries (H, N, D) of one layer, whose own keys and values are (K, N, D).
+
+        Of the last layer those of the scored tokens; anything for the others.
+        """
+        storing, queries = self._scored is None, query.shape[1]
+        if storing:
             self.stored[module] = _alone(key), _alone(value)
         stored_key, stored_value = self.stored[module]
         softcap = None if self._ignores_softcap else softcap
+        last = len(self.stored) == self._layers and module is next(reversed(self.stored))
+        if last:
+            self._limit_layer(module, query.new_tensor([queries - 1]).long() if storing else self._scored_there)
+            if storing:
+                return query.new_zeros(queries, len(query), value.shape[-1])
 
-        def attend_range(r: Range):
-            q = query[:, r.queries]
+        def attend_range(r: Range, rows: slice | torch.Tensor):
+            q = query[:, rows]
             if r.keys is None:
-                return _attend_own(q, key[:, r.queries], value[:, r.queries], r.width, scale, softcap)
+                return _attend_own(q, key[:, rows], value[:, rows], r.width, scale, softcap)
             k, v = stored_key[:, r.keys], stored_value[:, r.keys]
             if r.visible is None:
                 return _attend_shared(q, k, v, scale, softcap)
             mask, blind = self._mask(r, q)
+            if last:
+                mask, blind = mask[rows - r.queries.start], blind[rows - r.queries.start]
             out, lse = _attend_shared(q, k, v, scale, softcap, mask)
             return out, lse.masked_fill(blind, -math.inf)
 
         merged = []
         for part in self._parts:
-            if len(part) == 1 and part[0].queries == slice(0, query.shape[1]):
-                merged.append(attend_range(part[0]))
+            if len(part) == 1 and part[0].queries == slice(0, queries) and not last:
+                merged.append(attend_range(part[0], part[0].queries))
                 continue
             out = query.new_zeros(*query.shape[:2], value.shape[-1])
             lse = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)  # no key, no weight
             for r in part:
-                out[:, r.queries], lse[:, r.queries] = attend_range(r)
+                rows = self._scored_of(r) if last and r.keys is not None else r.queries
+                out[:, rows], lse[:, rows] = attend_range(r, rows)
             merged.append((out, lse))
         return merge(merged).to(value.dtype).transpose(0, 1)
+
+    def _scored_of(self, r: Range) -> torch.Tensor:
+        first, end = torch.searchsorted(self._scored, torch.tensor([r.queries.start, r.queries.stop])).tolist()
+        return self._scored_there[first:end]
+
+    def _limit_layer(self, attention: torch.nn.Module, rows: torch.Tensor) -> None:
+        """For the rest of this run, let what comes after this attention in its layer see these rows alone."""
+        for module in _siblings_by_token(self._model, attention):
+            self._undo.enter_context(replaced_forward(module, _limited_to(rows, module.forward)))
 
     def _mask(self, r: Range, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, M) additive mask of a range with `visible`, and (N,) who sees none of it; the same in every layer."""
@@ -141,9 +173,9 @@ class MaskedAttention:
     def __init__(self, model):
         self._model, self._cache = model, None
 
-    def run(self, token_ids, position_ids, parts: Sequence[Part], storing: bool, logits_to_keep):
+    def run(self, token_ids, position_ids, parts: Sequence[Part], scored: torch.Tensor | None):
         """As `Cascade.run`."""
-        if storing:
+        if scored is None:
             self._cache = DynamicCache()  # plain layers: a sliding-window layer would drop keys
         stored = self._cache.get_seq_length()
         seen = visibility(parts, len(token_ids), stored).to(token_ids.device)[None, None]
@@ -155,9 +187,9 @@ class MaskedAttention:
             attention_mask=seen,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=logits_to_keep,
+            logits_to_keep=1 if scored is None else scored.to(token_ids.device),
         )
-        if not storing:
+        if scored is not None:
             self._cache.crop(stored)
         return output
 
@@ -278,6 +310,43 @@ def captured_attention(model) -> Iterator[KeysAndValues]:
 def _alone(x: torch.Tensor) -> torch.Tensor:
     """A model with one projection for all three gives views of it, which would keep the whole alive."""
     return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
+
+
+@contextmanager
+def replaced_forward(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
+    """Let this instance of a module be called as `forward`; its own is put back at the end."""
+    original = module.forward
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # the instance's, which hid the class's
+        if module.forward != original:  # somebody else's had been there
+            module.forward = original
+
+
+def _siblings_by_token(model, attention: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules beside an attention in its layer that are made of linear layers: they take every token by itself."""
+    layer = next(module for module in model.modules() if any(child is attention for child in module.children()))
+    found = []
+    for sibling in layer.children():
+        leaves = [m for m in sibling.modules() if next(m.children(), None) is None]
+        linear = [isinstance(leaf, torch.nn.Linear) for leaf in leaves if next(leaf.parameters(), None) is not None]
+        if sibling is not attention and linear and all(linear):
+            found.append(sibling)
+    return found
+
+
+def _limited_to(rows: torch.Tensor, forward):
+    """`forward` of a module that takes every token by itself, for these rows of (1, N, D); others give 0."""
+
+    def limited(x, *args, **kwargs):
+        if args or kwargs or x.dim() != 3:
+            return forward(x, *args, **kwargs)
+        out = forward(x[:, rows])
+        return out.new_zeros(1, x.shape[1], out.shape[-1]).index_copy_(1, rows, out)
+
+    return limited
 
 
 _CURRENT: ContextVar[Cascade] = ContextVar("cascade")

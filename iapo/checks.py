@@ -34,7 +34,7 @@ def check(config: DictConfig, files: bool = True) -> None:
         iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    problems = list(_numbers(config))
+    problems = list(check_numbers(config))
     if not problems:  # the checks below compare them
         problems += [*_terms(config, iapo), *_methods(config, iapo), *_engine(config, iapo)]
         if files:
@@ -68,7 +68,8 @@ NUMBERS = (
 REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
-def _numbers(config: DictConfig) -> Iterator[str]:
+def check_numbers(config: DictConfig) -> Iterator[str]:
+    """One line for each of `NUMBERS` that isn't one."""
     for field, kind, smallest in NUMBERS:
         value = OmegaConf.select(config, field)
         if value is None and field == "trainer.total_training_steps":

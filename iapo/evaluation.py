@@ -82,10 +82,10 @@ def bootstrap(
     the training would give is not in them. One problem alone gives intervals of width 0.
 
     Raises:
-        ValueError: as `evaluate`; level outside (0, 1), resamples below 1.
+        ValueError: as `evaluate`; level outside (0, 1), resamples below 1, a negative seed.
     """
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"level: {level} must be in (0, 1), and resamples: {resamples} at least 1.")
+    if not 0 < level < 1 or resamples < 1 or seed < 0:
+        raise ValueError(f"level: {level} must be in (0, 1), resamples: {resamples} at least 1, seed: {seed} >= 0.")
     ks = _with_one(ks)
     figures_PF = _figures(samples, ks)
     rng, P = np.random.default_rng(seed), len(figures_PF)

@@ -124,9 +124,7 @@ def exit_entropies(
         for groups in packs(completions, max_tokens):
             forward, places = trajectory_forward(completions, groups)
             output_layer.start(None, passes_on=True)
-            result = attention.run(
-                forward.token_ids.to(device), forward.position_ids.to(device), forward.parts, True, logits_to_keep=1
-            )
+            result = attention.run(forward.token_ids.to(device), forward.position_ids.to(device), forward.parts, None)
             output_layer.check(model, result.logits)
             probes = probe_forwards(completions, places, probe_ids, max_tokens, chunk_size)
             _run_probes(attention, output_layer, probes, probed, device)
@@ -176,13 +174,7 @@ def _run_probes(attention, output_layer, probes: Iterable[Forward], probed: list
     """Write the entropies or surprisals at the probed positions of every row into `probed`."""
     for forward in probes:
         output_layer.start(forward.targets, passes_on=False)
-        attention.run(
-            forward.token_ids.to(device),
-            forward.position_ids.to(device),
-            forward.parts,
-            False,
-            logits_to_keep=forward.scored.to(device),
-        )
+        attention.run(forward.token_ids.to(device), forward.position_ids.to(device), forward.parts, forward.scored)
         scores = (output_layer.entropy if forward.targets is None else -output_layer.log_prob).cpu()
         h = torch.zeros(int(forward.probe_of_scored[-1]) + 1).index_add_(0, forward.probe_of_scored, scores)
         for i, first, last in forward.runs:

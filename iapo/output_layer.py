@@ -16,6 +16,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from iapo.cascade import replaced_forward
+
 # Float32 numbers of one tensor, logits or weights, at a time (64 MB, of which about four exist), and rows of an output
 # layer whose weight can't be sliced.
 NUMBERS_AT_A_TIME = 2**24
@@ -132,13 +134,8 @@ def measured_output_layer(model) -> Iterator[MeasuredOutputLayer]:
             "unequally often; leave it out of actor_rollout_ref.model.target_modules."
         )
     measured = MeasuredOutputLayer(layer, _after_output_layer(model.config.get_text_config(decoder=True)))
-    layer.forward = measured
-    try:
+    with replaced_forward(layer, measured):
         yield measured
-    finally:
-        del layer.forward  # the instance's, which hid the class's
-        if layer.forward != measured.original:  # somebody else's had been there
-            layer.forward = measured.original
 
 
 def _after_output_layer(config) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -99,7 +99,7 @@ def resolve(overrides: list[str]):
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    from iapo.checks import ConfigError
+    from iapo.checks import ConfigError, check_numbers
 
     register_resolvers()
     try:
@@ -121,6 +121,8 @@ def resolve(overrides: list[str]):
             if os.environ.get("RAY_ADDRESS"):  # Ray refuses resources for a cluster that is running already
                 config.ray_kwargs.ray_init.num_cpus = None
                 config.ray_kwargs.ray_init.num_gpus = None
+        if wrong := [line for line in check_numbers(config) if line.startswith("data.")]:
+            raise ConfigError("\n".join(wrong))  # other keys are computed from these
         OmegaConf.resolve(config)
         return config
     except (HydraException, OmegaConfBaseException) as error:

@@ -43,9 +43,17 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$platform,dev ${fingerprint#* }" ];
     exit 0
 fi
 
-pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 start=$SECONDS
 say() { printf 'setup: %s (%d s)\n' "$1" $((SECONDS - start)); }
+# pip says nothing for minutes, so something else gives a sign of life meanwhile.
+pip() {
+    local status=0
+    while sleep 20 >/dev/null && kill -0 $$; do say "still installing"; done 2>/dev/null &
+    trap "kill $! 2>/dev/null || true" EXIT
+    "$python" -m pip --disable-pip-version-check "$@" || status=$?
+    kill $!
+    return $status
+}
 
 say "installing for $platform; the first time takes minutes and several GB"
 if [ "$platform" = cpu ]; then

@@ -203,6 +203,7 @@ def test_other_bad_input_gives_one_line(tmp_path, capsys):
         ([dump, "--prompts", str(tmp_path / "gone.parquet")], "no parquet file with a column 'prompt'"),
         ([dump, "--prompts", str(other)], "no completion of"),
         ([dump, "--resamples", "0"], "resamples: 0 at least 1"),
+        ([dump, "--seed", "-1"], "seed: -1 >= 0"),
     ):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()

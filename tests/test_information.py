@@ -388,12 +388,40 @@ def test_the_model_is_left_as_it_was_also_after_a_failure(models):
     ids = torch.tensor([[1, 2, 3]])
     logits = model(ids).logits
     exit_entropy(model, *make_batch([2], [3]), PROBE)
-    handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        exit_entropy(model, *make_batch([2], [3]), PROBE)
-    handle.remove()
+    for module in (model.model.layers[1], model.model.norm):
+        handle = module.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            exit_entropy(model, *make_batch([2], [3]), PROBE)
+        handle.remove()
     assert (model.config._attn_implementation, model.lm_head.forward) == before
+    assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model(ids).logits, logits)
+
+
+def rows_through(model, module, run):
+    """How many tokens each call of a module saw."""
+    seen = []
+    handle = module.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[-2]))
+    run()
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("score_answers", [False, True])
+def test_the_last_layer_works_for_what_is_scored_alone(models, score_answers):
+    model, probe = models["llama"], [5, 6, 7]
+    prompt, response = torch.arange(10), torch.arange(20)
+    answer = torch.tensor([8, 9, 10, 11]) if score_answers else None
+    completions = [packing.Completion(prompt, response, packing.probe_positions(20), answer)]
+
+    def run():
+        exit_entropies(model, completions, probe, max_tokens=1000)
+
+    first, last = model.model.layers
+    probe_tokens, scored = (21 * 6, 21 * 4) if score_answers else (21 * 3, 21)
+    assert rows_through(model, first.mlp.down_proj, run) == [30, probe_tokens]
+    assert rows_through(model, last.mlp.down_proj, run) == [1, scored]  # of the trajectory one that nobody reads
+    assert rows_through(model, last.self_attn.k_proj, run) == [30, probe_tokens]
 
 
 def test_a_layer_with_an_attention_of_its_own_is_refused(models):

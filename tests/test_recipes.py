@@ -125,6 +125,8 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
         (["iapo.alpha"], "'iapo.alpha'.*an argument is key=value"),
         (["iapo.alpha=1,2"], "iapo.alpha=1,2' 1. To use it as a list.*quote the value: key='value1,value2'$"),
         (["iapo.probe=a b)"], "iapo.probe=a b\\)'.*quoted twice"),
+        (["data.max_response_length=abc"], "^data.max_response_length: 'abc' must be a whole number of at least 1.$"),
+        (["data.max_prompt_length=null"], "^data.max_prompt_length: None must be a whole number of at least 1.$"),
     ],
 )
 def test_what_does_not_compose_gets_one_line(overrides, message):
