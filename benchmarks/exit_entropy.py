@@ -3,8 +3,8 @@
 The floor is a plain forward of as many tokens as the pass must push through the model, S + P (T + 1) per completion, as
 causal sequences as long as the trajectory, so that a token attends to about as many others on average. `/ floor` is the
 ratio to it, `/ probes` that to a plain forward of the P (T + 1) probe tokens alone. Times are medians of interleaved
-repeats. `peak MiB` is the memory beyond the loaded model, on a CPU each method in a process of its own, and the last
-column its ratio to that of a plain forward of one trajectory that keeps its keys and values.
+repeats. `peak MiB` is what tensors take beyond the loaded model, and the last column its ratio to that of a plain
+forward of one trajectory that keeps its keys and values.
 """
 
 import argparse
@@ -156,23 +156,16 @@ def methods(model, T: int, B: int, P: int, device: str, best: int) -> dict[str, 
     return functions
 
 
-def prepare(name: str, shape: str, T: int, B: int, P: int, device: str, best: int) -> Callable[[], object]:
-    """One of `methods` in a process of its own, see `peak_mib`."""
-    model = make_model(shape, device)
-    plain_with_cache(model, 16, device)  # what torch allocates once
-    return methods(model, T, B, P, device, best)[name]
-
-
 def measure(model, shape: str, T: int, B: int, P: int, repeats: int, device: str) -> list[list[str]]:
     short = make_completions(model.config.vocab_size, min(T, 256), 1, "full")
     best = best_chunk(model, short, torch.arange(1, P + 1), device)
     functions = methods(model, T, B, P, device, best)
     seconds = interleaved(functions, repeats, device, f"{shape} T={T} B={B}")
     peaks = {}
-    for name in functions:
+    for name, function in functions.items():
         print(f"\r{shape} T={T} B={B}: peak memory of {name} ", end="", file=sys.stderr, flush=True)
-        peaks[name] = peak_mib(partial(prepare, name, shape, T, B, P, device, best), device)
-    print("\r" + " " * 90 + "\r", end="", file=sys.stderr, flush=True)
+        peaks[name] = peak_mib(function, device)
+        print("\r" + " " * 90 + "\r", end="", file=sys.stderr, flush=True)
     rows = []
     for name, value in seconds.items():
         density = next((d for d in DENSITIES if name == f"ours, {d}"), "full")

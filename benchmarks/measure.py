@@ -1,13 +1,13 @@
 """Interleaved timing, peak memory and tables, for the benchmarks."""
 
-import multiprocessing
+import os
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
+from itertools import accumulate
 
 import torch
 
@@ -35,47 +35,25 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_mib(prepare: Callable[[], Callable], device: str) -> float:
-    """MiB that a function takes at its peak beyond what was there before, the model included.
+def peak_mib(function: Callable[[], object], device: str) -> float:
+    """MiB of tensors, torch's own scratch included, that a function holds at its peak beyond what was there before.
 
-    On a GPU by torch's own count. On a CPU by the resident set of a process of its own, so `prepare`, which makes the
-    function, must be picklable.
+    By torch's count on either device, which is the same every time. The resident set of a process is larger, by what
+    its allocator keeps of freed tensors.
     """
+    function()  # what torch allocates once
     if device == "cuda":
-        function = prepare()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_peak_of_process, args=(prepare, sender))
-    process.start()
-    sender.close()  # so that a process that dies ends the wait
-    try:
-        return receiver.recv()
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the measured process ended with status {process.exitcode}, out of memory?") from None
-    finally:
-        process.join()
-
-
-def _peak_of_process(prepare, sender) -> None:
-    torch.set_num_threads(1)
-    function = prepare()
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading and importing
-    before = _status_kib("VmRSS")
-    function()
-    sender.send((_status_kib("VmHWM") - before) / 2**10)
-
-
-def _status_kib(name: str) -> int:
-    """A line of /proc/self/status, where VmRSS is resident now and VmHWM was at the most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes lines of its own
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(changes), default=0) / 2**20
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
