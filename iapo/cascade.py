@@ -114,7 +114,8 @@ class Cascade:
         softcap = None if self._ignores_softcap else softcap
         last = len(self.stored) == self._layers and module is next(reversed(self.stored))
         if last:
-            self._limit_layer(module, query.new_tensor([queries - 1]).long() if storing else self._scored_there)
+            some = torch.tensor([queries - 1], device=query.device) if storing else self._scored_there
+            self._limit_layer(module, some)
             if storing:
                 return query.new_zeros(queries, len(query), value.shape[-1])
 

@@ -223,6 +223,14 @@ def test_bf16_error_is_that_of_the_weights_not_of_the_logits():
     assert (rounded - exact).abs().max() > 1e-4
 
 
+def test_bf16_serves_sequences_whose_length_it_cannot_count():
+    model = make_model("qwen2").to(torch.bfloat16)
+    batch = make_batch([250], [10])  # 259, the last place, is 260 in bf16
+    torch.testing.assert_close(
+        exit_entropy(model, *batch, PROBE), exit_entropy_naive(model, *batch, PROBE), atol=0.3, rtol=0
+    )
+
+
 def entropy_fp64(logits):
     logs = logits.log_softmax(-1)
     return -(logs.exp() * logs).sum(-1)
