@@ -357,4 +357,8 @@ def run(config) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # `run` handles those that come while something is running
+        print("iapo.train: interrupted", file=sys.stderr)
+        sys.exit(130)

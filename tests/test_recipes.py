@@ -418,6 +418,19 @@ def test_the_command_fails_before_ray_with_exit_status_2(verbose_arithmetic):
     assert not Path("runs").exists()
 
 
+def test_ctrl_c_before_ray_is_one_line(tmp_path):
+    """Sent by a module that the command imports, so in the middle of its imports."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys, signal\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'omegaconf': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    result = run_command("--dry-run", "platform=cpu", PYTHONPATH=f"{tmp_path}{os.pathsep}{os.getcwd()}")
+    assert result.returncode == 130 and result.stderr == "iapo.train: interrupted\n"
+
+
 def test_dry_run_prints_the_resolved_configuration(verbose_arithmetic):
     result = run_command("--dry-run", "platform=cpu", "variant=iapo", "iapo.alpha=0.05")
     assert result.returncode == 0, result.stderr
