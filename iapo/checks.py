@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import is_zipfile
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
@@ -391,6 +392,9 @@ def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
         fix = f"write {saved[-1]}, the last that is there, into the file" if saved else "remove the file to begin anew"
         yield f"run_dir: {tracker} names step {text!r}, but there is no such global_step_N; {fix}, or choose another."
         return
+    for path in sorted((tracker.parent / f"global_step_{text}").rglob("*.pt")):
+        if not is_zipfile(path):  # what torch.save writes is one; of a file that was cut the end is missing
+            yield f"run_dir: {path} isn't whole, so no run can go on from step {text}; restore it, or choose another."
     total = config.trainer.total_training_steps
     if total is not None and int(text) >= total and not config.trainer.val_only:
         yield (

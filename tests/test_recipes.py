@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from iapo import provenance, train
@@ -354,6 +355,19 @@ def test_a_tracker_file_that_names_no_checkpoint_is_refused(verbose_arithmetic):
     for folder in tracker.parent.glob("global_step_*"):
         folder.rmdir()
     with pytest.raises(ConfigError, match="^run_dir: .*; remove the file to begin anew, or choose another.$"):
+        check(resolve("platform=cpu", "run_dir=r"))
+
+
+def test_a_checkpoint_that_was_cut_is_refused_by_its_name(verbose_arithmetic):
+    config = resolve("platform=cpu", "run_dir=r")
+    provenance.save(config)
+    checkpoint(config, 9)
+    file = Path(config.trainer.default_local_dir) / "global_step_9/actor/model_world_size_1_rank_0.pt"
+    file.parent.mkdir()
+    torch.save({"weight": torch.ones(1000)}, file)
+    check(resolve("platform=cpu", "run_dir=r"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=f"^run_dir: {file} isn't whole, so no run can go on from step 9; restore"):
         check(resolve("platform=cpu", "run_dir=r"))
 
 
