@@ -16,6 +16,7 @@ to go on there. key=value goes to every run, as in iapo.train.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -39,7 +40,6 @@ from benchmarks.jobs import STOPS, FolderInUse, Job, Running, lock, run_all, slo
 from iapo.data import prepare, write_parquets
 from iapo.evaluation import bootstrap, evaluate, of_prompts, read_prompts, read_samples
 from iapo.metrics_file import read_metrics
-from iapo.provenance import versions
 
 ROOT = Path(__file__).parent.parent
 TRAIN = (sys.executable, "-u", "-m", "iapo.train")
@@ -225,6 +225,7 @@ class Outcome(NamedTuple):
     intervals: dict[str, tuple[float, float]]  # on the test split
     seconds_per_step: float | None
     commit: str | None
+    machine: str | None  # hardware and versions
 
 
 @dataclass
@@ -253,7 +254,6 @@ class Table:
             elif (samples := self._last_validation(job, name)) is not None:
                 if self.config(job) == (job.folder / "config.yaml").read_text():
                     self._outcomes[job.name] = self._evaluate(job, samples)
-                    self._record(job)
         return self._outcomes.get(job.name)
 
     def _record_file(self, job: Job) -> Path:
@@ -262,23 +262,30 @@ class Table:
     def _recorded(self, job: Job) -> Outcome | None:
         if not (file := self._record_file(job)).is_file():
             return None
+        fingerprint = self._fingerprint(job)
         try:
             record = json.loads(file.read_text())
             outcome = Outcome(**record["outcome"])
-            return outcome if record["config"] == self._fingerprint(job) else None
+            return outcome if record["fingerprint"] == fingerprint else None
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file}: is no record of a run ({error!r}); delete it, and the run is made again."
-            ) from None
+            raise ValueError(f"{file}: is no record of a run ({error!r}); delete it.") from None
 
-    def _record(self, job: Job) -> None:
-        record = {"config": self._fingerprint(job), "outcome": self._outcomes[job.name]._asdict()}
+    def record(self, job: Job) -> None:
+        """Keep what a complete run showed; not while it may still be alive."""
+        record = {"fingerprint": self._fingerprint(job), "outcome": self._outcomes[job.name]._asdict()}
         write_whole(self._record_file(job), json.dumps(record, indent=1) + "\n")
 
+    def record_earlier(self) -> None:
+        """Record runs that were complete when an earlier table was stopped."""
+        for job in [self.plan.job(*run) for run in self.known()]:
+            if job.name in self._outcomes and not self._record_file(job).is_file():
+                with contextlib.suppress(FolderInUse), lock(job.folder / "lock"):
+                    self.record(job)
+
     def _fingerprint(self, job: Job) -> str:
-        """Of the run's configuration, the same wherever the output folder and the code are."""
-        text = self.config(job).replace(str(self.plan.out), "OUT").replace(str(ROOT), "ROOT")
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Of a run's configuration and evaluation, the same wherever the output folder and the code are."""
+        text = json.dumps([self.config(job), self.plan.settings()])
+        return hashlib.sha256(text.replace(str(self.plan.out), "OUT").replace(str(ROOT), "ROOT").encode()).hexdigest()
 
     def config(self, job: Job) -> str:
         if job.name not in self._configs:
@@ -303,12 +310,15 @@ class Table:
         metrics = [data for _, data in read_metrics(job.folder / "metrics.jsonl") if "timing_s/step" in data]
         seconds = [data["timing_s/step"] - data.get("timing_s/save_checkpoint", 0.0) for data in metrics[1:]]
         starts = job.folder / "starts.jsonl"
-        commits = [json.loads(line)["versions"]["commit"] for line in starts.read_text().splitlines()]
+        versions = [json.loads(line)["versions"] for line in starts.read_text().splitlines()]
+        commits = [found.pop("commit") for found in versions]
+        named = ", ".join(f"{name} {version}" for name, version in versions[-1].items())
         return Outcome(
             figures={split: evaluate(samples, ks) for split, samples in splits.items()},
             intervals=bootstrap(splits["test"], ks),
             seconds_per_step=statistics.median(seconds) if seconds else None,
             commit=" ".join(dict.fromkeys(commits)) or None,
+            machine=f"{hardware()}; {named}",
         )
 
     # -- which are wanted ---------------------------------------------------------------------------------------
@@ -361,8 +371,10 @@ class Table:
     def finished(self, run: Running) -> str | None:
         """Why a run that ended failed, if it did; writes the table anew."""
         status = run.process.returncode
+        self._outcomes.pop(run.job.name, None)  # of before its end
         complete = run.job.name not in {job.name for job in self.wanted()}
         if status == 0 and complete:
+            self.record(run.job)
             self._ratios.append(run.seconds / self.expected_s(run.job))
             reason = None
             say(f"{run.job.name} is done in {clock(run.seconds)}")
@@ -453,8 +465,6 @@ def results(table: Table) -> dict:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": command(),
-        "hardware": hardware(),
-        "versions": versions(),
         "settings": plan.settings() | {"seeds": plan.seeds, "prompts": {s: len(p) for s, p in table._prompts.items()}},
         "runs": {"done": len(table._outcomes), "planned": plan.jobs, "failed": table.failed},
         "front": pareto.front({n: (r["test"]["tokens"][0], r["test"]["pass@1"][0]) for n, r in rows.items()}),
@@ -492,11 +502,11 @@ def markdown(found: dict) -> str:
         bold = "**" if name in found["front"] else ""
         cells = [with_deviation(row["test"].get(key), digits) for _, key, digits in COLUMNS]
         lines.append(f"| {bold}{name}{bold} | {row['label']} | " + " | ".join(cells) + f" | {len(row['seeds'])} |")
-    commits = sorted({c for row in found["rows"].values() for run in row["seeds"].values() if (c := run["commit"])})
-    versions_line = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if name != "commit")
+    shown = [run for row in found["rows"].values() for run in row["seeds"].values()]
+    commits, machines = (sorted({run[key] for run in shown if run[key]}) for key in ("commit", "machine"))
     seeds = ", ".join(map(str, settings["seeds"]))
     notes = [
-        f"{found['date']}, {found['hardware']}; {versions_line}.",
+        f"{found['date']}. " + " ".join(f"{machine}." for machine in machines),
         f"Command: `{found['command']}`. Commit of the runs: {', '.join(commits) or 'none'}.",
         f"{settings['steps']} training steps; seeds {seeds}: mean ± sample standard deviation over them. Test split: "
         f"{settings['prompts']['test']} prompts, {settings['samples']} sample(s) each at temperature 1.",
@@ -623,6 +633,7 @@ def reproduce(table: Table, most_jobs: int, train: Sequence[str], interval_s: fl
             table.config(job)
         name = ""
         waiting = table.wanted()
+        table.record_earlier()
     except ValueError as error:
         print(f"table: {name}{error}", file=sys.stderr)
         return 2

@@ -101,6 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"benchmarks.roles: --model: {options.model} holds no config.json; give a model's folder.", file=sys.stderr
         )
         return 2
+    if min(options.prompts, options.group) < 1:
+        print("benchmarks.roles: --prompts and --group must be at least 1.", file=sys.stderr)
+        return 2
     torch.set_num_threads(1)
     found = measure(options.model, options.prompts, options.group)
     tokens, information = sum(map(len, found.values())), sum(x[:, 0].sum().item() for x in found.values())

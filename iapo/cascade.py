@@ -12,7 +12,8 @@ So nothing is copied per position, no T x T mask exists and little masked-out wo
 FlashAttention and of cascade inference; `attend_naive` and the tests' plain forward are the references.
 
 Behind the last layer's attention no token sees another, and only the scored ones' logits are asked for. So there the
-others' queries and MLP are left out; of trajectories, whose keys and values alone count, all are.
+others' attention to stored keys and, where it is made of linear layers, their MLP are left out; of trajectories, whose
+keys and values alone count, all of it is.
 
 The keys and values may also be those of a forward that somebody else makes of the same trajectories, see
 `captured_attention`.
@@ -114,8 +115,9 @@ class Cascade:
         softcap = None if self._ignores_softcap else softcap
         last = len(self.stored) == self._layers and module is next(reversed(self.stored))
         if last:
-            some = torch.tensor([queries - 1], device=query.device) if storing else self._scored_there
-            self._limit_layer(module, some)
+            rows = torch.tensor([queries - 1], device=query.device) if storing else self._scored_there
+            for sibling in _siblings_by_token(self._model, module):  # for the rest of this run
+                self._undo.enter_context(replaced_forward(sibling, _limited_to(rows, queries, sibling.forward)))
             if storing:
                 return query.new_zeros(queries, len(query), value.shape[-1])
 
@@ -148,11 +150,6 @@ class Cascade:
     def _scored_of(self, r: Range) -> torch.Tensor:
         first, end = torch.searchsorted(self._scored, torch.tensor([r.queries.start, r.queries.stop])).tolist()
         return self._scored_there[first:end]
-
-    def _limit_layer(self, attention: torch.nn.Module, rows: torch.Tensor) -> None:
-        """For the rest of this run, let what comes after this attention in its layer see these rows alone."""
-        for module in _siblings_by_token(self._model, attention):
-            self._undo.enter_context(replaced_forward(module, _limited_to(rows, module.forward)))
 
     def _mask(self, r: Range, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, M) additive mask of a range with `visible`, and (N,) who sees none of it; the same in every layer."""
@@ -327,25 +324,28 @@ def replaced_forward(module: torch.nn.Module, forward: Callable) -> Iterator[Non
 
 
 def _siblings_by_token(model, attention: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules beside an attention in its layer that are made of linear layers: they take every token by itself."""
-    layer = next(module for module in model.modules() if any(child is attention for child in module.children()))
+    """The modules beside an attention in its layer all of whose parameters are those of linear layers: MLPs, which take
+    every token by itself."""
+    layer = next((m for m in model.modules() if any(child is attention for child in m.children())), None)
     found = []
-    for sibling in layer.children():
-        leaves = [m for m in sibling.modules() if next(m.children(), None) is None]
-        linear = [isinstance(leaf, torch.nn.Linear) for leaf in leaves if next(leaf.parameters(), None) is not None]
-        if sibling is not attention and linear and all(linear):
+    for sibling in [] if layer is None else layer.children():
+        linear = {p for m in sibling.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters(recurse=False)}
+        if sibling is not attention and linear and linear == set(sibling.parameters()):
             found.append(sibling)
     return found
 
 
-def _limited_to(rows: torch.Tensor, forward):
-    """`forward` of a module that takes every token by itself, for these rows of (1, N, D); others give 0."""
+def _limited_to(rows: torch.Tensor, tokens: int, forward: Callable) -> Callable:
+    """`forward` of a module that takes every token by itself, for these rows of its input (1, tokens, D) alone; the
+    others give 0. As it is where it is called in another way or doesn't give a tensor."""
 
     def limited(x, *args, **kwargs):
-        if args or kwargs or x.dim() != 3:
+        if args or kwargs or x.dim() != 3 or x.shape[:2] != (1, tokens):
             return forward(x, *args, **kwargs)
         out = forward(x[:, rows])
-        return out.new_zeros(1, x.shape[1], out.shape[-1]).index_copy_(1, rows, out)
+        if not isinstance(out, torch.Tensor) or out.shape[:2] != (1, len(rows)):
+            return forward(x)
+        return out.new_zeros(1, tokens, out.shape[-1]).index_copy_(1, rows, out)
 
     return limited
 

@@ -318,6 +318,8 @@ def default_max_tokens(config, device: torch.device | str | int) -> int:
     head_size = getattr(text, "head_dim", None) or hidden // heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     intermediate = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    if isinstance(intermediate, list):  # one per layer, as in Gemma 3n
+        intermediate = max(intermediate)
     stored = 2 * text.num_hidden_layers * key_heads * head_size
     bytes_per_token = 4 * (4 * hidden + 3 * intermediate + 8 * heads * head_size + stored)
     kind = device if isinstance(device, str) else getattr(device, "type", "cuda")

@@ -263,8 +263,13 @@ def check_vllm_plugin() -> None:
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and ENTRY_POINT not in allowed.split(","):
         raise ConfigError(f"VLLM_PLUGINS: '{allowed}' leaves out '{ENTRY_POINT}', which iapo needs; add or unset it.")
-    if not entry_points(group="vllm.general_plugins", name=ENTRY_POINT):
-        raise ConfigError("iapo: its vLLM plugin isn't installed; install the package as it is now: pip install -e .")
+    plugins = list(entry_points(group="vllm.general_plugins", name=ENTRY_POINT))
+    try:
+        plugins[0].load()  # vLLM swallows what goes wrong here
+    except (IndexError, ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"iapo: its vLLM plugin isn't installed ({error!r}); install the package as it is now: pip install -e ."
+        ) from None
 
 
 def check_ray_answers(address: str) -> None:

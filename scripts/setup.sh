@@ -43,6 +43,7 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$platform,dev ${fingerprint#* }" ];
     exit 0
 fi
 
+trap 'exit 130' INT # pip survives Ctrl-C as a failure, which must not start another install
 start=$SECONDS
 say() { printf 'setup: %s (%d s)\n' "$1" $((SECONDS - start)); }
 # pip says nothing for minutes, so something else gives a sign of life meanwhile.
@@ -51,7 +52,8 @@ pip() {
     while sleep 20 >/dev/null && kill -0 $$; do say "still installing"; done 2>/dev/null &
     trap "kill $! 2>/dev/null || true" EXIT
     "$python" -m pip --disable-pip-version-check "$@" || status=$?
-    kill $!
+    kill $! || true
+    trap - EXIT
     return $status
 }
 

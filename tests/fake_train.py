@@ -35,7 +35,7 @@ def main():
     if not tracker.exists():
         (folder / "config.yaml").write_text("\n".join(sys.argv[1:]))
     with (folder / "starts.jsonl").open("a") as file:
-        file.write(json.dumps({"versions": {"commit": "abc"}}) + "\n")
+        file.write(json.dumps({"versions": {"commit": "abc", "torch": "2.0"}}) + "\n")
     trained = given["variant"] != "grpo" or not folder.name.startswith("untrained")
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1) if trained else []:

@@ -130,8 +130,8 @@ def finished(run: Run) -> Run:
 def socket_of_another_run():
     """What a run with a Ray of its own would use if verl chose the name: a run removes it when it sends weights."""
     path = Path("/tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock")
-    with path.open("x"):
-        yield path
+    path.touch()
+    yield path
     path.unlink(missing_ok=True)
 
 

@@ -432,6 +432,54 @@ def test_the_last_layer_works_for_what_is_scored_alone(models, score_answers):
     assert rows_through(model, last.self_attn.k_proj, run) == [30, probe_tokens]
 
 
+class Gated(torch.nn.Module):
+    """Mixes neighbouring tokens by a parameter of its own, beside linear layers."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.mix = mlp, torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.mlp(x + self.mix * x.roll(1, dims=1))
+
+
+class Routed(torch.nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x):
+        return self.mlp(x), "router logits"
+
+
+def test_only_what_takes_tokens_by_themselves_is_limited(models):
+    layer = make_model("llama").model.layers[1]
+
+    def siblings():
+        return cascade._siblings_by_token(layer, layer.self_attn)
+
+    mlp = layer.mlp
+    assert siblings() == [mlp]
+    layer.mlp = Gated(mlp)
+    assert siblings() == []
+    layer.mlp = Routed(mlp)
+    assert siblings() == [layer.mlp]
+    assert cascade._siblings_by_token(mlp, layer.self_attn) == []  # an attention that no layer holds directly
+
+    rows, x = torch.tensor([1, 3]), torch.randn(1, 5, 32)
+    expected = mlp(x)
+    result = cascade._limited_to(rows, 5, mlp.forward)(x)
+    torch.testing.assert_close(result[:, rows], expected[:, rows])
+    assert (result[:, [0, 2, 4]] == 0).all()
+    for unchanged in (
+        cascade._limited_to(rows, 4, mlp.forward)(x),
+        cascade._limited_to(rows, 5, mlp.forward)(x[0])[None],
+    ):
+        assert torch.equal(unchanged, expected)
+    whole, _ = cascade._limited_to(rows, 5, layer.mlp.forward)(x)
+    assert torch.equal(whole, expected)
+
+
 def test_a_layer_with_an_attention_of_its_own_is_refused(models):
     model = make_model("llama")
     model.model.layers[0].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
@@ -567,6 +615,36 @@ def test_somebody_else_s_forward_is_shared_and_left_as_it_is(models, family, sco
         torch.testing.assert_close(h[: len(expected)], expected, atol=1e-5, rtol=1e-6)
         n = len(row.trajectory)
         assert len(h) == len(row.response) + 1 and (h[n:] == h[n]).all()
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 15), st.integers(1, 5)), min_size=1, max_size=4),
+    probe_length=st.integers(1, 4),
+    max_tokens=st.integers(1, 80),
+    seed=st.integers(0, 99),
+)
+def test_shared_and_masked_forwards_equal_the_pass_at_random_shapes(models, rows, probe_length, max_tokens, seed):
+    model, generator = models["llama"], torch.Generator().manual_seed(seed)
+    ids = [torch.randint(0, VOCAB, (n,), generator=generator) for row in rows for n in row[:2]]
+    completions = [
+        packing.Completion(prompt, response, packing.probe_positions(len(response), stride))
+        for prompt, response, (_, _, stride) in zip(ids[::2], ids[1::2], rows, strict=True)
+    ]
+    probe = torch.randint(0, VOCAB, (probe_length,), generator=generator)
+    expected = exit_entropies(model, completions, probe, max_tokens=max_tokens)
+
+    with forward_to_share(model) as keys_and_values:
+        _, starts = packed_forward(model, completions)
+    places = packing.places_of_sequences(completions, starts)
+    probes = packing.probe_forwards(completions, places, probe, max_tokens)
+    torch.testing.assert_close(
+        exit_entropies_after(model, completions, probes, keys_and_values), expected, atol=1e-5, rtol=1e-6
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "_can_set_attn_implementation", lambda: False)
+        masked = exit_entropies(model, completions, probe, max_tokens=max_tokens)
+    torch.testing.assert_close(masked, expected, atol=1e-5, rtol=1e-6)
 
 
 def test_what_can_t_be_captured_is_known(models, monkeypatch):

@@ -312,7 +312,7 @@ def test_a_record_stands_for_its_run_also_in_another_place(tmp_path, monkeypatch
 
     # A record of another configuration doesn't count, and what is no record is refused in a line.
     record = tmp_path / "elsewhere2/records/dapo-seed1.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"config": "another"}))
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"fingerprint": "another"}))
     assert rt.main(["--out", str(tmp_path / "elsewhere2")], FAKE_TRAIN, config_of, interval_s=0.05) == 0
     assert [path.name for path in (tmp_path / "elsewhere2/runs").glob("*-seed*")] == ["dapo-seed1"]
     record.write_text('{"config"')
@@ -320,6 +320,29 @@ def test_a_record_stands_for_its_run_also_in_another_place(tmp_path, monkeypatch
     assert rt.main(["--out", str(tmp_path / "elsewhere2")], ["false"], config_of) == 2
     errors = capsys.readouterr().err
     assert errors.startswith(f"table: {record}: is no record of a run (") and errors.count("\n") == 1
+
+
+def test_a_run_that_is_still_alive_is_not_recorded(tmp_path, monkeypatch):
+    quick = ["--quick", "--methods", "dapo"]
+    assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
+    record = tmp_path / "out/records/dapo-seed0.json"
+    record.unlink()
+    with jobs.lock(tmp_path / "out/runs/dapo-seed0/lock"):
+        assert reproduce(tmp_path, monkeypatch, *quick) == (0, [])
+        assert not record.exists()
+    assert reproduce(tmp_path, monkeypatch, *quick) == (0, [])
+    assert record.exists()
+
+
+def test_a_record_of_other_settings_does_not_count(tmp_path, monkeypatch):
+    quick = ["--quick", "--methods", "dapo"]
+    assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
+    for lost in ("settings.json", "data", "runs"):  # what else would refuse, where only records were copied
+        file = tmp_path / "out" / lost
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    (tmp_path / "out/runs").mkdir()
+    status, calls = reproduce(tmp_path, monkeypatch, *quick, "--samples", "2")
+    assert status == 0 and {name for name, _, _ in calls} == {"dapo-seed0", "untrained-seed0"}
 
 
 def test_a_run_that_was_stopped_before_its_validation_is_only_validated(tmp_path, monkeypatch):
