@@ -191,6 +191,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model = make_model(options.shape, device)
+    # glibc keeps freed memory for later only up to the largest block that was ever freed; a training process has freed
+    # large ones, and without, short sequences are slowed by page faults.
+    torch.zeros(30 * 2**20, dtype=torch.uint8)
     print(machine(device))
     check(torch.arange(1, options.probe + 1), device)
     for T in options.lengths:
