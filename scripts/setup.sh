@@ -66,6 +66,11 @@ if [ "$platform" = cpu ]; then
         pip install -q --retries 0 --timeout 20 "torch==$torch+cpu" \
             --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null ||
         pip install -q "torch==$torch"
+    "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' || {
+        echo "setup.sh: pip found only a CUDA build of torch $torch for $("$python" --version), which vLLM's CPU build" \
+            "refuses; make https://download.pytorch.org/whl/cpu reachable, or set PYTHON to another Python" >&2
+        exit 1
+    }
     say "torch $torch is there, now verl, vLLM and the rest"
 fi
 if [ "$platform" = gpu ] && ! "$python" -c 'import flash_attn' 2>/dev/null; then
