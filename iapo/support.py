@@ -2,14 +2,17 @@
 
 import inspect
 
+from torch.nn import Embedding
+
 
 def check_model(model, length: int) -> None:
     """Refuse a model that would be silently wrong at `length` tokens (prompt + response + probe).
 
     Raises:
         ValueError: recurrent state, sliding or chunked attention shorter than `length`, no position ids (ALiBi),
-            rotary frequencies that depend on the length, more tokens than learned positions, an encoder-decoder,
-            prompt or prefix tuning, or the model is in training mode.
+            rotary frequencies that depend on the length, more tokens than learned positions, positions that don't
+            count from 0, attention that isn't causal, an encoder-decoder, prompt or prefix tuning, or the model is in
+            training mode.
     """
     if model.training:
         raise ValueError("model: in training mode, where dropout would blur the entropies; call model.eval() first.")
@@ -24,6 +27,13 @@ def check_model(model, length: int) -> None:
         reason = "its forward takes no position_ids (ALiBi?), so probes can't be placed"
     if reason is None and getattr(unwrapped, "_is_stateful", False):
         reason = "it keeps a recurrent state instead of a KV cache"
+    if reason is None and any(getattr(module, "is_causal", True) is False for module in unwrapped.modules()):
+        reason = "its attention is not causal"
+    if reason is None and any(
+        isinstance(module, Embedding) and module.padding_idx is not None and name.endswith("position_embeddings")
+        for name, module in unwrapped.named_modules()
+    ):
+        reason = "its positions are counted from its padding index on, as RoBERTa's are"
     if reason is not None:
         raise ValueError(
             f"model: {type(model).__name__} can't serve the exit-entropy pass at {length} tokens: {reason}. "

@@ -334,8 +334,19 @@ SMALL = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attentio
             ),
             "change with the length",
         ),
+        (transformers.BertConfig(**SMALL, intermediate_size=64, is_decoder=False), "not causal"),
+        (transformers.RobertaConfig(**SMALL, intermediate_size=64, is_decoder=True), "padding index"),
     ],
-    ids=["mistral-window", "qwen2-window", "gpt2-short", "bloom-alibi", "mamba", "llama-dynamic-rope"],
+    ids=[
+        "mistral-window",
+        "qwen2-window",
+        "gpt2-short",
+        "bloom-alibi",
+        "mamba",
+        "llama-dynamic-rope",
+        "bert",
+        "roberta",
+    ],
 )
 def test_models_that_would_be_wrong_are_refused(config, reason):
     with pytest.raises(ValueError, match=reason):
