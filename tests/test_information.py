@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from iapo import cascade, output_layer, packing
 from iapo.information import (
+    check_exactness,
     default_max_tokens,
     entropy,
     exit_entropies,
@@ -504,6 +505,31 @@ def test_masks_and_keys_that_only_the_model_knows_are_refused():
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match="DogeAttention makes masks or keys of its own"):
         exit_entropy(model, *make_batch([4], [9]), PROBE)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_passes_the_comparison_with_plain_forwards(models, family):
+    assert check_exactness(models[family], PROBE) < 1e-5
+    assert 1e-5 < check_exactness(make_model(family).to(torch.bfloat16), PROBE) < 0.1  # its logits round
+    assert check_exactness(make_model(family).to(torch.bfloat16).float(), PROBE) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_mixes_tokens_by_a_way_of_its_own_is_refused(dtype):
+    """Nothing in its config or its modules says so."""
+
+    class Mixing(torch.nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x):
+            return self.mlp(x) + x.cumsum(1)
+
+    model = make_model("qwen2")
+    model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
+    with pytest.raises(ValueError, match="on a random text .* Qwen2ForCausalLM differ by .* so it can't be served"):
+        check_exactness(model.to(dtype), PROBE)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -110,6 +110,7 @@ def run_rank(rank, port, folder):
     for kind, settings in KINDS.items():
         worker = make_worker(folder, **settings)
         worker.actor.engine.module.register_forward_hook(lambda *_: forwards.append(1))
+        worker._work(make_data(answering_rows(CASES[0][0], rank), CONFIGS[CASES[0][1]]))  # compares, once
         for batch, name in CASES if kind == "shared" else CASES[:1]:
             rows, config = answering_rows(batch, rank), CONFIGS[name]
             alone = worker.compute_log_prob(make_data(rows))

@@ -139,6 +139,8 @@ def run_rank(rank, folder):
             _autocast_dtype=torch.float32,
         )
         model.register_forward_pre_hook(lambda _, __, kw: forwards.append(kw["input_ids"].numel()), with_kwargs=True)
+        worker._work(make_data(make_rows("some padding", rank)))  # compares with plain forwards, once
+        assert len(forwards) > 10
         for batch in ROWS:
             forwards.clear()
             result = worker.compute_exit_entropy(make_data(make_rows(batch, rank)))

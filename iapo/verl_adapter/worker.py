@@ -21,7 +21,13 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from iapo.cascade import can_capture
 from iapo.config import IapoConfig
-from iapo.information import default_max_tokens, exit_entropies, exit_entropies_after, forward_to_share
+from iapo.information import (
+    check_exactness,
+    default_max_tokens,
+    exit_entropies,
+    exit_entropies_after,
+    forward_to_share,
+)
 from iapo.packing import Completion, forward_count, longest, places_of_sequences, probe_forwards, probe_positions
 from iapo.region import final_answer, reasoning_length, step_ends
 from iapo.support import check_model
@@ -47,6 +53,8 @@ class Work(NamedTuple):
 
 
 class IapoWorker(ActorRolloutRefWorker):
+    _checked = False  # whether the pass has been compared with plain forwards on this model
+
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self):
         super().init_model()
@@ -118,6 +126,10 @@ class IapoWorker(ActorRolloutRefWorker):
         # Ranks agree on what to refuse and on how often to call the model before the first forward: FSDP gathers
         # parameters in every forward, so a rank that makes one less, or raises alone, would leave the others waiting.
         length = self._maximum_over_ranks(longest(list(completions.values()), len(probe_ids)))
+        if not self._checked:
+            with self.actor.engine.eval_mode(), torch.no_grad(), self._autocast():
+                check_exactness(self.actor.engine.module, probe_ids, device=get_device_id())
+            self._checked = True
         return Work(completions, torch.tensor(probe_ids), max_tokens, length)
 
     def _separate_pass(self, work: Work) -> dict[int, torch.Tensor]:
