@@ -3,7 +3,6 @@
 And in a Ray of its own, unless RAY_ADDRESS is in the environment.
 """
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -12,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from iapo.folder_lock import FolderInUse, lock
 from iapo.metrics_file import read_metrics
 
 # What a run of the embedded model takes at its peak on a CPU, with a margin.
@@ -76,26 +75,6 @@ class Running:
         said = [line for line in lines if line.startswith("iapo.train: ")] or lines
         status = f"exit status {self.process.returncode}"
         return f"{said[-1].removeprefix('iapo.train: ')} ({status})" if said else status
-
-
-class FolderInUse(RuntimeError):
-    """Another process works in a folder."""
-
-
-def lock(path: Path) -> IO:
-    """An open file with an exclusive lock, which lasts as long as any process has it open.
-
-    Raises:
-        FolderInUse: another process has it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise FolderInUse(f"{path.parent} is in use by a run that is still alive; wait for it or stop it.") from None
-    return file
 
 
 def run_all(

@@ -36,9 +36,10 @@ import pyarrow.parquet as pq
 import yaml
 
 from benchmarks import pareto
-from benchmarks.jobs import STOPS, FolderInUse, Job, Running, lock, run_all, slots_by_memory
+from benchmarks.jobs import STOPS, Job, Running, run_all, slots_by_memory
 from iapo.data import prepare, write_parquets
 from iapo.evaluation import bootstrap, evaluate, of_prompts, read_prompts, read_samples
+from iapo.folder_lock import FolderInUse, lock
 from iapo.metrics_file import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -8,6 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -40,6 +41,7 @@ def check(config: DictConfig, files: bool = True) -> None:
         problems += [*_terms(config, iapo), *_methods(config, iapo), *_engine(config, iapo)]
         if files:
             problems += [*_paths(config), *_reward(config), *_data(config), *_resume(config), *_model(config, iapo)]
+            problems += [] if problems else _prompts(config)
     if problems:
         raise ConfigError("\n".join(problems))
     for line in _without_effect(config, iapo):
@@ -53,7 +55,7 @@ NUMBERS = (
     ("data.max_prompt_length", int, 1),
     ("data.max_response_length", int, 1),
     ("actor_rollout_ref.rollout.n", int, 1),
-    ("actor_rollout_ref.rollout.temperature", float, 0),
+    ("actor_rollout_ref.rollout.temperature", float, 0.01),  # vLLM takes less for greedy
     ("actor_rollout_ref.actor.optim.lr", float, 0),
     ("actor_rollout_ref.actor.ppo_mini_batch_size", int, 1),
     ("trainer.total_training_steps", int, 1),
@@ -214,7 +216,7 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema, rows = file.schema_arrow, file.metadata.num_rows
-            sources = file.read(columns=["data_source"] if "data_source" in schema.names else [])
+            rows_read = file.read(columns=[c for c in ("prompt", "data_source") if c in schema.names])
     except (OSError, pyarrow.ArrowInvalid) as error:
         yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
         return
@@ -222,13 +224,13 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
     if missing:
         yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
-        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, sources["data_source"]))
+        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, rows_read))
     if field == "train_files" and isinstance(config.data.train_files, str) and rows < config.data.train_batch_size:
         yield f"data.train_batch_size: {config.data.train_batch_size} exceeds the {rows} rows of {name}."
 
 
-def _columns(schema, sources) -> Iterator[str]:
-    """What verl would stumble over at the first row; `sources` is the column data_source."""
+def _columns(schema, rows) -> Iterator[str]:
+    """What verl would stumble over or leave out in silence; `rows` has the columns prompt and data_source."""
     import pyarrow.types as types
 
     prompt, reward = schema.field("prompt").type, schema.field("reward_model").type
@@ -237,8 +239,9 @@ def _columns(schema, sources) -> Iterator[str]:
         yield f"prompt: {prompt} must be a list of chat messages, structs with role and content."
     if "ground_truth" not in _fields(reward):
         yield f'reward_model: {reward} must be a struct with ground_truth, as {{"style": "rule", "ground_truth": "4"}}.'
-    if sources.null_count:
-        yield f"data_source: {sources.null_count} rows are null; each must name the data set it is from."
+    for name, fix in (("prompt", "each must hold chat messages"), ("data_source", "each must name the data set")):
+        if count := rows[name].null_count:
+            yield f"{name}: {count} rows are null; {fix}."
 
 
 def _fields(kind) -> set[str]:
@@ -246,6 +249,41 @@ def _fields(kind) -> set[str]:
     import pyarrow.types as types
 
     return {field.name for field in kind} if types.is_struct(kind) else set()
+
+
+def _prompts(config: DictConfig) -> Iterator[str]:
+    """verl leaves out prompts that are too long, or that it can't format, and stumbles if too few are left."""
+    import pyarrow.parquet
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    data, model = config.data, config.actor_rollout_ref.model
+    if not data.filter_overlong_prompts:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    template = model.custom_chat_template or tokenizer.chat_template
+    options = OmegaConf.to_container(data.get("apply_chat_template_kwargs") or OmegaConf.create())
+
+    def fits(messages: list[dict]) -> bool:
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True, **options
+        )
+        return len(tokenizer.encode(text, add_special_tokens=False)) <= data.max_prompt_length
+
+    for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
+        names = [data[field]] if isinstance(data[field], str) else data[field]
+        tables = (pyarrow.parquet.read_table(name, columns=["prompt"]) for name in names)
+        prompts = (messages for table in tables for messages in table["prompt"].to_pylist())
+        try:
+            found = sum(1 for _ in islice(filter(fits, prompts), needed))
+        except TemplateError as error:
+            yield f"data.{field}: {data[field]} has a prompt that the chat template of {model.path} refuses ({error})."
+            continue
+        if found < needed:
+            yield (
+                f"data.max_prompt_length: {data.max_prompt_length} tokens hold only {found} prompts of {data[field]}, "
+                f"{needed} are needed; raise it."
+            )
 
 
 def _paths(config: DictConfig) -> Iterator[str]:
@@ -349,14 +387,21 @@ def _positions(config: DictConfig, model_config) -> Iterator[str]:
 
 
 def _resume(config: DictConfig) -> Iterator[str]:
-    tracker = tracker_file(config)
-    if config.trainer.resume_mode == "resume_path" and config.trainer.resume_from_path:
+    tracker, mode = tracker_file(config), config.trainer.resume_mode
+    if mode not in ("auto", "disable", "resume_path"):
+        yield f"trainer.resume_mode: {mode!r} must be auto, disable or resume_path."
+    if mode == "disable" and tracker.is_file():
+        yield (
+            f"trainer.resume_mode: 'disable' would write over the run in {config.run_dir}; choose another run_dir, or "
+            "remove the folder."
+        )
+    if mode == "resume_path" and config.trainer.resume_from_path:
         try:
             methods = make_methods(OmegaConf.to_container(config, resolve=True)["methods"])
             load_states(methods, Path(config.trainer.resume_from_path))
         except ValueError as error:
             yield str(error)
-    if config.trainer.resume_mode != "auto" or not tracker.is_file():
+    if mode != "auto" or not tracker.is_file():
         return
     if not saved_config(config).is_file():
         yield (

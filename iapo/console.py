@@ -11,18 +11,15 @@ class ProgressConsole:
 
     Args:
         total_steps: training steps of the whole run.
-        first_step: steps that an earlier process of a resumed run has done.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0):
-        self._total, self._first = total_steps, first_step
-        self._start = time.monotonic()
+    def __init__(self, total_steps: int):
+        self._total = total_steps
+        self._first: tuple[int, float] | None = None  # step and its end: the first one takes long and counts for none
 
     def log(self, data: dict, step: int) -> None:
         parts = []
         if "training/global_step" in data:
-            elapsed = time.monotonic() - self._start
-            left = elapsed / max(step - self._first, 1) * (self._total - step)
             parts = [f"step {step}/{self._total}"]
             for name, key, form in (
                 ("accuracy", "iapo/reward/acc", ".3f"),
@@ -33,7 +30,13 @@ class ProgressConsole:
             ):
                 if key in data:
                     parts.append(f"{name} {float(data[key]):{form}}")
-            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+            now = time.monotonic()
+            if self._first is None:
+                self._first = step, now
+            else:
+                first, end = self._first
+                left = (now - end) / (step - first) * (self._total - step)
+                parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
         held_out = validation(step, data)
         if held_out:
             parts.append(f"held-out: accuracy {held_out.accuracy:.3f} tokens {held_out.tokens:.1f}")

@@ -40,6 +40,7 @@ INSTRUCTION = (
 )
 TEST_FRACTION = 0.2
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 4096, 256, 256
+MOST_GENERATED = 1_000_000  # of 99^4 problems, so that drawing distinct ones stays quick
 SUFFIXES = (".parquet", ".json", ".jsonl")
 
 DAPO_PREFIX = (
@@ -340,8 +341,8 @@ def prepare(
     if name not in NAMES:
         raise ValueError(f"name: got {name!r}, choose one of {', '.join(NAMES)}")
     for field, value in (("train_size", train_size), ("test_size", test_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{field}: got {value}, give at least 1")
+        if value is not None and not 1 <= value <= MOST_GENERATED:
+            raise ValueError(f"{field}: got {value}, give at least 1 and at most {MOST_GENERATED}")
     if name == "verbose_arithmetic":
         _warn_if_set(name, source=source)
         instruction = ""

@@ -104,7 +104,7 @@ def main() -> int:
     for run_dir in arguments.run_dirs:
         try:
             found = validations(run_dir)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             print(f"iapo.report: {run_dir}: holds no metrics.jsonl; give the folder of a run.", file=sys.stderr)
             return 2
         except (ValueError, KeyError, TypeError) as error:
@@ -116,7 +116,11 @@ def main() -> int:
         runs[run_dir.name] = found
         print(f"{run_dir.name}\n{table(found[0], found[-1])}\n")
     if arguments.picture:
-        draw(runs, arguments.picture)
+        try:
+            draw(runs, arguments.picture)
+        except (OSError, ValueError) as error:  # its folder, or a suffix that matplotlib doesn't know
+            print(f"iapo.report: --picture: {arguments.picture} can't be written ({error}).", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -11,17 +11,21 @@ key=value any key of recipes/iapo_defaults.yaml or of verl, e.g. iapo.alpha=0.05
 """
 
 import difflib
+import logging
 import os
 import re
 import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+
+from iapo.folder_lock import FolderInUse, lock
 
 # What platform=cpu needs in the environment of every process, before verl is imported.
 CPU_ENVIRONMENT = {
@@ -50,6 +54,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     overrides = [argument for argument in arguments if argument != "--dry-run"]
     platform = choose_platform(overrides)
+    if platform not in ("cpu", "gpu"):
+        print(f"iapo.train: platform: {platform} must be cpu or gpu", file=sys.stderr)
+        return 2
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of source code
+    # It tells at every start what is set here.
+    logging.getLogger("verl.plugin.platform.platform_manager").addFilter(lambda r: r.levelno > logging.INFO)
     if platform == "cpu":
         os.environ.update(CPU_ENVIRONMENT)
 
@@ -71,7 +81,25 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(OmegaConf.to_yaml(config))
         return 0
-    return run(config)
+    try:
+        with lock_run_dir(config):
+            return run(config)
+    except FolderInUse as error:
+        print(f"iapo.train: run_dir: {error}", file=sys.stderr)
+        return 2
+
+
+def lock_run_dir(config) -> AbstractContextManager:
+    """No second run in the same folder at the same time, whose files would mix; held by this process alone.
+
+    Raises:
+        FolderInUse: there is one.
+    """
+    try:
+        return lock(Path(config.run_dir) / "run.lock")
+    except OSError as error:  # some network file systems
+        warnings.warn(f"run_dir: {config.run_dir} can't be locked ({error}); start no second run in it.", stacklevel=2)
+        return nullcontext()
 
 
 def choose_platform(overrides: list[str]) -> str:
@@ -126,7 +154,7 @@ def resolve(overrides: list[str]):
         OmegaConf.resolve(config)
         return config
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(str(error))) from None
+        raise ConfigError(explain(str(error), getattr(error, "override", None))) from None
 
 
 def chosen_variants(overrides: list[str]) -> list[str]:
@@ -149,8 +177,8 @@ def chosen_variants(overrides: list[str]) -> list[str]:
     return names
 
 
-def explain(hydra_error: str) -> str:
-    """One line with the field, the value and the fix from what Hydra says of an override."""
+def explain(hydra_error: str, override: str | None = None) -> str:
+    """One line with the field, the value and the fix from what Hydra says, of an override that it can't read."""
     from hydra import compose, initialize_config_dir
 
     if unknown := re.match("Could not override '(.*)'", hydra_error):
@@ -163,7 +191,9 @@ def explain(hydra_error: str) -> str:
         return f"{unknown[1]}: unknown key; " + (f"did you mean {likely[0]}?" if likely else "--dry-run lists all.")
     # What follows, where Hydra looked or that it could start several runs, doesn't help.
     text = " ".join(re.split("Config search path|See https|3. To sweep", hydra_error)[0].split())
-    if "expecting" in text or "parsing override" in text:
+    if override and override not in text:
+        text = f"{override}: {text}"
+    if override or "expecting" in text or "parsing override" in text:
         text += " (an argument is key=value; a value with spaces or any of ,:=()[]{} is quoted twice: 'key=\"a, b\"')"
     return text
 
@@ -220,11 +250,18 @@ def expand(override: str) -> list[str]:
 
 def prepare_data(config) -> None:
     """Generate the embedded data set if this run uses it and it isn't there yet."""
+    from iapo.checks import ConfigError
     from iapo.data import prepare
 
     folder = data_dir() / "verbose_arithmetic"
     if Path(str(config.data.train_files)).parent == folder and not (folder / "test.parquet").is_file():
-        prepare("verbose_arithmetic", data_dir())
+        try:
+            prepare("verbose_arithmetic", data_dir())
+        except OSError as error:
+            raise ConfigError(
+                f"IAPO_DATA_DIR: the data can't be written to {folder} ({error.strerror}); set the variable to a "
+                "folder that can be written to."
+            ) from None
 
 
 def check_machine(config) -> None:
@@ -234,6 +271,11 @@ def check_machine(config) -> None:
 
     from iapo.checks import ConfigError
 
+    if config.trainer.nnodes > 1 and not os.environ.get("RAY_ADDRESS"):
+        raise ConfigError(
+            f"trainer.nnodes: {config.trainer.nnodes}, but RAY_ADDRESS names no Ray cluster; start one on the nodes "
+            "(as scripts/slurm/iapo.sbatch does) and set the variable, or use trainer.nnodes=1."
+        )
     if config.trainer.device == "cpu":
         if PlatformRegistry.get("cpu") is None:
             raise ConfigError(
@@ -304,7 +346,7 @@ def run(config) -> int:
     from omegaconf import OmegaConf
     from verl.trainer.main_ppo import run_ppo
 
-    from iapo.provenance import save
+    from iapo.provenance import save, tracker_file
     from iapo.report import print_table
     from iapo.shared_memory import RUN_ID, removes_own_segments
     from iapo.signals import recorded_signals
@@ -351,7 +393,8 @@ def run(config) -> int:
                 signal.signal(number, signal.SIG_IGN)
             ray.shutdown()
     if stop_signal:
-        print(f"iapo.train: {STOPS[stop_signal]}; the same command goes on from the last checkpoint", file=sys.stderr)
+        on = "goes on from the last checkpoint" if tracker_file(config).is_file() else "starts anew: no checkpoint yet"
+        print(f"iapo.train: {STOPS[stop_signal]}; the same command {on}", file=sys.stderr)
         return 128 + stop_signal
     if failure is not None:  # last of all, behind what Ray still had to print
         reason = (str(failure).strip().splitlines() or [""])[-1]
@@ -363,7 +406,12 @@ def run(config) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        status = main()
     except KeyboardInterrupt:  # `run` handles those that come while something is running
         print("iapo.train: interrupted", file=sys.stderr)
-        sys.exit(130)
+        status = 130
+    if status > 128:  # a Ray that was stopped while it started may crash the interpreter's own end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -6,6 +6,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 variant=iapo_rate
+if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
+    sed -n '2,4s/^# //p' scripts/quickstart.sh
+    exit 0
+fi
 if [ $# -gt 0 ] && [[ $1 != *=* ]]; then
     variant=$1
     shift
@@ -31,7 +35,7 @@ stop() { # signal number
     trap '' INT TERM # a second one must not cut the clean-up short
     kill "$training" 2>/dev/null || true
     wait
-    echo "quickstart: stopped; this goes on from the last checkpoint, if there is one: ${command[*]@Q}" >&2
+    echo "quickstart: stopped; this goes on from the last checkpoint, if there is one: cd ${PWD@Q} && ${command[*]@Q}" >&2
     exit $((128 + $1))
 }
 "${command[@]}" >>"$run_dir/train.log" 2>&1 &

@@ -231,8 +231,10 @@ def test_unknown_name_and_sizes(tmp_path):
     assert failure("gsm9k", tmp_path) == (
         "name: got 'gsm9k', choose one of gsm8k, math500, dapo_math_17k, verbose_arithmetic"
     )
-    assert failure("verbose_arithmetic", tmp_path, train_size=0) == "train_size: got 0, give at least 1"
-    assert failure("verbose_arithmetic", tmp_path, test_size=-3) == "test_size: got -3, give at least 1"
+    for size in (0, -3, 99_999_999):
+        for field in ("train_size", "test_size"):
+            expected = f"{field}: got {size}, give at least 1 and at most 1000000"
+            assert failure("verbose_arithmetic", tmp_path, **{field: size}) == expected
 
 
 def test_missing_or_unsuitable_files(tmp_path):

@@ -365,6 +365,9 @@ def test_a_polite_stop_leaves_nothing_behind(train):
     before = segments()
     run = train("trainer.total_training_steps=50")
     run.wait_for(lambda: (run.folder / "metrics.jsonl").is_file() and run.metrics())
+    second = train("trainer.total_training_steps=50")  # in the same folder
+    assert second.wait(60) == 2
+    assert second.tail(1).endswith("/run is in use by a run that is still alive; wait for it or stop it.")
     run.process.terminate()
     assert run.wait(60) == 143
     assert not run.wait_until_gone()
@@ -375,8 +378,8 @@ def test_a_polite_stop_leaves_nothing_behind(train):
 @pytest.mark.parametrize(
     "number,last",
     [
-        (signal.SIGTERM, "iapo.train: stopped by SIGTERM; the same command goes on from the last checkpoint"),
-        (signal.SIGINT, "iapo.train: interrupted; the same command goes on from the last checkpoint"),
+        (signal.SIGTERM, "iapo.train: stopped by SIGTERM; the same command starts anew: no checkpoint yet"),
+        (signal.SIGINT, "iapo.train: interrupted; the same command starts anew: no checkpoint yet"),
     ],
 )
 def test_a_stop_while_ray_starts_is_as_polite(train, number, last):

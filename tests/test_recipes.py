@@ -1,5 +1,6 @@
 """Every variant x model x data x platform composes and passes verl's validation; bad input gets one clear line."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -17,6 +18,7 @@ from omegaconf import OmegaConf
 from iapo import provenance, train
 from iapo.checks import ConfigError, check
 from iapo.config import IapoConfig
+from iapo.folder_lock import FolderInUse
 
 VARIANTS = ["grpo", "dapo", "iapo", "iapo_rate"]
 METHODS = sorted({path.stem for path in (train.recipes_dir() / "variant").glob("*.yaml")} - set(VARIANTS))
@@ -126,6 +128,7 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
         (["iapo.alpha"], "'iapo.alpha'.*an argument is key=value"),
         (["iapo.alpha=1,2"], "iapo.alpha=1,2' 1. To use it as a list.*quote the value: key='value1,value2'$"),
         (["iapo.probe=a b)"], "iapo.probe=a b\\)'.*quoted twice"),
+        (["iapo.alpha=[1,2"], "^iapo.alpha=\\[1,2: .*an argument is key=value"),
         (["data.max_response_length=abc"], "^data.max_response_length: 'abc' must be a whole number of at least 1.$"),
         (["data.max_prompt_length=null"], "^data.max_prompt_length: None must be a whole number of at least 1.$"),
     ],
@@ -255,6 +258,7 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
         ({"prompt": [[{"role": "user"}]] * 16}, "prompt: list<.*> must be a list of chat messages"),
         ({"reward_model": ["2"] * 16}, "reward_model: string must be a struct with ground_truth"),
         ({"reward_model": [{"answer": "2"}] * 16}, "reward_model: struct<answer: string> must be a struct with"),
+        ({"prompt": PROMPT[:14] + [None] * 2}, "prompt: 2 rows are null; each must hold chat messages.$"),
         ({"data_source": ["x"] * 13 + [None] * 3}, "data_source: 3 rows are null; each must name the data set"),
     ],
 )
@@ -269,6 +273,31 @@ def test_rows_that_verl_cannot_use_are_refused(change, message, verbose_arithmet
     with pytest.raises(ConfigError, match=f"^data.train_files: .*/d/train.parquet, column {message}") as error:
         check(resolve("platform=cpu", "data=d", *SHORT))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Path("d").mkdir()
+    long = [[{"role": "user", "content": "1+" * 40 + "1="}]]
+    rows = {"reward_model": REWARD, "data_source": ["x"] * 16}
+    pq.write_table(pa.table({"prompt": PROMPT[:15] + long} | rows), "d/train.parquet")
+    pq.write_table(pa.table({"prompt": PROMPT[:1] + long * 15} | rows), "d/test.parquet")
+    check(resolve("platform=cpu", "data=d", *SHORT, "data.train_batch_size=15", "actor_rollout_ref.rollout.n=2"))
+    with pytest.raises(
+        ConfigError,
+        match="^data.max_prompt_length: 32 tokens hold only 15 prompts of .*train.parquet, 16 are needed; raise it.$",
+    ):
+        check(resolve("platform=cpu", "data=d", *SHORT))
+    pq.write_table(pa.table({"prompt": long * 16} | rows), "d/test.parquet")
+    with pytest.raises(ConfigError, match="hold only 0 prompts of .*/d/test.parquet, 1 are needed"):
+        check(resolve("platform=cpu", "data=d", *SHORT, "data.train_batch_size=15"))
+    check(resolve("platform=cpu", "data=d", *SHORT, "data.filter_overlong_prompts=false"))
+    template = "{{ raise_exception('no system prompt') }}"
+    quoted = f'actor_rollout_ref.model.custom_chat_template="{template}"'
+    with pytest.raises(ConfigError, match=r"a prompt that the chat template of .*/tiny refuses \(no system prompt\)"):
+        check(resolve("platform=cpu", quoted))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +380,6 @@ def test_a_tracker_file_that_names_no_checkpoint_is_refused(verbose_arithmetic):
         tracker.write_bytes(content)
         with pytest.raises(ConfigError, match="^run_dir: .*names step .*; write 10, the last that is there"):
             check(resolve("platform=cpu", "run_dir=r"))
-    check(resolve("platform=cpu", "run_dir=r", "trainer.resume_mode=disable"))
     for folder in tracker.parent.glob("global_step_*"):
         folder.rmdir()
     with pytest.raises(ConfigError, match="^run_dir: .*; remove the file to begin anew, or choose another.$"):
@@ -402,7 +430,11 @@ def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
             check(resolve("platform=cpu", "run_dir=r", change))
     with pytest.raises(ConfigError, match="holds a checkpoint made with iapo.rho=1.0, but now it is 0.7"):
         check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7"))
-    check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7", "trainer.resume_mode=disable"))
+    with pytest.raises(ConfigError, match="^trainer.resume_mode: 'disable' would write over the run in .*/r; choose"):
+        check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7", "trainer.resume_mode=disable"))
+    check(resolve("platform=cpu", "run_dir=other", "trainer.resume_mode=disable"))
+    with pytest.raises(ConfigError, match="^trainer.resume_mode: 'never' must be auto, disable or resume_path.$"):
+        check(resolve("platform=cpu", "run_dir=r", "trainer.resume_mode=never"))
     for unreadable in (b"a: [1", b"\xff\xfe\x00"):
         Path("r/config.yaml").write_bytes(unreadable)
         with pytest.raises(ConfigError, match="^run_dir: .*/r/config.yaml, .* can't be read") as error:
@@ -482,10 +514,49 @@ def test_the_ablation_without_probes_warns_of_nothing():
     assert not [str(w.message) for w in caught if "no effect" in str(w.message)]
 
 
-def test_gpus_that_are_not_there_are_refused(verbose_arithmetic):
+def test_gpus_that_are_not_there_are_refused(verbose_arithmetic, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     config = resolve("platform=gpu", "trainer.n_gpus_per_node=0", "trainer.nnodes=4")
     with pytest.raises(ConfigError, match="trainer.n_gpus_per_node: 0"):
         train.check_machine(config)
+
+
+def test_several_nodes_need_a_ray_cluster(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="^trainer.nnodes: 2, but RAY_ADDRESS names no Ray cluster; start one"):
+        train.check_machine(resolve("platform=cpu", "trainer.nnodes=2"))
+
+
+def test_a_platform_that_is_none_is_refused(capsys):
+    assert train.main(["platform=tpu"]) == 2
+    assert capsys.readouterr().err == "iapo.train: platform: tpu must be cpu or gpu\n"
+
+
+def test_data_that_cannot_be_written_is_refused(monkeypatch):
+    Path("file").touch()
+    monkeypatch.setenv("IAPO_DATA_DIR", "file")
+    with pytest.raises(
+        ConfigError, match="^IAPO_DATA_DIR: .*/file/verbose_arithmetic .*; set the variable to a folder"
+    ):
+        train.prepare_data(resolve("platform=cpu"))
+
+
+def test_a_second_run_in_the_same_folder_is_refused():
+    config = resolve("platform=cpu", "run_dir=r")
+    with train.lock_run_dir(config):
+        with pytest.raises(FolderInUse, match="/r is in use by a run that is still alive; wait for it or stop it.$"):
+            train.lock_run_dir(config)
+    train.lock_run_dir(config).close()
+
+
+def test_a_file_system_without_locks_warns(monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match="^run_dir: .*/r can't be locked .*not supported.*; start no second run in it"):
+        with train.lock_run_dir(resolve("platform=cpu", "run_dir=r")):
+            pass
 
 
 def test_a_ray_cluster_that_does_not_answer_is_refused(free_port):

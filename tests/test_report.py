@@ -1,6 +1,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from iapo.console import ProgressConsole
 from iapo.metrics_file import MetricsFile
 from iapo.report import Validation, draw, table, validations
@@ -53,18 +55,30 @@ def test_picture_and_command(tmp_path):
     for run_dir, message in (
         (tmp_path / "b", "has 1 validation"),
         (tmp_path / "c", "holds no metrics.jsonl"),
+        (picture, "holds no metrics.jsonl"),
         (tmp_path / "d", "not the metrics of a run"),
     ):
         bad = subprocess.run([*command, run_dir], capture_output=True, text=True)
         assert bad.returncode == 2 and message in bad.stderr and len(bad.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["no/folder.png", "picture.foo"])
+def test_a_picture_that_cannot_be_written_gets_one_line(tmp_path, name):
+    make_run(tmp_path, (0, held_out(0.8, 50.0)), (2, held_out(0.79, 40.0)))
+    command = [sys.executable, "-m", "iapo.report", tmp_path, "--picture", tmp_path / name]
+    bad = subprocess.run(command, capture_output=True, text=True)
+    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1
+    assert bad.stderr.startswith(f"iapo.report: --picture: {tmp_path / name} can't be written (")
+
+
 def test_console_shows_progress_and_time_left(capsys, monkeypatch):
     now = iter([100.0, 130.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    console = ProgressConsole(total_steps=12, first_step=0)
-    console.log({"training/global_step": 2, "iapo/reward/acc": 0.5, "response_length/mean": 40.25}, step=2)
-    # 30 s for 2 steps, 10 steps to go
-    assert capsys.readouterr().out == "iapo: step 2/12 | accuracy 0.500 | tokens 40.2 | 2:30 left\n"
+    console = ProgressConsole(total_steps=12)
+    console.log({"training/global_step": 3, "timing_s/step": 60.0}, step=3)  # the first after a resume
+    assert capsys.readouterr().out == "iapo: step 3/12 | s/step 60.0\n"
+    console.log({"training/global_step": 5, "iapo/reward/acc": 0.5, "response_length/mean": 40.25}, step=5)
+    # 30 s for 2 steps, 7 steps to go
+    assert capsys.readouterr().out == "iapo: step 5/12 | accuracy 0.500 | tokens 40.2 | 1:45 left\n"
     console.log(held_out(0.8, 50.0), step=0)
     assert capsys.readouterr().out == "iapo: held-out: accuracy 0.800 tokens 50.0\n"

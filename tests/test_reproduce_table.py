@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from benchmarks import jobs, pareto
 from benchmarks import reproduce_table as rt
+from iapo.folder_lock import FolderInUse, lock
 
 ROOT = Path(__file__).parent.parent
 FAKE_TRAIN = [sys.executable, "-u", str(ROOT / "tests/fake_train.py")]
@@ -327,7 +328,7 @@ def test_a_run_that_is_still_alive_is_not_recorded(tmp_path, monkeypatch):
     assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
     record = tmp_path / "out/records/dapo-seed0.json"
     record.unlink()
-    with jobs.lock(tmp_path / "out/runs/dapo-seed0/lock"):
+    with lock(tmp_path / "out/runs/dapo-seed0/lock"):
         assert reproduce(tmp_path, monkeypatch, *quick) == (0, [])
         assert not record.exists()
     assert reproduce(tmp_path, monkeypatch, *quick) == (0, [])
@@ -420,7 +421,7 @@ def start_sleeper(folder, seconds=60):
 def test_no_two_runs_share_a_folder_even_if_their_starter_is_gone(tmp_path):
     run = start_sleeper(tmp_path / "run")
     try:
-        with pytest.raises(jobs.FolderInUse, match="still alive"):
+        with pytest.raises(FolderInUse, match="still alive"):
             start_sleeper(tmp_path / "run")
         job, other = jobs.Job("a", tmp_path / "run", ("0",)), jobs.Job("b", tmp_path / "other", ("0",))
         done = []

@@ -1,0 +1,26 @@
+"""One process at a time in a folder."""
+
+import fcntl
+from pathlib import Path
+from typing import IO
+
+
+class FolderInUse(RuntimeError):
+    """Another process works in a folder."""
+
+
+def lock(path: Path) -> IO:
+    """An open file with an exclusive lock, which lasts as long as any process has it open.
+
+    Raises:
+        FolderInUse: another process has it.
+        OSError: the file can't be made, or its file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise FolderInUse(f"{path.parent} is in use by a run that is still alive; wait for it or stop it.") from None
+    return file
