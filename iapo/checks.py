@@ -8,7 +8,6 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -55,7 +54,7 @@ NUMBERS = (
     ("data.max_prompt_length", int, 1),
     ("data.max_response_length", int, 1),
     ("actor_rollout_ref.rollout.n", int, 1),
-    ("actor_rollout_ref.rollout.temperature", float, 0.01),  # vLLM takes less for greedy
+    ("actor_rollout_ref.rollout.temperature", float, 0.01),  # vLLM raises what is less, or takes it for greedy
     ("actor_rollout_ref.actor.optim.lr", float, 0),
     ("actor_rollout_ref.actor.ppo_mini_batch_size", int, 1),
     ("trainer.total_training_steps", int, 1),
@@ -215,8 +214,8 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
         return
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            schema, rows = file.schema_arrow, file.metadata.num_rows
-            rows_read = file.read(columns=[c for c in ("prompt", "data_source") if c in schema.names])
+            schema = file.schema_arrow
+            rows = file.read(columns=[c for c in ("prompt", "data_source") if c in schema.names])
     except (OSError, pyarrow.ArrowInvalid) as error:
         yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
         return
@@ -224,9 +223,7 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
     if missing:
         yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
-        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, rows_read))
-    if field == "train_files" and isinstance(config.data.train_files, str) and rows < config.data.train_batch_size:
-        yield f"data.train_batch_size: {config.data.train_batch_size} exceeds the {rows} rows of {name}."
+        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, rows))
 
 
 def _columns(schema, rows) -> Iterator[str]:
@@ -252,37 +249,37 @@ def _fields(kind) -> set[str]:
 
 
 def _prompts(config: DictConfig) -> Iterator[str]:
-    """verl leaves out prompts that are too long, or that it can't format, and stumbles if too few are left."""
+    """verl leaves out prompts that are too long or that it can't format, and stumbles if too few are left."""
     import pyarrow.parquet
-    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
     data, model = config.data, config.actor_rollout_ref.model
-    if not data.filter_overlong_prompts:
+    if not data.filter_overlong_prompts or data.custom_cls.path:
         return
     tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    template = model.custom_chat_template or tokenizer.chat_template
     options = OmegaConf.to_container(data.get("apply_chat_template_kwargs") or OmegaConf.create())
-
-    def fits(messages: list[dict]) -> bool:
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True, **options
-        )
-        return len(tokenizer.encode(text, add_special_tokens=False)) <= data.max_prompt_length
-
+    options |= {"chat_template": model.custom_chat_template, "tokenize": False, "add_generation_prompt": True}
     for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
-        names = [data[field]] if isinstance(data[field], str) else data[field]
-        tables = (pyarrow.parquet.read_table(name, columns=["prompt"]) for name in names)
-        prompts = (messages for table in tables for messages in table["prompt"].to_pylist())
-        try:
-            found = sum(1 for _ in islice(filter(fits, prompts), needed))
-        except TemplateError as error:
-            yield f"data.{field}: {data[field]} has a prompt that the chat template of {model.path} refuses ({error})."
+        if field == "train_files" and config.trainer.val_only:
             continue
-        if found < needed:
+        names = [data[field]] if isinstance(data[field], str) else data[field]
+        columns = [pyarrow.parquet.read_table(name, columns=["prompt"])["prompt"] for name in names]
+        total, found, reason = sum(map(len, columns)), 0, ""
+        for messages in (scalar.as_py() for column in columns for scalar in column):
+            try:
+                text = tokenizer.apply_chat_template(messages, **options)
+            except Exception as error:  # whatever the template raises; verl goes on with the next prompt
+                reason = reason or f" (the chat template refuses some: {' '.join(str(error).split())})"
+                continue
+            found += len(tokenizer.encode(text, add_special_tokens=False)) <= data.max_prompt_length
+            if found == needed:
+                break
+        if total < needed:
+            yield f"data.train_batch_size: {needed} exceeds the {total} rows of {data[field]}; lower it."
+        elif found < needed:
             yield (
-                f"data.max_prompt_length: {data.max_prompt_length} tokens hold only {found} prompts of {data[field]}, "
-                f"{needed} are needed; raise it."
+                f"data.max_prompt_length: {data.max_prompt_length} tokens hold only {found} of the {total} prompts of "
+                f"{data[field]}{reason}, {needed} are needed; raise it."
             )
 
 
@@ -392,8 +389,8 @@ def _resume(config: DictConfig) -> Iterator[str]:
         yield f"trainer.resume_mode: {mode!r} must be auto, disable or resume_path."
     if mode == "disable" and tracker.is_file():
         yield (
-            f"trainer.resume_mode: 'disable' would write over the run in {config.run_dir}; choose another run_dir, or "
-            "remove the folder."
+            f"trainer.resume_mode: 'disable' would write over the run with checkpoints in {tracker.parent}; choose "
+            "another run_dir, or remove that one."
         )
     if mode == "resume_path" and config.trainer.resume_from_path:
         try:

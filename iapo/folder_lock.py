@@ -12,6 +12,8 @@ class FolderInUse(RuntimeError):
 def lock(path: Path) -> IO:
     """An open file with an exclusive lock, which lasts as long as any process has it open.
 
+    What the other process wrote into the file, who it is for example, is shown to the one that comes too late.
+
     Raises:
         FolderInUse: another process has it.
         OSError: the file can't be made, or its file system has no locks.
@@ -22,5 +24,8 @@ def lock(path: Path) -> IO:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise FolderInUse(f"{path.parent} is in use by a run that is still alive; wait for it or stop it.") from None
+        who = path.read_text().strip()
+        raise FolderInUse(
+            f"{path.parent} is in use by a run that is still alive{who and f' ({who})'}; wait for it or stop it."
+        ) from None
     return file

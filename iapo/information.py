@@ -246,8 +246,8 @@ def check_exactness(model, probe_ids: Sequence[int] | torch.Tensor, *, device: t
         Mean absolute difference between `exit_entropy` and `exit_entropy_naive`, in nats.
 
     Raises:
-        ValueError: it is above 0.001, or 0.1 where the logits are of lower precision than float32, whose own errors
-            are hundredths; or as `exit_entropy`.
+        ValueError: it is above 0.001, or where not all is computed in float32 above 0.3, of which rounding alone
+            makes hundredths; or as `exit_entropy`.
     """
     prompt, response, stride = 8, 24, 6
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -259,13 +259,14 @@ def check_exactness(model, probe_ids: Sequence[int] | torch.Tensor, *, device: t
     difference = exit_entropy(model, *arguments, stride=stride) - exit_entropy_naive(model, *arguments, stride=stride)
     error = difference[:, ::stride].abs().mean().item()
     with torch.no_grad():
-        dtype = model(input_ids=input_ids[:1], use_cache=False).logits.dtype
-    allowed = 1e-3 if dtype == torch.float32 else 0.1
+        logits = model(input_ids=input_ids[:1], use_cache=False).logits
+    exact = logits.dtype == model.dtype == torch.float32 and not torch.is_autocast_enabled(logits.device.type)
+    allowed = 1e-3 if exact else 0.3
     if not error <= allowed:
         raise ValueError(
             f"model: on a random text the exit-entropy pass and plain forwards of {type(model).__name__} differ by "
-            f"{error:.2g} nats on average, more than {allowed} ({str(dtype).removeprefix('torch.')} logits), so it "
-            "can't be served exactly. Use another model, or set iapo.alpha=0 and iapo.rho=0."
+            f"{error:.2g} nats on average, more than {allowed}, so it can't be served exactly. Use another model, or "
+            "set iapo.alpha=0 and iapo.rho=0."
         )
     return error
 

@@ -96,7 +96,10 @@ def lock_run_dir(config) -> AbstractContextManager:
         FolderInUse: there is one.
     """
     try:
-        return lock(Path(config.run_dir) / "run.lock")
+        file = lock(Path(config.run_dir) / "run.lock")
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        return file
     except OSError as error:  # some network file systems
         warnings.warn(f"run_dir: {config.run_dir} can't be locked ({error}); start no second run in it.", stacklevel=2)
         return nullcontext()
@@ -139,7 +142,9 @@ def resolve(overrides: list[str]):
         with open_dict(config):
             del config["hydra"]
             model = Path(config.actor_rollout_ref.model.path).name if choices.model == "path" else choices.model
-            data = Path(config.data.train_files).parent.name if choices.data == "parquet" else choices.data
+            files = config.data.train_files
+            first = files if isinstance(files, str) or not files else files[0]
+            data = Path(str(first)).parent.name if choices.data == "parquet" else choices.data
             config.trainer.experiment_name = config.trainer.experiment_name or f"{variant}-{model}-{data}"
             config.run_dir = os.path.abspath(config.run_dir or Path("runs") / config.trainer.experiment_name)
             environment = {"TENSORBOARD_DIR": f"{config.run_dir}/tensorboard"}
@@ -271,10 +276,11 @@ def check_machine(config) -> None:
 
     from iapo.checks import ConfigError
 
-    if config.trainer.nnodes > 1 and not os.environ.get("RAY_ADDRESS"):
+    known = os.environ.get("RAY_ADDRESS") or config.ray_kwargs.ray_init.get("address")
+    if config.trainer.nnodes > 1 and not known:
         raise ConfigError(
-            f"trainer.nnodes: {config.trainer.nnodes}, but RAY_ADDRESS names no Ray cluster; start one on the nodes "
-            "(as scripts/slurm/iapo.sbatch does) and set the variable, or use trainer.nnodes=1."
+            f"trainer.nnodes: {config.trainer.nnodes}, but RAY_ADDRESS names no Ray cluster; start one on the nodes, "
+            "as scripts/slurm/iapo.sbatch does, and set RAY_ADDRESS=auto, or use trainer.nnodes=1."
         )
     if config.trainer.device == "cpu":
         if PlatformRegistry.get("cpu") is None:

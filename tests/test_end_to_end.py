@@ -367,7 +367,7 @@ def test_a_polite_stop_leaves_nothing_behind(train):
     run.wait_for(lambda: (run.folder / "metrics.jsonl").is_file() and run.metrics())
     second = train("trainer.total_training_steps=50")  # in the same folder
     assert second.wait(60) == 2
-    assert second.tail(1).endswith("/run is in use by a run that is still alive; wait for it or stop it.")
+    assert f"is in use by a run that is still alive (process {run.process.pid} on " in second.tail(1)
     run.process.terminate()
     assert run.wait(60) == 143
     assert not run.wait_until_gone()

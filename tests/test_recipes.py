@@ -287,16 +287,22 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
     check(resolve("platform=cpu", "data=d", *SHORT, "data.train_batch_size=15", "actor_rollout_ref.rollout.n=2"))
     with pytest.raises(
         ConfigError,
-        match="^data.max_prompt_length: 32 tokens hold only 15 prompts of .*train.parquet, 16 are needed; raise it.$",
+        match="^data.max_prompt_length: 32 tokens hold only 15 of the 16 prompts of .*train.parquet, 16 are needed;",
     ):
         check(resolve("platform=cpu", "data=d", *SHORT))
     pq.write_table(pa.table({"prompt": long * 16} | rows), "d/test.parquet")
-    with pytest.raises(ConfigError, match="hold only 0 prompts of .*/d/test.parquet, 1 are needed"):
+    with pytest.raises(ConfigError, match="hold only 0 of the 16 prompts of .*/d/test.parquet, 1 are needed"):
         check(resolve("platform=cpu", "data=d", *SHORT, "data.train_batch_size=15"))
     check(resolve("platform=cpu", "data=d", *SHORT, "data.filter_overlong_prompts=false"))
+    two = f"data.train_files=[{os.getcwd()}/d/train.parquet,{os.getcwd()}/d/train.parquet]"
+    pq.write_table(pa.table({"prompt": PROMPT} | rows), "d/test.parquet")
+    check(resolve("platform=cpu", "data=d", *SHORT, two, "data.train_batch_size=30"))
+    with pytest.raises(ConfigError, match="^data.train_batch_size: 33 exceeds the 32 rows of .*; lower it.$"):
+        check(resolve("platform=cpu", "data=d", *SHORT, two, "data.train_batch_size=33"))
+    check(resolve("platform=cpu", "data=d", *SHORT, "data.train_batch_size=16", "trainer.val_only=true"))
     template = "{{ raise_exception('no system prompt') }}"
     quoted = f'actor_rollout_ref.model.custom_chat_template="{template}"'
-    with pytest.raises(ConfigError, match=r"a prompt that the chat template of .*/tiny refuses \(no system prompt\)"):
+    with pytest.raises(ConfigError, match=r"only 0 of .*/train.parquet \(the chat template refuses some: no system"):
         check(resolve("platform=cpu", quoted))
 
 
@@ -430,7 +436,7 @@ def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
             check(resolve("platform=cpu", "run_dir=r", change))
     with pytest.raises(ConfigError, match="holds a checkpoint made with iapo.rho=1.0, but now it is 0.7"):
         check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7"))
-    with pytest.raises(ConfigError, match="^trainer.resume_mode: 'disable' would write over the run in .*/r; choose"):
+    with pytest.raises(ConfigError, match="^trainer.resume_mode: 'disable' would write over the run with check.*/r/"):
         check(resolve("platform=cpu", "run_dir=r", "iapo.rho=0.7", "trainer.resume_mode=disable"))
     check(resolve("platform=cpu", "run_dir=other", "trainer.resume_mode=disable"))
     with pytest.raises(ConfigError, match="^trainer.resume_mode: 'never' must be auto, disable or resume_path.$"):
@@ -544,7 +550,7 @@ def test_data_that_cannot_be_written_is_refused(monkeypatch):
 def test_a_second_run_in_the_same_folder_is_refused():
     config = resolve("platform=cpu", "run_dir=r")
     with train.lock_run_dir(config):
-        with pytest.raises(FolderInUse, match="/r is in use by a run that is still alive; wait for it or stop it.$"):
+        with pytest.raises(FolderInUse, match=rf"/r is in use by .* alive \(process {os.getpid()} on .*\); wait"):
             train.lock_run_dir(config)
     train.lock_run_dir(config).close()
 

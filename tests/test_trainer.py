@@ -9,13 +9,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import PPOTrainerSync
 
 from iapo.config import IapoConfig
-from iapo.verl_adapter.trainer import (
-    MAX_REFILLS,
-    NO_COMPLETION,
-    IapoTrainer,
-    checkpoints_too_many,
-    pad_with_last,
-)
+from iapo.verl_adapter.trainer import MAX_REFILLS, NO_COMPLETION, IapoTrainer, pad_with_last
 
 
 def test_dynamic_sampling_that_finds_no_mixed_group_stops_with_the_reason(monkeypatch):
@@ -81,16 +75,3 @@ def test_exit_entropies_come_with_old_log_probs_if_verl_computes_any(monkeypatch
 def test_jagged_rows_go_on_with_their_last_value():
     rows = torch.nested.as_nested_tensor([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], layout=torch.jagged)
     assert pad_with_last(rows).tolist() == [[3.0, 1.0], [2.0, 2.0]]
-
-
-def test_checkpoints_too_many_by_hand(tmp_path):
-    for name in ("2", "4/actor", "6/actor", "8", "10/actor", "12", "old"):  # 12: of the future; old: somebody else's
-        (tmp_path / f"global_step_{name}").mkdir(parents=True)
-
-    def numbers(step, keep):
-        return sorted(int(path.name.split("_")[-1]) for path in checkpoints_too_many(tmp_path, step, keep))
-
-    assert numbers(10, 2) == [2, 4, 8]  # 10 and 6 stay, 2 and 8 are empty shells
-    assert numbers(10, 1) == [2, 4, 6, 8]
-    assert numbers(10, 5) == [2, 8]
-    assert numbers(10, None) == []

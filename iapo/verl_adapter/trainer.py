@@ -3,7 +3,6 @@
 With `iapo.share_log_prob_forward` the pass goes with the old log-probs.
 """
 
-import shutil
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -162,9 +161,6 @@ class IapoTrainer(PPOTrainerSync):
         folder.mkdir(parents=True, exist_ok=True)
         save_states(self.methods, folder)
         super()._save_checkpoint()
-        # verl knows of no checkpoint from before a resume, and leaves empty shells of those that it removes.
-        for old in checkpoints_too_many(folder.parent, self.global_steps, self.config.trainer.max_actor_ckpt_to_keep):
-            shutil.rmtree(old)
 
     def _load_checkpoint(self):
         result = super()._load_checkpoint()
@@ -290,16 +286,6 @@ class IapoTrainer(PPOTrainerSync):
     def _put(batch: KVBatchMeta, **fields) -> None:
         data = TensorDict(fields, batch_size=len(batch))
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=data)
-
-
-def checkpoints_too_many(parent: Path, step: int, keep: int | None) -> list[Path]:
-    """Folders of checkpoints before `step` but the `keep` - 1 newest whole ones; none if there is no `keep`."""
-    numbers = (path.name.removeprefix("global_step_") for path in parent.glob("global_step_*"))
-    earlier = sorted((int(number) for number in numbers if number.isdecimal() and int(number) < step), reverse=True)
-    folders = [parent / f"global_step_{number}" for number in earlier]
-    shells = [folder for folder in folders if not (folder / "actor").is_dir()]
-    whole = [folder for folder in folders if folder not in shells]
-    return (shells + whole[keep - 1 :]) if keep else []
 
 
 def pad_with_last(nested: torch.Tensor) -> torch.Tensor:
