@@ -275,7 +275,10 @@ def _prompts(config: DictConfig) -> Iterator[str]:
             if found == needed:
                 break
         if total < needed:
-            yield f"data.train_batch_size: {needed} exceeds the {total} rows of {data[field]}; lower it."
+            yield (
+                f"data.{field}: {data[field]} has {total} rows, {needed} are needed; give more, or lower "
+                "data.train_batch_size."
+            )
         elif found < needed:
             yield (
                 f"data.max_prompt_length: {data.max_prompt_length} tokens hold only {found} of the {total} prompts of "

@@ -188,7 +188,7 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
             ["variant=dapo", "reward.reward_kwargs.overlong_buffer_cfg.len=500"],
             "overlong_buffer_cfg.len: 500 must be between 1 and data.max_response_length=128",
         ),
-        (["data.train_batch_size=99999"], "data.train_batch_size: 99999 exceeds the"),
+        (["data.train_batch_size=99999"], "data.train_files: .* has 4096 rows, 99999 are needed; give more, or lower"),
         (["data=math500"], "math500/train.parquet is no file; make it with python -m iapo.data math500 --out /"),
         (["data=/my/own"], "data.val_files: /my/own/test.parquet is no file; set the path of a parquet file."),
         (["model=/no/such/model"], "actor_rollout_ref.model.path: /no/such/model is no folder"),
@@ -297,9 +297,12 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
     two = f"data.train_files=[{os.getcwd()}/d/train.parquet,{os.getcwd()}/d/train.parquet]"
     pq.write_table(pa.table({"prompt": PROMPT} | rows), "d/test.parquet")
     check(resolve("platform=cpu", "data=d", *SHORT, two, "data.train_batch_size=30"))
-    with pytest.raises(ConfigError, match="^data.train_batch_size: 33 exceeds the 32 rows of .*; lower it.$"):
+    with pytest.raises(ConfigError, match="^data.train_files: .* has 32 rows, 33 are needed; give more, or lower"):
         check(resolve("platform=cpu", "data=d", *SHORT, two, "data.train_batch_size=33"))
     check(resolve("platform=cpu", "data=d", *SHORT, "data.train_batch_size=16", "trainer.val_only=true"))
+    pq.write_table(pq.read_table("d/test.parquet").slice(0, 0), "d/test.parquet")
+    with pytest.raises(ConfigError, match="^data.val_files: .*/d/test.parquet has 0 rows, 1 are needed; give more"):
+        check(resolve("platform=cpu", "data=d", *SHORT, "data.train_batch_size=15"))
     template = "{{ raise_exception('no system prompt') }}"
     quoted = f'actor_rollout_ref.model.custom_chat_template="{template}"'
     with pytest.raises(ConfigError, match=r"only 0 of .*/train.parquet \(the chat template refuses some: no system"):
