@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import transformers
 
+from benchmarks.flex_attention import by_flex_attention
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import interleaved, machine, peak_mib, table
 from iapo.information import exit_entropies, exit_entropy_naive
@@ -87,6 +88,11 @@ def ours(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
     return exit_entropies(model, completions, probe_ids, device=device)
 
 
+def ours_by_flex_attention(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
+    with by_flex_attention():
+        return ours(model, completions, probe_ids, device)
+
+
 def copies(model, completions, probe_ids, device: str, chunk_size: int) -> list[torch.Tensor]:
     probe_ids = probe_ids.to(device)
     return [
@@ -104,7 +110,7 @@ def naive(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
     return results
 
 
-def check(probe_ids, device: str) -> None:
+def check(probe_ids, device: str, flex: bool) -> None:
     """What is timed is also right: the methods against the naive reference, in float32 with large random weights."""
     model = make_model("small", device).float()
     for parameter in model.parameters():
@@ -113,10 +119,13 @@ def check(probe_ids, device: str) -> None:
     completions = make_completions(model.config.vocab_size, 24, 2, "full")
     expected = naive(model, completions, probe_ids, device)
     print(f"naive reference: entropies with a standard deviation of {torch.cat(expected).std():.2f} nats")
-    for name, result in (
-        ("ours", ours(model, completions, probe_ids, device)),
-        ("KV copies", copies(model, completions, probe_ids, device, 4)),
-    ):
+    results = {
+        "ours": ours(model, completions, probe_ids, device),
+        "KV copies": copies(model, completions, probe_ids, device, 4),
+    }
+    if flex:
+        results["ours by FlexAttention"] = ours_by_flex_attention(model, completions, probe_ids, device)
+    for name, result in results.items():
         error = max((a - b).abs().max().item() for a, b in zip(result, expected, strict=True))
         print(f"{name}: within {error:.1e} nats of it")
         if error > 1e-4:
@@ -136,7 +145,7 @@ def pushed_tokens(T: int, B: int, P: int, density: str) -> tuple[int, int]:
     return PROMPT + B * T + probes, probes
 
 
-def methods(model, T: int, B: int, P: int, device: str, best: int) -> dict[str, Callable[[], object]]:
+def methods(model, T: int, B: int, P: int, device: str, best: int, flex: bool) -> dict[str, Callable[[], object]]:
     """What is measured, by the name of its row; `best` is the competitor's chunk size."""
     probe_ids = torch.arange(1, P + 1)
     length = PROMPT + T
@@ -149,6 +158,10 @@ def methods(model, T: int, B: int, P: int, device: str, best: int) -> dict[str, 
     }
     for density in DENSITIES:
         functions[f"ours, {density}"] = partial(ours, model, completions[density], probe_ids, device)
+    if flex:
+        functions["ours, full, FlexAttention"] = partial(
+            ours_by_flex_attention, model, completions["full"], probe_ids, device
+        )
     name = f"per-position KV copies, {best} at a time"
     functions[name] = partial(copies, model, completions["full"], probe_ids, device, best)
     if T <= NAIVE_UP_TO:
@@ -156,10 +169,10 @@ def methods(model, T: int, B: int, P: int, device: str, best: int) -> dict[str, 
     return functions
 
 
-def measure(model, shape: str, T: int, B: int, P: int, repeats: int, device: str) -> list[list[str]]:
+def measure(model, shape: str, T: int, B: int, P: int, repeats: int, device: str, flex: bool) -> list[list[str]]:
     short = make_completions(model.config.vocab_size, min(T, 256), 1, "full")
     best = best_chunk(model, short, torch.arange(1, P + 1), device)
-    functions = methods(model, T, B, P, device, best)
+    functions = methods(model, T, B, P, device, best, flex)
     seconds = interleaved(functions, repeats, device, f"{shape} T={T} B={B}")
     peaks = {}
     for name, function in functions.items():
@@ -187,6 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="completions of one prompt")
     parser.add_argument("--probe", type=int, default=6, metavar="P", help="probe tokens")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too; its kernels take minutes to compile")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; a training worker has one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -195,9 +209,9 @@ def main(arguments: list[str] | None = None) -> None:
     # large ones, and without, short sequences are slowed by page faults.
     torch.zeros(30 * 2**20, dtype=torch.uint8)
     print(machine(device))
-    check(torch.arange(1, options.probe + 1), device)
+    check(torch.arange(1, options.probe + 1), device, options.flex)
     for T in options.lengths:
-        rows = measure(model, options.shape, T, options.batch, options.probe, options.repeats, device)
+        rows = measure(model, options.shape, T, options.batch, options.probe, options.repeats, device, options.flex)
         print(f"\n{options.shape}, T = {T}, B = {options.batch}, P = {options.probe}:\n")
         print(table(HEADER, rows), flush=True)
 

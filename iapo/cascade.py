@@ -8,7 +8,8 @@ denominator l_k; the parts are merged exactly:
 
     o = sum_k exp(l_k - l) o_k,     l = log sum_k exp(l_k)
 
-So nothing is copied per position, no T x T mask exists and little masked-out work is done. The merge is the one of
+The prefixes of probes at consecutive positions make a causal attention of the probes' first tokens, one of their second
+tokens, and so on. So nothing is copied per position, no T x T mask exists and little masked-out work is done. The merge is the one of
 FlashAttention and of cascade inference; `attend_naive` and the tests' plain forward are the references.
 
 Behind the last layer's attention no token sees another, and only the scored ones' logits are asked for. So there the
@@ -28,6 +29,7 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -42,15 +44,18 @@ class Range(NamedTuple):
 
     Attributes:
         queries: their place in the forward.
-        keys: a range of the stored keys; None: their own, of which each run of `width` queries sees itself, causally.
+        keys: a range of the stored keys, which every query sees all of if neither `visible` nor `staircase` is given;
+            None: their own, of which each run of `width` queries sees itself, causally.
         width: the queries are runs of this many tokens.
-        visible: (runs,) how many of `keys` each run sees, from the first; None: every query sees all of them.
+        visible: (runs,) how many of `keys` each run sees, from the first, at least one.
+        staircase: there are as many runs as `keys`, and run n sees the keys 0..n.
     """
 
     queries: slice
     keys: slice | None
     width: int
     visible: torch.Tensor | None = None
+    staircase: bool = False
 
 
 # Ranges of disjoint queries; what the parts say of one query is merged.
@@ -71,7 +76,7 @@ class Cascade:
         self._scored: torch.Tensor | None = None
         self._scored_there: torch.Tensor | None = None  # on the model's device
         self._undo = ExitStack()
-        self._masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._masks: dict[int, torch.Tensor] = {}
 
     def run(self, token_ids, position_ids, parts: Sequence[Part], scored: torch.Tensor | None):
         """The model's output for one packed row (N,) of tokens.
@@ -126,13 +131,12 @@ class Cascade:
             if r.keys is None:
                 return _attend_own(q, key[:, rows], value[:, rows], r.width, scale, softcap)
             k, v = stored_key[:, r.keys], stored_value[:, r.keys]
-            if r.visible is None:
-                return _attend_shared(q, k, v, scale, softcap)
-            mask, blind = self._mask(r, q)
-            if last:
-                mask, blind = mask[rows - r.queries.start], blind[rows - r.queries.start]
-            out, lse = _attend_shared(q, k, v, scale, softcap, mask)
-            return out, lse.masked_fill(blind, -math.inf)
+            if r.staircase:
+                return _attend_staircase(q, k, v, scale, softcap)
+            mask = None if r.visible is None else self._mask(r, q)
+            if mask is not None and last:
+                mask = mask[rows - r.queries.start]
+            return _attend_shared(q, k, v, scale, softcap, mask)
 
         merged = []
         for part in self._parts:
@@ -151,14 +155,13 @@ class Cascade:
         first, end = torch.searchsorted(self._scored, torch.tensor([r.queries.start, r.queries.stop])).tolist()
         return self._scored_there[first:end]
 
-    def _mask(self, r: Range, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N, M) additive mask of a range with `visible`, and (N,) who sees none of it; the same in every layer."""
+    def _mask(self, r: Range, q: torch.Tensor) -> torch.Tensor:
+        """(N, M) additive mask of a range with `visible`, the same in every layer."""
         if r.queries.start not in self._masks:
             visible = r.visible.repeat_interleave(r.width).to(q.device)
-            # A query without any key would give NaN; it sees one, and gets no weight.
-            hidden = torch.arange(r.keys.stop - r.keys.start, device=q.device) >= visible.clamp(min=1)[:, None]
+            hidden = torch.arange(r.keys.stop - r.keys.start, device=q.device) >= visible[:, None]
             mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, -math.inf)
-            self._masks[r.queries.start] = mask, visible == 0
+            self._masks[r.queries.start] = mask
         return self._masks[r.queries.start]
 
 
@@ -192,23 +195,38 @@ class MaskedAttention:
         return output
 
 
+def bounds(parts: Sequence[Part], queries: int, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(len(parts), N) the first key that each part lets a query see, and the one behind the last; 0 and 0: none.
+
+    The stored keys are counted first, then the forward's own.
+    """
+    first, end = torch.zeros(2, len(parts), queries, dtype=torch.long)
+    n = torch.arange(queries)
+    for part, first_N, end_N in zip(parts, first, end, strict=True):
+        for r in part:
+            if r.keys is None:
+                own = stored + n[r.queries]
+                first_N[r.queries], end_N[r.queries] = own - (own - own[0]) % r.width, own + 1
+            else:
+                size = r.keys.stop - r.keys.start
+                visible = torch.arange(1, size + 1) if r.staircase else r.visible
+                visible = size if visible is None else visible.repeat_interleave(r.width)
+                first_N[r.queries], end_N[r.queries] = r.keys.start, r.keys.start + visible
+    return first, end
+
+
 def visibility(parts: Sequence[Part], queries: int, stored: int) -> torch.Tensor:
     """(N, stored + N) which stored keys, and then which of the forward's own, a query sees."""
-    seen = torch.zeros(queries, stored + queries, dtype=torch.bool)
-    for r in (r for part in parts for r in part):
-        if r.keys is None:
-            runs = (r.queries.stop - r.queries.start) // r.width
-            own = torch.block_diag(*[torch.ones(r.width, r.width).tril()] * runs).bool()
-            seen[r.queries, slice(stored + r.queries.start, stored + r.queries.stop)] |= own
-        else:
-            size = r.keys.stop - r.keys.start
-            visible = torch.tensor([size]) if r.visible is None else r.visible.repeat_interleave(r.width)
-            seen[r.queries, r.keys] |= torch.arange(size) < visible[:, None]
+    keys = torch.arange(stored + queries)
+    seen = torch.zeros(queries, len(keys), dtype=torch.bool)
+    for first_N, end_N in zip(*bounds(parts, queries, stored), strict=True):
+        seen |= (keys >= first_N[:, None]) & (keys < end_N[:, None])
     return seen
 
 
 def attend(q, k, v, scale: float, softcap: float | None = None, causal: bool = False, mask=None):
-    """Attention and the log of its denominator: (B, H, N, D) and (B, H, N), by the device's flash kernel if it can.
+    """Attention and the log of its denominator: (B, H, N, D) and (B, H, N), if possible by a kernel of the
+    device that doesn't hold the scores.
 
     Args:
         q: (B, H, N, D). k, v: (B, H, M, D).
@@ -221,8 +239,13 @@ def attend(q, k, v, scale: float, softcap: float | None = None, causal: bool = F
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
-    if plain and mask is None and on_gpu and torch.cuda.get_device_capability(q.device) >= (8, 0):
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    if plain and on_gpu and torch.cuda.get_device_capability(q.device) >= (8, 0):
+        if mask is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+        # This kernel wants a mask whose rows start at multiples of 16, and fills up the denominators of 32 queries.
+        bias = F.pad(mask, (0, -k.shape[2] % 16)).narrow(1, 0, k.shape[2]).expand(*q.shape[:2], -1, -1)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+        return out, lse.narrow(2, 0, q.shape[2])
     return attend_naive(q, k, v, scale, softcap, causal, mask)
 
 
@@ -388,5 +411,19 @@ def _attend_shared(q, k, v, scale, softcap, mask=None):
     group = heads // len(k)
     folded = q.reshape(1, len(k), group * queries, -1)
     mask = mask.repeat(group, 1) if mask is not None else None
-    out, lse = attend(folded, k[None], v[None], scale, softcap, mask=mask)
+    out, lse = attend(folded, k.unsqueeze(0), v.unsqueeze(0), scale, softcap, mask=mask)
     return out.reshape(heads, queries, -1), lse.reshape(heads, queries)
+
+
+def _attend_staircase(q, k, v, scale, softcap):
+    """Queries (H, M runs, D), run n of which sees the keys 0..n of (K, M, D): every token of the runs and every one of
+    the G heads of a key head is a causal attention of its own, so that nothing is computed to be masked out."""
+    key_heads, keys, _ = v.shape
+    group, width = len(q) // key_heads, q.shape[1] // keys
+    folded = q.unflatten(1, (keys, width)).unflatten(0, (key_heads, group))  # K, G, M, width, D
+    folded = folded.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    same = len(folded), -1, -1, -1
+    out, lse = attend(folded, k.expand(same), v.expand(same), scale, softcap, causal=True)
+    out = out.unflatten(0, (group, width)).permute(2, 0, 3, 1, 4)  # K, G, M, width, D
+    lse = lse.unflatten(0, (group, width)).permute(2, 0, 3, 1)
+    return out.flatten(2, 3).flatten(0, 1), lse.flatten(2, 3).flatten(0, 1)

@@ -13,9 +13,9 @@ import torch
 
 from iapo.cascade import Part, Range
 
-# Largest probes x keys of a block's stairs, half of which are masked out: a larger one makes fewer attention calls and
-# more work in vain.
-STAIRS_AREA = 64 * 64
+# Largest probes x keys of a block whose keys are masked, half of them, as a share of the squared tokens per forward: a
+# larger one makes fewer attention calls and more work in vain.
+MASKED_SHARE = 1 / 144
 
 
 class Completion(NamedTuple):
@@ -186,7 +186,7 @@ def probe_forwards(
         tokens, positions, runs, scored, targets = [], [], [], [], []
         own, prompts, prefixes, stairs = parts = [], [], [], []
         end = 0
-        for i, first, last in _runs(chunk, completions):
+        for i, first, last in _runs(chunk, completions, MASKED_SHARE * max_tokens**2):
             completion, (prompt, response) = completions[i], places[i]
             before = completion.positions[first : last + 1]
             count = len(before)
@@ -203,7 +203,11 @@ def probe_forwards(
                 if lowest > response.start:
                     prefixes.append(Range(queries, slice(response.start, lowest), width))
             if highest > lowest:
-                stairs.append(Range(queries, slice(lowest, highest), width, before - before[0]))
+                later = slice(queries.start + width, queries.stop)
+                seen = before[1:] - before[0]
+                staircase = len(seen) == seen[-1]
+                visible = None if staircase else seen
+                stairs.append(Range(later, slice(lowest, highest), width, visible, staircase))
             tokens.append(suffix.repeat(count))
             positions.append((len(completion.prompt) + before[:, None] + torch.arange(width)).flatten())
             # The logits that count: of the last probe token and of the answer tokens behind it.
@@ -266,12 +270,13 @@ def _chunks(completions, rows, probe_length, max_tokens, chunk_size) -> Iterator
     yield chunk
 
 
-def _runs(chunk, completions) -> Iterator[tuple[int, int, int]]:
-    """(row, first, last): the probes of a chunk in runs of one completion, cut where their stairs get too large."""
+def _runs(chunk, completions, masked_area: float) -> Iterator[tuple[int, int, int]]:
+    """(row, first, last): the probes of a chunk in runs of one completion, cut where their stairs get too large, unless
+    they are at consecutive positions and need no mask."""
     row, first, last = *chunk[0], chunk[0][1]
     for i, j in chunk[1:]:
-        positions = completions[i].positions
-        if i != row or (j - first + 1) * int(positions[j] - positions[first]) > STAIRS_AREA:
+        span = int(completions[i].positions[j] - completions[i].positions[first]) if i == row else 0
+        if i != row or (span > j - first and (j - first + 1) * span > masked_area):
             yield row, first, last
             row, first = i, j
         last = j

@@ -1,13 +1,15 @@
 """The benchmarks run, and what they compare with is exact; their numbers are in benchmarks/README.md."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
-from benchmarks import density, roles, step
+from benchmarks import density, flex_attention, roles, step
 from benchmarks import exit_entropy as benchmark
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import peak_mib, table
-from iapo.information import exit_entropy_naive
+from iapo.information import exit_entropy, exit_entropy_naive
 from tests.conftest import make_batch
 
 
@@ -16,6 +18,21 @@ def test_the_competitor_equals_the_naive_reference(models, chunk_size):
     ids, everything, response_mask = make_batch([5], [13])
     expected = exit_entropy_naive(models["llama"], ids, everything, response_mask, [5, 11, 7])[0]
     result = exit_entropy_by_copies(models["llama"], ids[0, :5], ids[0, 5:], torch.tensor([5, 11, 7]), chunk_size)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_flex_attention_equals_the_naive_reference(models, monkeypatch, family, stride):
+    """In torch's own uncompiled reference: a kernel takes half a minute to compile, and `--flex` checks it."""
+    called = Mock(wraps=torch.nn.attention.flex_attention.flex_attention)
+    monkeypatch.setattr(flex_attention, "flex_attention", called)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    batch = make_batch([5, 9, 2], [13, 30, 1])
+    expected = exit_entropy_naive(models[family], *batch, [5, 11, 7], stride=stride)
+    with flex_attention.by_flex_attention():
+        result = exit_entropy(models[family], *batch, [5, 11, 7], stride=stride, max_tokens=50)
+    assert called.called
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 

@@ -1,11 +1,23 @@
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iapo.cascade import Range, attend, attend_naive, merge, visibility
+from iapo import cascade
+from iapo.cascade import (
+    Range,
+    _attend_own,
+    _attend_shared,
+    _attend_staircase,
+    attend,
+    attend_naive,
+    merge,
+    visibility,
+)
 
 
 def tensors(B, H, N, M, D, seed=0, dtype=torch.float32):
@@ -71,7 +83,7 @@ def test_visibility_by_hand():
     parts = [
         [Range(slice(0, 4), None, 2)],
         [Range(slice(0, 4), slice(0, 1), 1)],
-        [Range(slice(0, 4), slice(1, 2), 2, torch.tensor([0, 1]))],
+        [Range(slice(2, 4), slice(1, 2), 2, torch.tensor([1]))],
     ]
     assert visibility(parts, 4, 2).int().tolist() == [
         [1, 0, 1, 0, 0, 0],
@@ -79,3 +91,41 @@ def test_visibility_by_hand():
         [1, 1, 0, 0, 1, 0],
         [1, 1, 0, 0, 1, 1],
     ]
+    stairs = [[Range(slice(0, 4), slice(0, 2), 2, staircase=True)]]
+    assert visibility(stairs, 4, 2)[:, :2].int().tolist() == [[1, 0], [1, 0], [1, 1], [1, 1]]
+
+
+@given(
+    K=st.integers(1, 3),
+    G=st.integers(1, 3),
+    runs=st.integers(1, 40),
+    width=st.integers(1, 5),
+    dv=st.sampled_from([8, 3]),
+)
+def test_a_staircase_equals_its_mask(K, G, runs, width, dv):
+    """Also where the values have another size, which takes the naive attention."""
+    generator = torch.Generator().manual_seed(runs)
+    q = torch.randn(K * G, runs * width, 8, generator=generator)
+    k, v = torch.randn(K, runs, 8, generator=generator), torch.randn(K, runs, dv, generator=generator)
+    stairs = Range(slice(0, runs * width), slice(0, runs), width, staircase=True)
+    mask = torch.where(visibility([[stairs]], runs * width, runs)[:, :runs], 0.0, -math.inf)
+    expected = attend_naive(q, k.repeat_interleave(G, 0)[None], v.repeat_interleave(G, 0)[None], 0.4, mask=mask)
+    for result, reference in zip(_attend_staircase(q, k, v, 0.4, None), expected, strict=True):
+        torch.testing.assert_close(result, reference[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_calls_of_the_gpu_kernels_fit_their_signatures(monkeypatch, dtype):
+    """By torch's own shape functions, without a GPU: not what the kernels compute."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    with FakeTensorMode(), patch.object(cascade, "attend_naive", side_effect=AssertionError("not a kernel")):
+        shapes = (12, 300, 64), (2, 100, 64), (2, 300, 64), (300, 100)
+        q, k, own, mask = (torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes)
+        for out, lse in (
+            _attend_staircase(q, k, k, 0.3, None),
+            _attend_shared(q, k, k, 0.3, None),
+            _attend_shared(q, k, k, 0.3, None, mask),
+            _attend_own(q, own, own, 3, 0.3, None),
+        ):
+            assert (out.shape, out.dtype, out.device.type) == ((12, 300, 64), dtype, "cuda")
+            assert (lse.shape, lse.dtype) == ((12, 300), torch.float32)

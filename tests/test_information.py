@@ -61,7 +61,7 @@ def test_restores_an_attention_that_takes_no_mask(models):
     rows=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 17), st.integers(0, 3)), min_size=1, max_size=4),
     chunk_size=st.none() | st.integers(1, 30),
     max_tokens=st.integers(1, 200),
-    stairs_area=st.sampled_from([1, 10, 4096]),
+    masked_share=st.sampled_from([0, 1 / 144, 1e6]),
     stride=st.integers(1, 6),
     at_boundaries=st.booleans(),
     scores_answers=st.booleans(),
@@ -76,7 +76,7 @@ def test_equals_naive_for_random_shapes(
     rows,
     chunk_size,
     max_tokens,
-    stairs_area,
+    masked_share,
     stride,
     at_boundaries,
     scores_answers,
@@ -101,7 +101,7 @@ def test_equals_naive_for_random_shapes(
     batch = input_ids, attention_mask, response_mask, probe
     expected = exit_entropy_naive(models[family], *batch, **options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "STAIRS_AREA", stairs_area)
+        patch.setattr(packing, "MASKED_SHARE", masked_share)
         result = exit_entropy(models[family], *batch, chunk_size=chunk_size, max_tokens=max_tokens, **options)
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-6)
 

@@ -2,6 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from iapo import packing
 from iapo.cascade import Range
 from iapo.information import exit_entropies
 from iapo.packing import (
@@ -64,9 +65,24 @@ def test_forwards_by_hand():
     assert own == [Range(slice(0, 8), None, 2)]
     # The first row stands right behind the prompt, which is part of its prefix.
     assert prefixes == [Range(slice(0, 6), slice(0, 2), 2)] and prompts == [Range(slice(6, 8), slice(0, 2), 1)]
-    assert stairs[:3] == (slice(0, 6), slice(2, 4), 2) and stairs.visible.tolist() == [0, 1, 2]
+    assert stairs == Range(slice(2, 6), slice(2, 4), 2, staircase=True)  # the first probe sees nothing more
     assert second.runs == [(1, 1, 1)]
     assert second.parts[2] == [Range(slice(0, 2), slice(4, 5), 2)]  # a prefix that needs no mask
+
+
+def test_probes_at_consecutive_positions_need_no_mask_and_others_little_ones(monkeypatch):
+    row = completion([1], [*range(10)], [0, 1, 2, 3, 5, 7, 9])
+    places = {0: Place(slice(0, 1), slice(1, 11))}
+    (probes,) = probe_forwards([row], places, PROBE, max_tokens=100)
+    (masked,) = probes.parts[-1]
+    assert masked[:3] == (slice(2, 14), slice(1, 10), 2) and masked.visible.tolist() == [1, 2, 3, 5, 7, 9]
+    assert not masked.staircase
+    monkeypatch.setattr(packing, "MASKED_SHARE", 12.5 / 100**2)  # probes x keys of at most 12
+    (probes,) = probe_forwards([row], places, PROBE, max_tokens=100)
+    assert probes.runs == [(0, 0, 3), (0, 4, 6)]
+    consecutive, masked = probes.parts[-1]
+    assert consecutive == Range(slice(2, 8), slice(1, 4), 2, staircase=True)
+    assert masked[:3] == (slice(10, 14), slice(6, 10), 2) and masked.visible.tolist() == [2, 4]
 
 
 def test_answers_stand_behind_the_probe_but_for_their_last_token():
