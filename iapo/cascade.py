@@ -9,8 +9,8 @@ denominator l_k; the parts are merged exactly:
     o = sum_k exp(l_k - l) o_k,     l = log sum_k exp(l_k)
 
 The prefixes of probes at consecutive positions make a causal attention of the probes' first tokens, one of their second
-tokens, and so on. So nothing is copied per position, no T x T mask exists and little masked-out work is done. The merge is the one of
-FlashAttention and of cascade inference; `attend_naive` and the tests' plain forward are the references.
+tokens, and so on. So nothing is copied per position, no T x T mask exists and little masked-out work is done. The merge
+is the one of FlashAttention and of cascade inference; `attend_naive` and the tests' plain forward are the references.
 
 Behind the last layer's attention no token sees another, and only the scored ones' logits are asked for. So there the
 others' attention to stored keys and, where it is made of linear layers, their MLP are left out; of trajectories, whose
