@@ -145,7 +145,9 @@ def pushed_tokens(T: int, B: int, P: int, density: str) -> tuple[int, int]:
     return PROMPT + B * T + probes, probes
 
 
-def methods(model, T: int, B: int, P: int, device: str, best: int, flex: bool) -> dict[str, Callable[[], object]]:
+def methods(
+    model, T: int, B: int, P: int, device: str, best: int, flex: bool = False
+) -> dict[str, Callable[[], object]]:
     """What is measured, by the name of its row; `best` is the competitor's chunk size."""
     probe_ids = torch.arange(1, P + 1)
     length = PROMPT + T

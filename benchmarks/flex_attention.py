@@ -20,24 +20,32 @@ flex_attention = torch.compile(flex_attention, dynamic=False)
 class FlexCascade(cascade.Cascade):
     """A `Cascade` whose probes attend by FlexAttention."""
 
-    def run(self, token_ids, position_ids, parts, scored):
+    def run(self, token_ids, position_ids, parts, scored, stores=0):
         """As `Cascade.run`."""
         if scored is not None:
-            stored = next(iter(self.stored.values()))[0].shape[1]
-            first, end = (x.to(token_ids.device) for x in cascade.bounds(parts, len(token_ids), stored))
+            stored = 0 if stores else next(iter(self.stored.values()))[0].shape[1]
+            bounds = torch.stack(cascade.bounds(parts, len(token_ids), stored)).to(token_ids.device)
 
             def sees(batch, head, query, key):
-                return ((first[:, query] <= key) & (key < end[:, query])).any(0)
+                seen = key < 0
+                for part in range(len(parts)):  # a kernel can't reduce over them
+                    seen = seen | (bounds[0, part, query] <= key) & (key < bounds[1, part, query])
+                return seen
 
             size = len(token_ids), stored + len(token_ids)
             self._block_mask = create_block_mask(sees, None, None, *size, device=token_ids.device)
-        return super().run(token_ids, position_ids, parts, scored)
+        return super().run(token_ids, position_ids, parts, scored, stores)
 
     def attend(self, module, query, key, value, scale, softcap):
         """As `Cascade.attend`."""
-        if self._scored is None or module is next(reversed(self.stored)):
+        last = len(self.stored) == self._layers - 1 if self._stores else module is next(reversed(self.stored))
+        if self._scored is None or last:
             return super().attend(module, query, key, value, scale, softcap)
-        keys, values = (torch.cat(pair, 1)[None] for pair in zip(self.stored[module], (key, value), strict=True))
+        if self._stores:
+            self.stored[module] = key[:, : self._stores].clone(), value[:, : self._stores].clone()
+            keys, values = key[None], value[None]
+        else:
+            keys, values = (torch.cat(pair, 1)[None] for pair in zip(self.stored[module], (key, value), strict=True))
         out = flex_attention(query[None], keys, values, block_mask=self._block_mask, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)
 

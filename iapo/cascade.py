@@ -1,8 +1,9 @@
 """Cascade attention: many short probes over one shared copy of their trajectories' keys and values.
 
-A model's attention is replaced, by Hugging Face's attention interface, for packed forwards of two kinds: one of whole
-trajectories, whose keys and values are kept, and then any number of probe forwards that read them. A query's keys come
-in parts: stored ranges that its whole block sees, a stored range of which each probe sees a prefix, and its own probe.
+A model's attention is replaced, by Hugging Face's attention interface, for packed forwards: a first one of whole
+trajectories, whose keys and values are kept, and of as many probes as have room in it, then any number of forwards of
+probes that read them. A query's keys come in parts: ranges of the trajectories that its whole block sees, a range of
+which each probe sees a prefix, and its own probe.
 Every part is computed densely, without a mask where none is needed, and gives an output o_k and the log of its softmax
 denominator l_k; the parts are merged exactly:
 
@@ -44,7 +45,7 @@ class Range(NamedTuple):
 
     Attributes:
         queries: their place in the forward.
-        keys: a range of the stored keys, which every query sees all of if neither `visible` nor `staircase` is given;
+        keys: a range of the trajectories', which every query sees all of if neither `visible` nor `staircase` is given;
             None: their own, of which each run of `width` queries sees itself, causally.
         width: the queries are runs of this many tokens.
         visible: (runs,) how many of `keys` each run sees, from the first, at least one.
@@ -66,33 +67,35 @@ KeysAndValues = dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
 
 
 class Cascade:
-    """The keys and values of one forward of trajectories, and who sees what in the forward at hand."""
+    """The keys and values of trajectories, and who sees what in the forward at hand."""
 
     def __init__(self, model, ignores_softcap: bool):
         self.stored: KeysAndValues = {}
         self._model, self._ignores_softcap = model, ignores_softcap
         self._layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self._parts: Sequence[Part] = ()
+        self._stores = 0
         self._scored: torch.Tensor | None = None
         self._scored_there: torch.Tensor | None = None  # on the model's device
         self._undo = ExitStack()
         self._masks: dict[int, torch.Tensor] = {}
 
-    def run(self, token_ids, position_ids, parts: Sequence[Part], scored: torch.Tensor | None):
+    def run(self, token_ids, position_ids, parts: Sequence[Part], scored: torch.Tensor | None, stores: int = 0):
         """The model's output for one packed row (N,) of tokens.
 
         Args:
             parts: who sees what.
-            scored: (M,) increasing, on the CPU: the tokens whose logits are asked for; None: no token's, but all keys
-                and values, to keep.
+            scored: (M,) increasing, on the CPU: the tokens whose logits are asked for; None: of none.
+            stores: the first tokens of the row are those of trajectories, this many, whose keys and values are kept;
+                0: they have been.
 
         Raises:
             ValueError: not every layer called this attention.
         """
-        self._parts, self._scored = parts, scored
+        self._parts, self._scored, self._stores = parts, scored, stores
         self._scored_there = None if scored is None else scored.to(token_ids.device)
         self._masks.clear()
-        if scored is None:
+        if stores:
             self.stored.clear()
         with self._undo:
             output = self._model(
@@ -113,17 +116,18 @@ class Cascade:
 
         Of the last layer those of the scored tokens; anything for the others.
         """
-        storing, queries = self._scored is None, query.shape[1]
-        if storing:
-            self.stored[module] = _alone(key), _alone(value)
+        queries = query.shape[1]
+        if self._stores:
+            self.stored[module] = _alone(key[:, : self._stores]), _alone(value[:, : self._stores])
         stored_key, stored_value = self.stored[module]
         softcap = None if self._ignores_softcap else softcap
         last = len(self.stored) == self._layers and module is next(reversed(self.stored))
         if last:
-            rows = torch.tensor([queries - 1], device=query.device) if storing else self._scored_there
+            nothing = torch.arange(queries - 1, queries, device=query.device)  # one row, for shapes' sake
+            rows = nothing if self._scored is None else self._scored_there
             for sibling in _siblings_by_token(self._model, module):  # for the rest of this run
                 self._undo.enter_context(replaced_forward(sibling, _limited_to(rows, queries, sibling.forward)))
-            if storing:
+            if self._scored is None:
                 return query.new_zeros(queries, len(query), value.shape[-1])
 
         def attend_range(r: Range, rows: slice | torch.Tensor):
@@ -146,7 +150,10 @@ class Cascade:
             out = query.new_zeros(*query.shape[:2], value.shape[-1])
             lse = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)  # no key, no weight
             for r in part:
-                rows = self._scored_of(r) if last and r.keys is not None else r.queries
+                rows = self._scored_of(r) if last else r.queries
+                if last and len(rows) == 0:
+                    continue
+                rows = r.queries if r.keys is None else rows
                 out[:, rows], lse[:, rows] = attend_range(r, rows)
             merged.append((out, lse))
         return merge(merged).to(value.dtype).transpose(0, 1)
@@ -174,9 +181,9 @@ class MaskedAttention:
     def __init__(self, model):
         self._model, self._cache = model, None
 
-    def run(self, token_ids, position_ids, parts: Sequence[Part], scored: torch.Tensor | None):
+    def run(self, token_ids, position_ids, parts: Sequence[Part], scored: torch.Tensor | None, stores: int = 0):
         """As `Cascade.run`."""
-        if scored is None:
+        if stores:
             self._cache = DynamicCache()  # plain layers: a sliding-window layer would drop keys
         stored = self._cache.get_seq_length()
         seen = visibility(parts, len(token_ids), stored).to(token_ids.device)[None, None]
@@ -190,15 +197,14 @@ class MaskedAttention:
             use_cache=True,
             logits_to_keep=1 if scored is None else scored.to(token_ids.device),
         )
-        if scored is not None:
-            self._cache.crop(stored)
+        self._cache.crop(stores or stored)
         return output
 
 
 def bounds(parts: Sequence[Part], queries: int, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(len(parts), N) the first key that each part lets a query see, and the one behind the last; 0 and 0: none.
 
-    The stored keys are counted first, then the forward's own.
+    The stored keys are counted first, then the forward's own; without stored ones the trajectories' are its first.
     """
     first, end = torch.zeros(2, len(parts), queries, dtype=torch.long)
     n = torch.arange(queries)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from iapo.cascade import KeysAndValues, captured_attention, cascade_attention
 from iapo.output_layer import measured_output_layer
-from iapo.packing import Completion, Forward, longest, packs, probe_forwards, probe_positions, trajectory_forward
+from iapo.packing import Completion, Forward, forwards_of_pack, longest, packs, probe_positions
 from iapo.support import check_model
 
 # Tokens per forward where the caller doesn't say, by device: a CPU's caches like few, a GPU's cores many.
@@ -122,12 +122,8 @@ def exit_entropies(
     probed = [torch.zeros(len(completion.positions)) for completion in completions]
     with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:
         for groups in packs(completions, max_tokens):
-            forward, places = trajectory_forward(completions, groups)
-            output_layer.start(None, passes_on=True)
-            result = attention.run(forward.token_ids.to(device), forward.position_ids.to(device), forward.parts, None)
-            output_layer.check(model, result.logits)
-            probes = probe_forwards(completions, places, probe_ids, max_tokens, chunk_size)
-            _run_probes(attention, output_layer, probes, probed, device)
+            forwards = forwards_of_pack(completions, groups, probe_ids, max_tokens, chunk_size)
+            _run(model, attention, output_layer, forwards, probed, device)
     return [interpolate(h, c.positions, len(c.response)) for h, c in zip(probed, completions, strict=True)]
 
 
@@ -142,7 +138,7 @@ def forward_to_share(model) -> Iterator[KeysAndValues]:
         ValueError: as `exit_entropies`, from within the forward.
     """
     with captured_attention(model) as keys_and_values, measured_output_layer(model) as output_layer:
-        output_layer.start(None, passes_on=True)
+        output_layer.start(None, measures=False)
         handle = model.register_forward_hook(lambda _, inputs, output: output_layer.check(model, output.logits))
         try:
             yield keys_and_values
@@ -166,15 +162,19 @@ def exit_entropies_after(
     probed = [torch.zeros(len(completion.positions)) for completion in completions]
     with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:
         attention.stored = keys_and_values
-        _run_probes(attention, output_layer, probes, probed, device)
+        _run(model, attention, output_layer, probes, probed, device)
     return [interpolate(h, c.positions, len(c.response)) for h, c in zip(probed, completions, strict=True)]
 
 
-def _run_probes(attention, output_layer, probes: Iterable[Forward], probed: list[torch.Tensor], device) -> None:
+def _run(model, attention, output_layer, forwards: Iterable[Forward], probed: list[torch.Tensor], device) -> None:
     """Write the entropies or surprisals at the probed positions of every row into `probed`."""
-    for forward in probes:
-        output_layer.start(forward.targets, passes_on=False)
-        attention.run(forward.token_ids.to(device), forward.position_ids.to(device), forward.parts, forward.scored)
+    for forward in forwards:
+        output_layer.start(forward.targets, measures=forward.scored is not None)
+        token_ids, position_ids = forward.token_ids.to(device), forward.position_ids.to(device)
+        result = attention.run(token_ids, position_ids, forward.parts, forward.scored, forward.stored)
+        output_layer.check(model, result.logits)
+        if forward.scored is None:
+            continue
         scores = (output_layer.entropy if forward.targets is None else -output_layer.log_prob).cpu()
         h = torch.zeros(int(forward.probe_of_scored[-1]) + 1).index_add_(0, forward.probe_of_scored, scores)
         for i, first, last in forward.runs:

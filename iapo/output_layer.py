@@ -74,12 +74,12 @@ class MeasuredOutputLayer:
         self.layer, self.original, self.after = layer, layer.forward, after
         self.entropy = self.log_prob = self.raw = None
 
-    def start(self, targets: torch.Tensor | None, passes_on: bool) -> None:
+    def start(self, targets: torch.Tensor | None, measures: bool) -> None:
         """Before a forward: its targets, or that its logits go on to the model as they always do, bit for bit."""
-        self.targets, self.passes_on = targets, passes_on
+        self.targets, self.measures = targets, measures
 
     def check(self, model, logits: torch.Tensor) -> None:
-        """After a forward that passed on: refuse a model that does something unknown to its logits.
+        """After a forward: refuse a model that does something unknown to its logits.
 
         Raises:
             ValueError: the logits that the model returned are not what `after` makes of the layer's output.
@@ -91,13 +91,13 @@ class MeasuredOutputLayer:
             )
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        if self.passes_on:
-            logits = self.original(hidden)
-            self.raw = logits[..., -1, :].clone()  # the last token's, before the model changes them
-            return logits
-        with torch.autocast(hidden.device.type, enabled=False):
-            self.entropy, self.log_prob = self._measure(hidden.flatten(0, -2))
-        return hidden[..., :1]  # the rank that the model's code expects; nobody reads it
+        if self.measures:
+            with torch.autocast(hidden.device.type, enabled=False):
+                self.entropy, self.log_prob = self._measure(hidden.flatten(0, -2))
+            hidden = hidden[..., -1:, :]  # the others' logits nobody reads
+        logits = self.original(hidden)
+        self.raw = logits[..., -1, :].clone()  # the last token's, before the model changes them
+        return logits
 
     def _measure(self, hidden_ND: torch.Tensor):
         layer, rows = self.layer, len(hidden_ND)

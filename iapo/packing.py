@@ -1,7 +1,8 @@
 """What goes through the model together: completions packed into forwards without padding, and who sees whom.
 
-A pack is one forward of trajectories, prompts that several completions share standing in it once, and then probe
-forwards over its keys and values, or over those of somebody else's forward of the same sequences. Everything here is
+A pack is some trajectories, prompts that several completions share standing among them once, and their probes. Its
+first forward has the trajectories and as many probes as have room beside them, the others have probes that read its
+keys and values; or all probes read those of somebody else's forward of the same sequences. Everything here is
 about integers: no model, no floating-point number.
 """
 
@@ -60,9 +61,9 @@ class Forward(NamedTuple):
     Attributes:
         token_ids, position_ids: (N,).
         parts: who sees what.
-        runs: (row, first, last): the probes in it, in order, by the places of their positions; none in a forward of
-            trajectories.
-        scored: (M,) the tokens whose logits count.
+        stored: the first tokens, those of trajectories, whose keys and values are kept.
+        runs: (row, first, last): the probes in it, in order, by the places of their positions.
+        scored: (M,) the tokens whose logits count; None: there are no probes.
         probe_of_scored: (M,) the probe that each of them belongs to.
         targets: (M,) the tokens whose log-probabilities are asked for; None: the entropies are.
     """
@@ -70,6 +71,7 @@ class Forward(NamedTuple):
     token_ids: torch.Tensor
     position_ids: torch.Tensor
     parts: list[Part]
+    stored: int = 0
     runs: Sequence[tuple[int, int, int]] = ()
     scored: torch.Tensor | None = None
     probe_of_scored: torch.Tensor | None = None
@@ -132,7 +134,7 @@ def _by_prompt(completions: Sequence[Completion]) -> list[list[int]]:
 def trajectory_forward(
     completions: Sequence[Completion], groups: Sequence[Sequence[int]]
 ) -> tuple[Forward, dict[int, Place]]:
-    """The forward of a pack's trajectories, an element of `packs`, and where each of its rows then stands."""
+    """A forward of the trajectories of a pack, an element of `packs`, and where each of its rows then stands."""
     tokens, positions = [], []
     places: dict[int, Place] = {}
     own: list[Range] = []
@@ -156,7 +158,7 @@ def trajectory_forward(
             places[i] = Place(prompt, place(completions[i].trajectory, len(prompt_ids)))
         if end > prompt.stop:
             prompts.append(Range(slice(prompt.stop, end), prompt, 1))
-    return Forward(torch.cat(tokens), torch.cat(positions), [own, prompts]), places
+    return Forward(torch.cat(tokens), torch.cat(positions), [own, prompts], end), places
 
 
 def places_of_sequences(completions: Sequence[Completion], starts: Sequence[int]) -> dict[int, Place]:
@@ -170,6 +172,26 @@ def places_of_sequences(completions: Sequence[Completion], starts: Sequence[int]
     return places
 
 
+def forwards_of_pack(
+    completions: Sequence[Completion],
+    groups: Sequence[Sequence[int]],
+    probe_ids: torch.Tensor,
+    max_tokens: int,
+    chunk_size: int | None = None,
+) -> Iterator[Forward]:
+    """The forwards of a pack: its trajectories and the first probes, as far as there is room, then the other probes.
+
+    Args:
+        chunk_size: probes per forward; None: as many as `max_tokens` holds, at least one beside no trajectories.
+    """
+    trajectories, places = trajectory_forward(completions, groups)
+    chunks = _chunks(completions, places, len(probe_ids), max_tokens, chunk_size, trajectories.stored)
+    first = next(chunks)
+    yield _probe_forward(completions, places, probe_ids, first, max_tokens, trajectories) if first else trajectories
+    for chunk in chunks:
+        yield _probe_forward(completions, places, probe_ids, chunk, max_tokens)
+
+
 def probe_forwards(
     completions: Sequence[Completion],
     places: dict[int, Place],
@@ -177,55 +199,68 @@ def probe_forwards(
     max_tokens: int,
     chunk_size: int | None = None,
 ) -> Iterator[Forward]:
-    """The forwards of the probes of the rows in `places`, over the keys and values that stand there.
-
-    Args:
-        chunk_size: probes per forward; None: as many as `max_tokens` holds, at least one.
-    """
+    """The forwards of the probes of the rows in `places`, over the keys and values that stand there."""
     for chunk in _chunks(completions, places, len(probe_ids), max_tokens, chunk_size):
-        tokens, positions, runs, scored, targets = [], [], [], [], []
-        own, prompts, prefixes, stairs = parts = [], [], [], []
-        end = 0
-        for i, first, last in _runs(chunk, completions, MASKED_SHARE * max_tokens**2):
-            completion, (prompt, response) = completions[i], places[i]
-            before = completion.positions[first : last + 1]
-            count = len(before)
-            suffix = probe_ids if completion.answer is None else torch.cat([probe_ids, completion.answer[:-1]])
-            width = len(suffix)
-            queries = slice(end, end + count * width)
-            end = queries.stop
-            _extend(own, Range(queries, None, width))
-            lowest, highest = (response.start + int(before[k]) for k in (0, -1))
-            if prompt.stop == response.start:  # one range of keys instead of two
-                prefixes.append(Range(queries, slice(prompt.start, lowest), width))
-            else:
-                _extend(prompts, Range(queries, prompt, 1))
-                if lowest > response.start:
-                    prefixes.append(Range(queries, slice(response.start, lowest), width))
-            if highest > lowest:
-                later = slice(queries.start + width, queries.stop)
-                seen = before[1:] - before[0]
-                staircase = len(seen) == seen[-1]
-                visible = None if staircase else seen
-                stairs.append(Range(later, slice(lowest, highest), width, visible, staircase))
-            tokens.append(suffix.repeat(count))
-            positions.append((len(completion.prompt) + before[:, None] + torch.arange(width)).flatten())
-            # The logits that count: of the last probe token and of the answer tokens behind it.
-            offsets = torch.arange(len(probe_ids) - 1, width)
-            scored.append((torch.arange(queries.start, queries.stop, width)[:, None] + offsets).flatten())
-            runs.append((i, first, last))
-            if completion.answer is not None:
-                targets.append(completion.answer.repeat(count))
-        per_probe = [completions[i].answered + 1 for i, first, last in runs for _ in range(first, last + 1)]
-        yield Forward(
-            torch.cat(tokens),
-            torch.cat(positions),
-            [part for part in parts if part],
-            runs,
-            torch.cat(scored),
-            torch.arange(len(per_probe)).repeat_interleave(torch.tensor(per_probe)),
-            torch.cat(targets) if targets else None,
-        )
+        yield _probe_forward(completions, places, probe_ids, chunk, max_tokens)
+
+
+def _probe_forward(
+    completions: Sequence[Completion],
+    places: dict[int, Place],
+    probe_ids: torch.Tensor,
+    chunk: Sequence[tuple[int, int]],
+    max_tokens: int,
+    trajectories: Forward | None = None,
+) -> Forward:
+    """One forward of the probes of a chunk, of the trajectories in front of them if they are given."""
+    tokens, positions, runs, scored, targets = [], [], [], [], []
+    own, prompts, prefixes, stairs = parts = [], [], [], []
+    end = stored = 0
+    if trajectories:
+        tokens, positions = [trajectories.token_ids], [trajectories.position_ids]
+        for part, given in zip(parts, trajectories.parts, strict=False):
+            part.extend(given)
+        end = stored = trajectories.stored
+    for i, first, last in _runs(chunk, completions, MASKED_SHARE * max_tokens**2):
+        completion, (prompt, response) = completions[i], places[i]
+        before = completion.positions[first : last + 1]
+        count = len(before)
+        suffix = probe_ids if completion.answer is None else torch.cat([probe_ids, completion.answer[:-1]])
+        width = len(suffix)
+        queries = slice(end, end + count * width)
+        end = queries.stop
+        _extend(own, Range(queries, None, width))
+        lowest, highest = (response.start + int(before[k]) for k in (0, -1))
+        if prompt.stop == response.start:  # one range of keys instead of two
+            prefixes.append(Range(queries, slice(prompt.start, lowest), width))
+        else:
+            _extend(prompts, Range(queries, prompt, 1))
+            if lowest > response.start:
+                prefixes.append(Range(queries, slice(response.start, lowest), width))
+        if highest > lowest:
+            later = slice(queries.start + width, queries.stop)
+            seen = before[1:] - before[0]
+            staircase = len(seen) == int(seen[-1])
+            stairs.append(Range(later, slice(lowest, highest), width, None if staircase else seen, staircase))
+        tokens.append(suffix.repeat(count))
+        positions.append((len(completion.prompt) + before[:, None] + torch.arange(width)).flatten())
+        # The logits that count: of the last probe token and of the answer tokens behind it.
+        offsets = torch.arange(len(probe_ids) - 1, width)
+        scored.append((torch.arange(queries.start, queries.stop, width)[:, None] + offsets).flatten())
+        runs.append((i, first, last))
+        if completion.answer is not None:
+            targets.append(completion.answer.repeat(count))
+    per_probe = [completions[i].answered + 1 for i, first, last in runs for _ in range(first, last + 1)]
+    return Forward(
+        torch.cat(tokens),
+        torch.cat(positions),
+        [part for part in parts if part],
+        stored,
+        runs,
+        torch.cat(scored),
+        torch.arange(len(per_probe)).repeat_interleave(torch.tensor(per_probe)),
+        torch.cat(targets) if targets else None,
+    )
 
 
 def _extend(part: list[Range], r: Range) -> None:
@@ -248,23 +283,41 @@ def forward_count(
     count = 0
     for groups in packs(completions, max_tokens):
         rows = [i for group in groups for i in group]
-        count += 1 + sum(1 for _ in _chunks(completions, rows, probe_length, max_tokens, chunk_size))
+        beside = sum(len(completions[group[0]].prompt) for group in groups)
+        beside += sum(len(completions[i].trajectory) for i in rows)
+        count += len(list(_chunks(completions, rows, probe_length, max_tokens, chunk_size, beside)))
     return count
 
 
-def _chunks(completions, rows, probe_length, max_tokens, chunk_size) -> Iterator[list[tuple[int, int]]]:
-    """(row, place of its position) of the probes of each forward; forwards of about the same size, none a remainder."""
+def _chunks(
+    completions, rows, probe_length: int, max_tokens: int, chunk_size: int | None, beside: int = 0
+) -> Iterator[list[tuple[int, int]]]:
+    """(row, place of its position) of the probes of each forward; forwards of about the same size, none a remainder.
+
+    Args:
+        beside: other tokens in the first forward; it has no probes if there is no room.
+    """
     needed = {i: probe_length + completions[i].answered for i in rows}
     if not needed:
         return
+    widest = max(needed.values())
     total = sum(len(completions[i].positions) * tokens for i, tokens in needed.items())
-    share = min(math.ceil(total / math.ceil(total / max_tokens)) + max(needed.values()) - 1, max_tokens)
-    chunk, room = [], share
+
+    def share(total: int) -> int:
+        return min(math.ceil(total / math.ceil(total / max_tokens)) + widest - 1, max_tokens)
+
+    room = share(beside + total) - beside
+    if beside and room < widest:
+        yield []
+        beside = 0
+        room = share(total)
+    size = share(beside + total)
+    chunk = []
     for i, tokens in needed.items():
         for j in range(len(completions[i].positions)):
             if chunk and (tokens > room or len(chunk) == chunk_size):
                 yield chunk
-                chunk, room = [], share
+                chunk, room = [], size
             chunk.append((i, j))
             room -= tokens
     yield chunk
@@ -274,10 +327,12 @@ def _runs(chunk, completions, masked_area: float) -> Iterator[tuple[int, int, in
     """(row, first, last): the probes of a chunk in runs of one completion, cut where their stairs get too large, unless
     they are at consecutive positions and need no mask."""
     row, first, last = *chunk[0], chunk[0][1]
+    positions = completions[row].positions.tolist()
     for i, j in chunk[1:]:
-        span = int(completions[i].positions[j] - completions[i].positions[first]) if i == row else 0
+        span = positions[j] - positions[first] if i == row else 0
         if i != row or (span > j - first and (j - first + 1) * span > masked_area):
             yield row, first, last
+            positions = positions if i == row else completions[i].positions.tolist()
             row, first = i, j
         last = j
     yield row, first, last

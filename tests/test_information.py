@@ -162,7 +162,7 @@ def test_completions_of_one_prompt_push_it_through_the_model_once(models):
     exit_entropy(models["qwen2"], input_ids, attention_mask, response_mask, PROBE)
     handle.remove()
     # One prompt, the responses, and a probe for each of their 6 + 4 + 1 positions: no padding.
-    assert tokens == [9 + 5 + 3, 11 * len(PROBE)]
+    assert tokens == [9 + 5 + 3 + 11 * len(PROBE)]
 
 
 def test_result_does_not_depend_on_batch_order_or_neighbours(models):
@@ -434,14 +434,18 @@ def test_the_last_layer_works_for_what_is_scored_alone(models, score_answers):
     answer = torch.tensor([8, 9, 10, 11]) if score_answers else None
     completions = [packing.Completion(prompt, response, packing.probe_positions(20), answer)]
 
-    def run():
-        exit_entropies(model, completions, probe, max_tokens=1000)
+    def rows(layer, max_tokens):
+        return rows_through(model, layer, lambda: exit_entropies(model, completions, probe, max_tokens=max_tokens))
 
     first, last = model.model.layers
     probe_tokens, scored = (21 * 6, 21 * 4) if score_answers else (21 * 3, 21)
-    assert rows_through(model, first.mlp.down_proj, run) == [30, probe_tokens]
-    assert rows_through(model, last.mlp.down_proj, run) == [1, scored]  # of the trajectory one that nobody reads
-    assert rows_through(model, last.self_attn.k_proj, run) == [30, probe_tokens]
+    assert rows(first.mlp.down_proj, 1000) == [30 + probe_tokens]
+    assert rows(last.mlp.down_proj, 1000) == [scored]
+    assert rows(last.self_attn.k_proj, 1000) == [30 + probe_tokens]
+    alone, *others = rows(first.mlp.down_proj, 31)  # no room for a probe beside the trajectory
+    assert alone == 30 and sum(others) == probe_tokens
+    alone, *others = rows(last.mlp.down_proj, 31)
+    assert alone == 1 and sum(others) == scored  # of the trajectory one that nobody reads
 
 
 class Gated(torch.nn.Module):
