@@ -18,7 +18,7 @@ import transformers
 from benchmarks.flex_attention import by_flex_attention
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import interleaved, machine, peak_mib, table
-from iapo.information import exit_entropies, exit_entropy_naive
+from iapo.information import MAX_TOKENS, exit_entropies, exit_entropy_naive
 from iapo.packing import Completion, probe_positions
 
 SHAPES = {
@@ -67,16 +67,15 @@ def make_completions(vocabulary: int, T: int, B: int, density: str) -> list[Comp
     return completions
 
 
-def plain(model, tokens: int, length: int, probe_length: int, device: str) -> None:
-    """Forwards of `tokens` tokens in sequences of `length`, with logits for as many as a pass scores."""
-    at_a_time = 1 if device == "cpu" else max(16384 // length, 1)
-    keep = torch.arange(0, length, probe_length, device=device)
+def plain(model, tokens: int, length: int, scored: int, device: str, rows: int) -> None:
+    """Forwards of `tokens` tokens in sequences of `length`, the last one shorter, `rows` of them at a time, with logits
+    for `scored` tokens, spread evenly but for rounding."""
+    left = tokens
     with torch.no_grad():
-        while tokens > 0:
-            rows = min(at_a_time, -(-tokens // length))
-            ids = torch.zeros(rows, min(length, tokens), dtype=torch.long, device=device)
-            model(input_ids=ids, use_cache=False, logits_to_keep=keep[keep < ids.shape[1]])
-            tokens -= ids.numel()
+        while left > 0:
+            ids = torch.zeros(max(min(rows, left // length), 1), min(length, left), dtype=torch.long, device=device)
+            model(input_ids=ids, use_cache=False, logits_to_keep=max(round(scored * ids.shape[1] / tokens), 1))
+            left -= ids.numel()
 
 
 def plain_with_cache(model, length: int, device: str) -> None:
@@ -130,6 +129,13 @@ def check(probe_ids, device: str, flex: bool) -> None:
         print(f"{name}: within {error:.1e} nats of it")
         if error > 1e-4:
             raise SystemExit(f"benchmarks.exit_entropy: {name}: an error of {error} nats")
+    if device != "cpu":  # other kernels serve half precision, which is what is timed
+        model.bfloat16()
+        result, expected = (method(model, completions, probe_ids, device) for method in (ours, naive))
+        error = max((a - b).abs().max().item() for a, b in zip(result, expected, strict=True))
+        print(f"ours in bf16: within {error:.1e} nats of the naive reference in bf16")
+        if error > 0.3:
+            raise SystemExit(f"benchmarks.exit_entropy: ours in bf16: an error of {error} nats")
 
 
 def best_chunk(model, completions, probe_ids, device: str) -> int:
@@ -152,10 +158,11 @@ def methods(
     probe_ids = torch.arange(1, P + 1)
     length = PROMPT + T
     floor, probe_floor = pushed_tokens(T, B, P, "full")
+    scored, rows = B * (T + 1), 1 if device == "cpu" else max(MAX_TOKENS["cuda"] // length, 1)
     completions = {d: make_completions(model.config.vocab_size, T, B, d) for d in DENSITIES}
     functions = {
-        FLOOR: partial(plain, model, floor, length, P, device),
-        PROBE_FLOOR: partial(plain, model, probe_floor, length, P, device),
+        FLOOR: partial(plain, model, floor, length, scored, device, rows),
+        PROBE_FLOOR: partial(plain, model, probe_floor, length, scored, device, rows),
         WITH_CACHE: partial(plain_with_cache, model, length, device),
     }
     for density in DENSITIES:

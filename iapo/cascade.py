@@ -36,6 +36,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLEMENTATION = "iapo_cascade"
 
+# Tokens of a run up to which the heads of a key head share its keys in one masked call, instead of each having a copy.
+SHORT_RUN = 64
 # Float32 scores that `attend_naive` holds at a time (64 MB).
 SCORES_AT_A_TIME = 2**24
 
@@ -279,7 +281,7 @@ def merge(parts) -> torch.Tensor:
     weights = torch.stack([lse.float() for _, lse in parts]).softmax(0)[..., None]
     total = parts[0][0] * weights[0]  # float32, as the weights are
     for (out, _), weight in zip(parts[1:], weights[1:], strict=True):
-        total.addcmul_(out.float(), weight)
+        total.addcmul_(out, weight)
     return total
 
 
@@ -400,25 +402,31 @@ AttentionInterface.register(IMPLEMENTATION, _interface)
 
 def _attend_own(q, k, v, width: int, scale, softcap):
     """Queries (H, N, D) over their own keys (K, N, D), in runs of `width` that don't see each other."""
-    group = len(q) // len(k)
-
-    def runs(x):  # (runs, H, width, D)
-        return x.unflatten(1, (-1, width)).transpose(0, 1)
-
-    if group > 1:
-        k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-    out, lse = attend(runs(q), runs(k), runs(v), scale, softcap, causal=True)
+    heads, group = len(q), len(q) // len(k)
+    q, k, v = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in (q, k, v))  # runs, H or K, width, D
+    if group > 1 and width <= SHORT_RUN:
+        mask = torch.full((width, width), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
+        folded = q.unflatten(1, (-1, group)).flatten(2, 3)  # runs, K, G width, D
+        out, lse = attend(folded, k, v, scale, softcap, mask=mask)
+        out, lse = (x.unflatten(2, (group, width)).flatten(1, 2) for x in (out, lse))
+    else:
+        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+        out, lse = attend(q, k, v, scale, softcap, causal=True)
     return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
 
 
 def _attend_shared(q, k, v, scale, softcap, mask=None):
-    """Queries (H, N, D) over the same keys (K, M, D): the G heads of a key head are queries of one call."""
-    heads, queries, _ = q.shape
-    group = heads // len(k)
-    folded = q.reshape(1, len(k), group * queries, -1)
-    mask = mask.repeat(group, 1) if mask is not None else None
-    out, lse = attend(folded, k.unsqueeze(0), v.unsqueeze(0), scale, softcap, mask=mask)
-    return out.reshape(heads, queries, -1), lse.reshape(heads, queries)
+    """Queries (H, N, D) over the same keys (K, M, D), of which a mask (N, M) hides some.
+
+    Without one the G heads of a key head are queries of one call; with one it would have to be G times as long.
+    """
+    shape = len(k), len(q) // len(k), q.shape[1]  # K, G, N
+    if mask is None:
+        out, lse = attend(q.reshape(1, shape[0], -1, q.shape[2]), k.unsqueeze(0), v.unsqueeze(0), scale, softcap)
+    else:
+        k, v = (x.unsqueeze(1).expand(-1, shape[1], -1, -1) for x in (k, v))
+        out, lse = attend(q.unflatten(0, shape[:2]), k, v, scale, softcap, mask=mask)
+    return out.reshape(*q.shape[:2], -1), lse.reshape(q.shape[:2])
 
 
 def _attend_staircase(q, k, v, scale, softcap):

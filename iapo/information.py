@@ -172,10 +172,11 @@ def _run(model, attention, output_layer, forwards: Iterable[Forward], probed: li
         output_layer.start(forward.targets, measures=forward.scored is not None)
         token_ids, position_ids = forward.token_ids.to(device), forward.position_ids.to(device)
         result = attention.run(token_ids, position_ids, forward.parts, forward.scored, forward.stored)
-        output_layer.check(model, result.logits)
         if forward.scored is None:
+            output_layer.check(model, result.logits)
             continue
         scores = (output_layer.entropy if forward.targets is None else -output_layer.log_prob).cpu()
+        output_layer.check(model, result.logits)
         h = torch.zeros(int(forward.probe_of_scored[-1]) + 1).index_add_(0, forward.probe_of_scored, scores)
         for i, first, last in forward.runs:
             probed[i][first : last + 1], h = h[: last + 1 - first], h[last + 1 - first :]

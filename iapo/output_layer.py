@@ -103,11 +103,16 @@ class MeasuredOutputLayer:
         layer, rows = self.layer, len(hidden_ND)
         targets = None if self.targets is None else self.targets.to(hidden_ND.device)
         if isinstance(layer, torch.nn.Linear):
-            states = hidden_ND.float()
+            # A GPU multiplies half-precision numbers exactly and sums in float32, many times faster than float32 ones.
+            half = hidden_ND.is_cuda and hidden_ND.dtype == layer.weight.dtype != torch.float32
+            states = hidden_ND if half else hidden_ND.float()
 
             def logits(words: slice) -> torch.Tensor:
                 bias = None if layer.bias is None else layer.bias[words].float()
-                return self.after(F.linear(states, layer.weight[words].float(), bias))
+                if not half:
+                    return self.after(F.linear(states, layer.weight[words].float(), bias))
+                z = torch.mm(states, layer.weight[words].T, out_dtype=torch.float32)
+                return self.after(z if bias is None else z + bias)
 
             return entropy_and_log_prob(logits, rows, len(layer.weight), targets, layer.weight.shape[1])
         results = []  # an adapter or a quantised layer: only its own forward knows its logits

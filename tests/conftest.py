@@ -16,6 +16,7 @@ settings.register_profile("iapo", deadline=None)
 settings.load_profile("iapo")
 
 VOCAB = 97
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 GROUPED = dict(SHAPE, num_key_value_heads=2, max_position_embeddings=512)
 

@@ -39,11 +39,13 @@ def test_flex_attention_equals_the_naive_reference(models, monkeypatch, family, 
 def test_the_plain_forward_has_as_many_tokens_as_it_says(models):
     tokens = []
     handle = models["qwen2"].register_forward_pre_hook(
-        lambda _, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+        lambda _, args, kwargs: tokens.append((kwargs["input_ids"].numel(), kwargs["logits_to_keep"])),
+        with_kwargs=True,
     )
-    benchmark.plain(models["qwen2"], 50, 20, 6, "cpu")
+    benchmark.plain(models["qwen2"], 50, 20, 15, "cpu", rows=1)
+    benchmark.plain(models["qwen2"], 50, 20, 15, "cpu", rows=3)
     handle.remove()
-    assert tokens == [20, 20, 10]
+    assert tokens == [(20, 6), (20, 6), (10, 3), (40, 6), (10, 3)]  # logits per sequence
 
 
 def test_the_benchmark_prints_a_table_per_length(capsys, monkeypatch):

@@ -114,6 +114,32 @@ def test_a_staircase_equals_its_mask(K, G, runs, width, dv):
         torch.testing.assert_close(result, reference[0], atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_the_gpu_kernels_equal_the_naive_attention(dtype, size):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to("cuda", dtype)
+
+    q, k, v, own = random(12, 101 * 3, size), random(2, 101, size), random(2, 101, size), random(2, 101 * 3, size)
+    mask = torch.where(torch.rand(303, 101, generator=generator) < 0.5, 0.0, -math.inf).to("cuda", dtype)
+    mask[:, 0] = 0
+    for function, arguments in (
+        (_attend_staircase, (q, k, v, 0.1, None)),
+        (_attend_shared, (q, k, v, 0.1, None)),
+        (_attend_shared, (q, k, v, 0.1, None, mask)),
+        (_attend_own, (q, own, own, 3, 0.1, None)),
+        (_attend_own, (q, own, own, 303, 0.1, None)),
+    ):
+        result = function(*arguments)
+        with patch.object(cascade, "attend", attend_naive):
+            expected = function(*arguments)
+        torch.testing.assert_close(result[0].float(), expected[0], atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(result[1], expected[1], atol=1e-3, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_calls_of_the_gpu_kernels_fit_their_signatures(monkeypatch, dtype):
     """By torch's own shape functions, without a GPU: not what the kernels compute."""
@@ -126,6 +152,7 @@ def test_the_calls_of_the_gpu_kernels_fit_their_signatures(monkeypatch, dtype):
             _attend_shared(q, k, k, 0.3, None),
             _attend_shared(q, k, k, 0.3, None, mask),
             _attend_own(q, own, own, 3, 0.3, None),
+            _attend_own(q, own, own, 300, 0.3, None),
         ):
             assert (out.shape, out.dtype, out.device.type) == ((12, 300, 64), dtype, "cuda")
             assert (lse.shape, lse.dtype) == ((12, 300), torch.float32)

@@ -20,7 +20,7 @@ from iapo.information import (
     information_rate,
     interpolate,
 )
-from tests.conftest import CONFIGS, VOCAB, make_batch, make_model
+from tests.conftest import CONFIGS, DEVICES, VOCAB, make_batch, make_model
 
 PROBE = [5, 11, 7]
 LENGTHS = ([3, 9, 1, 6, 4], [13, 0, 1, 20, 7])
@@ -61,7 +61,7 @@ def test_restores_an_attention_that_takes_no_mask(models):
     rows=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 17), st.integers(0, 3)), min_size=1, max_size=4),
     chunk_size=st.none() | st.integers(1, 30),
     max_tokens=st.integers(1, 200),
-    masked_share=st.sampled_from([0, 1 / 144, 1e6]),
+    masked_share=st.sampled_from([0, packing.MASKED_SHARE, 1e6]),
     stride=st.integers(1, 6),
     at_boundaries=st.booleans(),
     scores_answers=st.booleans(),
@@ -209,12 +209,13 @@ def test_interpolation_by_hand():
     assert interpolate(torch.tensor([1.5]), torch.tensor([0]), 2).tolist() == [1.5, 1.5, 1.5]
 
 
-def test_bf16_error_is_that_of_the_weights_not_of_the_logits():
+@pytest.mark.parametrize("device", DEVICES)
+def test_bf16_error_is_that_of_the_weights_not_of_the_logits(device):
     """Same bf16 hidden states: fp32 logits and entropies agree with fp64 to 1e-4 nats, bf16 logits don't."""
-    model = make_model("qwen2").to(torch.bfloat16)
+    model = make_model("qwen2").to(device, torch.bfloat16)
     layer, hidden = model.get_output_embeddings(), []
     handle = layer.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
-    batch = make_batch([5], [1])
+    batch = [x.to(device) for x in make_batch([5], [1])]
     result = exit_entropy(model, *batch, PROBE, chunk_size=8)
     handle.remove()
     assert result.dtype == torch.float32

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iapo import output_layer
-from iapo.output_layer import entropy_and_log_prob, measured_output_layer
-from tests.conftest import make_model
+from iapo.output_layer import MeasuredOutputLayer, entropy_and_log_prob, measured_output_layer
+from tests.conftest import DEVICES, make_model
 
 
 def test_by_hand():
@@ -41,6 +41,22 @@ def test_slices_equal_log_softmax_in_float64(rows, vocabulary, at_a_time, scale,
     # At 1e4 float32 logits are 1e-3 apart, so a difference of two of them is no better.
     target_logs = logs.gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(log_prob.double(), target_logs, atol=1e-5 if shift == 0 else 2e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_over_a_large_vocabulary_agrees_with_float64(device, dtype):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 151_936, bias=True).to(device, dtype)
+    hidden = (5 * torch.randn(1, 6, 64)).to(device, dtype)
+    exact = (hidden[0].double() @ layer.weight.double().T + layer.bias.double()).log_softmax(-1)
+    targets = torch.arange(6) * 1000
+    measured = MeasuredOutputLayer(layer, lambda z: z)
+    measured.start(targets, measures=True)
+    measured(hidden)
+    assert (measured.entropy + (exact.exp() * exact).sum(-1)).abs().max() < 1e-4
+    expected = exact.gather(1, targets.to(device)[:, None])[:, 0]
+    assert (measured.log_prob - expected).abs().max() < 1e-4
 
 
 def test_fsdp1_units_inside_the_output_layer_are_refused():

@@ -77,7 +77,7 @@ def test_probes_at_consecutive_positions_need_no_mask_and_others_little_ones(mon
     (masked,) = probes.parts[-1]
     assert masked[:3] == (slice(2, 14), slice(1, 10), 2) and masked.visible.tolist() == [1, 2, 3, 5, 7, 9]
     assert not masked.staircase
-    monkeypatch.setattr(packing, "MASKED_SHARE", 12.5 / 100**2)  # probes x keys of at most 12
+    monkeypatch.setattr(packing, "MASKED_SHARE", 25 / 100**2)  # queries x keys of at most 24
     (probes,) = probe_forwards([row], places, PROBE, max_tokens=100)
     assert probes.runs == [(0, 0, 3), (0, 4, 6)]
     consecutive, masked = probes.parts[-1]
