@@ -9,7 +9,7 @@ forward of one trajectory that keeps its keys and values.
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -40,9 +40,9 @@ FLOOR, PROBE_FLOOR = "plain forward of the same tokens", "plain forward of the p
 WITH_CACHE = "plain forward of a trajectory with KV cache"
 
 
-def make_model(shape: str, device: str):
+def make_model(shape: str, device: str, **changes):
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(**SHAPES[shape], max_position_embeddings=32768)
+    config = transformers.Qwen2Config(**SHAPES[shape] | changes, max_position_embeddings=32768)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with torch.device(device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -83,8 +83,8 @@ def plain_with_cache(model, length: int, device: str) -> None:
         model(input_ids=torch.zeros(1, length, dtype=torch.long, device=device), use_cache=True, logits_to_keep=1)
 
 
-def ours(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
-    return exit_entropies(model, completions, probe_ids, device=device)
+def ours(model, completions, probe_ids, device: str, max_tokens: int | None = None) -> list[torch.Tensor]:
+    return exit_entropies(model, completions, probe_ids, device=device, max_tokens=max_tokens)
 
 
 def ours_by_flex_attention(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
@@ -110,32 +110,38 @@ def naive(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
 
 
 def check(probe_ids, device: str, flex: bool) -> None:
-    """What is timed is also right: the methods against the naive reference, in float32 with large random weights."""
-    model = make_model("small", device).float()
+    """What is timed is also right: the methods against the naive reference, with large random weights, fewer key heads
+    than heads, in one forward and in several."""
+    model = make_model("small", device, num_key_value_heads=2).float()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)
-    completions = make_completions(model.config.vocab_size, 24, 2, "full")
-    expected = naive(model, completions, probe_ids, device)
-    print(f"naive reference: entropies with a standard deviation of {torch.cat(expected).std():.2f} nats")
-    results = {
-        "ours": ours(model, completions, probe_ids, device),
-        "KV copies": copies(model, completions, probe_ids, device, 4),
-    }
-    if flex:
-        results["ours by FlexAttention"] = ours_by_flex_attention(model, completions, probe_ids, device)
-    for name, result in results.items():
-        error = max((a - b).abs().max().item() for a, b in zip(result, expected, strict=True))
+    rows = {density: make_completions(model.config.vocab_size, 24, 2, density) for density in DENSITIES}
+    expected = {density: naive(model, rows[density], probe_ids, device) for density in DENSITIES}
+    print(f"naive reference: entropies with a standard deviation of {torch.cat(expected['full']).std():.2f} nats")
+
+    def compare(name: str, method: Callable, densities: Sequence[str], allowed: float) -> None:
+        error = max(
+            (a - b)[c.positions].abs().max().item()
+            for density in densities
+            for a, b, c in zip(
+                method(model, rows[density], probe_ids, device), expected[density], rows[density], strict=True
+            )
+        )
         print(f"{name}: within {error:.1e} nats of it")
-        if error > 1e-4:
+        if error > allowed:
             raise SystemExit(f"benchmarks.exit_entropy: {name}: an error of {error} nats")
+
+    compare("ours", ours, DENSITIES, 1e-4)
+    compare("ours in several forwards", partial(ours, max_tokens=150), DENSITIES, 1e-4)
+    compare("KV copies", partial(copies, chunk_size=4), ["full"], 1e-4)
+    if flex:
+        compare("ours by FlexAttention", ours_by_flex_attention, ["full"], 1e-4)
     if device != "cpu":  # other kernels serve half precision, which is what is timed
         model.bfloat16()
-        result, expected = (method(model, completions, probe_ids, device) for method in (ours, naive))
-        error = max((a - b).abs().max().item() for a, b in zip(result, expected, strict=True))
-        print(f"ours in bf16: within {error:.1e} nats of the naive reference in bf16")
-        if error > 0.3:
-            raise SystemExit(f"benchmarks.exit_entropy: ours in bf16: an error of {error} nats")
+        expected = {density: naive(model, rows[density], probe_ids, device) for density in DENSITIES}
+        compare("ours in bf16, naive too", ours, DENSITIES, 0.3)
+        compare("ours in bf16, naive too, in several forwards", partial(ours, max_tokens=150), DENSITIES, 0.3)
 
 
 def best_chunk(model, completions, probe_ids, device: str) -> int:

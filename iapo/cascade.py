@@ -10,8 +10,9 @@ denominator l_k; the parts are merged exactly:
     o = sum_k exp(l_k - l) o_k,     l = log sum_k exp(l_k)
 
 The prefixes of probes at consecutive positions make a causal attention of the probes' first tokens, one of their second
-tokens, and so on. So nothing is copied per position, no T x T mask exists and little masked-out work is done. The merge
-is the one of FlashAttention and of cascade inference; `attend_naive` and the tests' plain forward are the references.
+tokens, and so on; those of others stand behind small masks. So nothing is copied per position, and little masked-out
+work is done. The merge is the one of FlashAttention and of cascade inference; `attend_naive` and the tests' plain
+forward are the references.
 
 Behind the last layer's attention no token sees another, and only the scored ones' logits are asked for. So there the
 others' attention to stored keys and, where it is made of linear layers, their MLP are left out; of trajectories, whose
@@ -154,6 +155,8 @@ class Cascade:
             for r in part:
                 rows = self._scored_of(r) if last else r.queries
                 if last and len(rows) == 0:
+                    if r.keys is None:
+                        lse[:, r.queries] = 0  # what nobody reads is 0, not NaN, which would spread in a statistic
                     continue
                 rows = r.queries if r.keys is None else rows
                 out[:, rows], lse[:, rows] = attend_range(r, rows)
@@ -177,7 +180,7 @@ class Cascade:
 class MaskedAttention:
     """The same for a model whose attention can't be replaced: its own, with a 4-D mask and a key-value cache.
 
-    Everything masked out is computed too, and a forward of trajectories holds a mask of its tokens squared.
+    Everything masked out is computed too, and a forward holds a mask of its tokens times all that they could see.
     """
 
     def __init__(self, model):
@@ -237,22 +240,23 @@ def attend(q, k, v, scale: float, softcap: float | None = None, causal: bool = F
     device that doesn't hold the scores.
 
     Args:
-        q: (B, H, N, D). k, v: (B, H, M, D).
+        q: (B, H, N, D). k, v: (B, H, M, D), or (1, H, M, D), the same for all B.
         causal: query n sees keys 0..n.
         mask: (N, M) additive, in q's dtype.
     """
     plain = softcap is None and q.shape[-1] == v.shape[-1]
     on_gpu = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    expanded = [x.expand(len(q), -1, -1, -1) for x in (k, v)]
     if plain and q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+            q, *expanded, 0.0, causal, attn_mask=mask, scale=scale
         )
     if plain and on_gpu and torch.cuda.get_device_capability(q.device) >= (8, 0):
         if mask is None:
-            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, *expanded, 0.0, causal, False, scale=scale)[:2]
         # This kernel wants a mask whose rows start at multiples of 16, and fills up the denominators of 32 queries.
         bias = F.pad(mask, (0, -k.shape[2] % 16)).narrow(1, 0, k.shape[2]).expand(*q.shape[:2], -1, -1)
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, *expanded, bias, True, scale=scale)
         return out, lse.narrow(2, 0, q.shape[2])
     return attend_naive(q, k, v, scale, softcap, causal, mask)
 
@@ -263,15 +267,16 @@ def attend_naive(q, k, v, scale: float, softcap: float | None = None, causal: bo
     rows = max(SCORES_AT_A_TIME // (q.shape[0] * q.shape[1] * keys), 1)
     results = []
     with torch.autocast(q.device.type, enabled=False):
+        k, v, axes = (k[0].float(), v[0].float(), "hmd") if len(k) == 1 else (k.float(), v.float(), "bhmd")
         for some in torch.arange(queries, device=q.device).split(rows):
-            scores = q[..., some, :].float() @ k.float().transpose(-1, -2) * scale
+            scores = torch.einsum(f"bhnd,{axes}->bhnm", q[..., some, :].float(), k) * scale
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             if causal:
                 scores = scores.masked_fill(torch.arange(keys, device=q.device) > some[:, None], -math.inf)
             if mask is not None:
                 scores = scores + mask[some].float()
-            results.append((scores.softmax(-1) @ v.float(), scores.logsumexp(-1)))
+            results.append((torch.einsum(f"bhnm,{axes}->bhnd", scores.softmax(-1), v), scores.logsumexp(-1)))
     outputs, lses = zip(*results, strict=True)
     return torch.cat(outputs, -2), torch.cat(lses, -1)
 
@@ -402,7 +407,7 @@ AttentionInterface.register(IMPLEMENTATION, _interface)
 
 def _attend_own(q, k, v, width: int, scale, softcap):
     """Queries (H, N, D) over their own keys (K, N, D), in runs of `width` that don't see each other."""
-    heads, group = len(q), len(q) // len(k)
+    group = len(q) // len(k)
     q, k, v = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in (q, k, v))  # runs, H or K, width, D
     if group > 1 and width <= SHORT_RUN:
         mask = torch.full((width, width), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
@@ -410,7 +415,8 @@ def _attend_own(q, k, v, width: int, scale, softcap):
         out, lse = attend(folded, k, v, scale, softcap, mask=mask)
         out, lse = (x.unflatten(2, (group, width)).flatten(1, 2) for x in (out, lse))
     else:
-        k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         out, lse = attend(q, k, v, scale, softcap, causal=True)
     return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
 
@@ -436,8 +442,7 @@ def _attend_staircase(q, k, v, scale, softcap):
     group, width = len(q) // key_heads, q.shape[1] // keys
     folded = q.unflatten(1, (keys, width)).unflatten(0, (key_heads, group))  # K, G, M, width, D
     folded = folded.permute(1, 3, 0, 2, 4).flatten(0, 1)
-    same = len(folded), -1, -1, -1
-    out, lse = attend(folded, k.expand(same), v.expand(same), scale, softcap, causal=True)
+    out, lse = attend(folded, k.unsqueeze(0), v.unsqueeze(0), scale, softcap, causal=True)
     out = out.unflatten(0, (group, width)).permute(2, 0, 3, 1, 4)  # K, G, M, width, D
     lse = lse.unflatten(0, (group, width)).permute(2, 0, 3, 1)
     return out.flatten(2, 3).flatten(0, 1), lse.flatten(2, 3).flatten(0, 1)

@@ -14,9 +14,10 @@ import torch
 
 from iapo.cascade import Part, Range
 
-# Largest queries x keys of a block whose keys are masked, half of them, as a share of the squared tokens per forward: a
-# larger one makes fewer attention calls and more work in vain. Tried on a CPU, 768 tokens, only.
+# Largest queries x keys of a block whose keys are masked, half of them, as a share of the squared tokens per forward,
+# and in any case: a larger one makes fewer calls and more work in vain. Tried on a CPU with 768 tokens only.
 MASKED_SHARE = 1 / 24
+MASKED_AREA = 2**20
 
 
 class Completion(NamedTuple):
@@ -101,7 +102,7 @@ def probe_positions(
 def packs(completions: Sequence[Completion], max_tokens: int) -> list[list[list[int]]]:
     """Packs of groups of row numbers; the completions of a group have the same prompt.
 
-    A pack's trajectory forward has at most `max_tokens` tokens, a shared prompt counted once; one row always fits.
+    A pack's trajectories have at most `max_tokens` tokens, a shared prompt counted once; one row always fits.
     """
     result: list[list[list[int]]] = []
     room = 0
@@ -221,7 +222,7 @@ def _probe_forward(
         for part, given in zip(parts, trajectories.parts, strict=False):
             part.extend(given)
         end = stored = trajectories.stored
-    for i, first, last in _runs(chunk, completions, len(probe_ids), MASKED_SHARE * max_tokens**2):
+    for i, first, last in _runs(chunk, completions, len(probe_ids), min(MASKED_SHARE * max_tokens**2, MASKED_AREA)):
         completion, (prompt, response) = completions[i], places[i]
         before = completion.positions[first : last + 1]
         count = len(before)

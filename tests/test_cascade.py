@@ -109,7 +109,7 @@ def test_a_staircase_equals_its_mask(K, G, runs, width, dv):
     k, v = torch.randn(K, runs, 8, generator=generator), torch.randn(K, runs, dv, generator=generator)
     stairs = Range(slice(0, runs * width), slice(0, runs), width, staircase=True)
     mask = torch.where(visibility([[stairs]], runs * width, runs)[:, :runs], 0.0, -math.inf)
-    expected = attend_naive(q, k.repeat_interleave(G, 0)[None], v.repeat_interleave(G, 0)[None], 0.4, mask=mask)
+    expected = attend_naive(q[None], k.repeat_interleave(G, 0)[None], v.repeat_interleave(G, 0)[None], 0.4, mask=mask)
     for result, reference in zip(_attend_staircase(q, k, v, 0.4, None), expected, strict=True):
         torch.testing.assert_close(result, reference[0], atol=2e-6, rtol=1e-5)
 
