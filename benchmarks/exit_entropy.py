@@ -204,6 +204,12 @@ def measure(model, shape: str, T: int, B: int, P: int, repeats: int, device: str
     return rows
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
+
+
 HEADER = ["method", "seconds", "/ floor", "/ probes", "probe tokens/s", "peak MiB", "/ plain with cache"]
 
 
@@ -211,12 +217,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--shape", choices=SHAPES, default="small" if device == "cpu" else "qwen2.5-0.5b")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048], metavar="T")
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="completions of one prompt")
-    parser.add_argument("--probe", type=int, default=6, metavar="P", help="probe tokens")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--flex", action="store_true", help="FlexAttention too; its kernels take minutes to compile")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; a training worker has one")
+    parser.add_argument("--lengths", type=positive, nargs="+", default=[256, 512, 1024, 2048], metavar="T")
+    parser.add_argument("--batch", type=positive, default=1, metavar="B", help="completions of one prompt")
+    parser.add_argument("--probe", type=positive, default=6, metavar="P", help="probe tokens")
+    parser.add_argument("--repeats", type=positive, default=5)
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too; compiling its kernels takes a while")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads; a training worker has one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model = make_model(options.shape, device)

@@ -159,7 +159,8 @@ class Cascade:
                         lse[:, r.queries] = 0  # what nobody reads is 0, not NaN, which would spread in a statistic
                     continue
                 rows = r.queries if r.keys is None else rows
-                out[:, rows], lse[:, rows] = attend_range(r, rows)
+                own_out, own_lse = attend_range(r, rows)
+                out[:, rows], lse[:, rows] = own_out.to(out.dtype), own_lse.to(lse.dtype)
             merged.append((out, lse))
         return merge(merged).to(value.dtype).transpose(0, 1)
 

@@ -393,7 +393,9 @@ def _unpad(
 
     Everything that can be wrong is found here, before the first forward: a rank that raises later hangs the others.
     """
-    if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids: shape {tuple(input_ids.shape)} must be (B, S).")
+    if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: shape {tuple(attention_mask.shape)} must equal input_ids' (B, S) = "
             f"{tuple(input_ids.shape)}."
@@ -401,6 +403,11 @@ def _unpad(
     B, S = input_ids.shape
     if response_mask.ndim != 2 or response_mask.shape[0] != B or response_mask.shape[1] > S:
         raise ValueError(f"response_mask: shape {tuple(response_mask.shape)} must be (B, T) with B = {B}, T <= {S}.")
+    for name, mask in (("attention_mask", attention_mask), ("response_mask", response_mask)):
+        if ((mask != 0) & (mask != 1)).any():
+            raise ValueError(
+                f"{name}: holds {mask[(mask != 0) & (mask != 1)][0].item()}; it must be 0 or 1 everywhere."
+            )
     attended = attention_mask.bool()
     T = response_mask.shape[1]
     prompt, response = attended[:, : S - T], attended[:, S - T :]
@@ -413,7 +420,10 @@ def _unpad(
     probe_ids = torch.as_tensor(probe_ids).long().cpu()
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if probe_ids.ndim != 1 or len(probe_ids) == 0 or probe_ids.min() < 0 or probe_ids.max() >= vocabulary:
-        raise ValueError(f"probe_ids: {probe_ids.tolist()} must be a non-empty list of ids below {vocabulary}.")
+        raise ValueError(f"probe_ids: {probe_ids.tolist()} must be a non-empty list of ids of 0 to {vocabulary - 1}.")
+    unknown = input_ids[attended & ((input_ids < 0) | (input_ids >= vocabulary))]
+    if len(unknown):
+        raise ValueError(f"input_ids: {unknown[0].item()} must be one of the model's 0 to {vocabulary - 1}.")
     for name, value in (
         ("stride", stride),
         ("max_gap", max_gap),
@@ -431,7 +441,7 @@ def _unpad(
     answers = None if answers is None else [torch.as_tensor(answer).long().cpu() for answer in answers]
     for answer in answers or ():
         if answer.ndim != 1 or (len(answer) and not 0 <= int(answer.min()) <= int(answer.max()) < vocabulary):
-            raise ValueError(f"answers: {answer.tolist()} must be a list of ids below {vocabulary}.")
+            raise ValueError(f"answers: {answer.tolist()} must be a list of ids of 0 to {vocabulary - 1}.")
     completions = []
     attended, lengths, ids = attended.cpu(), _last_valid(response_mask).tolist(), input_ids.cpu()
     for b in range(B):

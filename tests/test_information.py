@@ -225,6 +225,18 @@ def test_bf16_error_is_that_of_the_weights_not_of_the_logits(device):
     assert (rounded - exact).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-5), (torch.bfloat16, 0.3)])
+def test_other_types_are_served_by_kernels_and_by_the_naive_attention(family, dtype, error):
+    """Gemma 2 in eager mode caps its scores, which no kernel does."""
+    model = make_model(family).to(dtype)
+    model.set_attn_implementation("eager")
+    batch = make_batch(*LENGTHS)
+    for options in (dict(), dict(stride=3), dict(max_tokens=20)):
+        result, expected = (f(model, *batch, PROBE, **options) for f in (exit_entropy, exit_entropy_naive))
+        torch.testing.assert_close(result, expected, atol=error, rtol=0)
+
+
 def test_bf16_serves_sequences_whose_length_it_cannot_count():
     model = make_model("qwen2").to(torch.bfloat16)
     batch = make_batch([250], [10])  # 259, the last place, is 260 in bf16
@@ -278,13 +290,17 @@ def test_gain_and_rate_by_hand():
         (dict(max_tokens=0), "max_tokens: 0"),
         (dict(boundaries=torch.ones(2, 5)), "boundaries: shape"),
         (dict(answers=[torch.tensor([1])]), "answers: 1 of them for 2"),
-        (dict(answers=[torch.tensor([1]), torch.tensor([VOCAB])]), "answers: .*97.* below 97"),
+        (dict(answers=[torch.tensor([1]), torch.tensor([VOCAB])]), "answers: .*97.* of 0 to 96"),
         (dict(response_mask=torch.ones(2, 99)), "response_mask: shape"),
         (dict(response_mask=torch.ones(2, 6)), "response_mask: marks padding"),
         (dict(attention_mask=torch.ones(2, 3)), "attention_mask: shape"),
         (dict(attention_mask=torch.zeros(2, 10)), "left-padded"),
         (dict(attention_mask=torch.tensor([[1, 0, 1, 1] + [1] * 6, [1] * 10])), "left-padded"),
         (dict(attention_mask=torch.tensor([[1] * 7 + [0, 1, 1], [1] * 10])), "right-padded"),
+        (dict(input_ids=torch.arange(10)), "input_ids: shape .10,. must be"),
+        (dict(input_ids=torch.full((2, 10), VOCAB)), f"input_ids: {VOCAB} must be one of the model's 0 to {VOCAB - 1}"),
+        (dict(response_mask=torch.full((2, 6), 0.5)), "response_mask: holds 0.5; it must be 0 or 1"),
+        (dict(response_mask=torch.full((2, 6), 2)), "response_mask: holds 2; it must be 0 or 1"),
     ],
 )
 @pytest.mark.parametrize("function", [exit_entropy, exit_entropy_naive])
