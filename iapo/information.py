@@ -404,10 +404,9 @@ def _unpad(
     if response_mask.ndim != 2 or response_mask.shape[0] != B or response_mask.shape[1] > S:
         raise ValueError(f"response_mask: shape {tuple(response_mask.shape)} must be (B, T) with B = {B}, T <= {S}.")
     for name, mask in (("attention_mask", attention_mask), ("response_mask", response_mask)):
-        if ((mask != 0) & (mask != 1)).any():
-            raise ValueError(
-                f"{name}: holds {mask[(mask != 0) & (mask != 1)][0].item()}; it must be 0 or 1 everywhere."
-            )
+        others = mask[(mask != 0) & (mask != 1)]
+        if len(others):
+            raise ValueError(f"{name}: holds {others[0].item()}; it must be 0 or 1 everywhere.")
     attended = attention_mask.bool()
     T = response_mask.shape[1]
     prompt, response = attended[:, : S - T], attended[:, S - T :]
