@@ -2,7 +2,8 @@
 
 The floor is a plain forward of as many tokens as the pass must push through the model, S + P (T + 1) per completion, as
 causal sequences as long as the trajectory, so that a token attends to about as many others on average. `/ floor` is the
-ratio to it, `/ probes` that to a plain forward of the P (T + 1) probe tokens alone. Times are medians of interleaved
+ratio to it, `/ probes` that to a plain forward of the P (T + 1) probe tokens alone, which is what the pass adds where
+the trajectories' keys and values are there already, as in training. Times are medians of interleaved
 repeats. `peak MiB` is what tensors take beyond the loaded model, and the last column its ratio to that of a plain
 forward of one trajectory that keeps its keys and values.
 """
@@ -18,8 +19,16 @@ import transformers
 from benchmarks.flex_attention import by_flex_attention
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import interleaved, machine, peak_mib, table
-from iapo.information import MAX_TOKENS, exit_entropies, exit_entropy_naive
-from iapo.packing import Completion, probe_positions
+from iapo.cascade import KeysAndValues
+from iapo.information import (
+    MAX_TOKENS,
+    default_max_tokens,
+    exit_entropies,
+    exit_entropies_after,
+    exit_entropy_naive,
+    forward_to_share,
+)
+from iapo.packing import Completion, Place, places_of_sequences, probe_forwards, probe_positions
 
 SHAPES = {
     "small": dict(
@@ -37,6 +46,7 @@ COPIES = (1, 4, 16, 64)
 STEP = 16  # mean tokens of a reasoning step, for the boundaries
 DENSITIES = ("full", "stride 8", "boundaries")
 FLOOR, PROBE_FLOOR = "plain forward of the same tokens", "plain forward of the probe tokens"
+ON_KEYS = "ours, full, keys there already"
 WITH_CACHE = "plain forward of a trajectory with KV cache"
 
 
@@ -87,6 +97,22 @@ def ours(model, completions, probe_ids, device: str, max_tokens: int | None = No
     return exit_entropies(model, completions, probe_ids, device=device, max_tokens=max_tokens)
 
 
+def keys_of_a_plain_forward(model, completions, device: str) -> tuple[KeysAndValues, dict[int, Place]]:
+    """What training has anyway: one forward of whole sequences, and where the completions stand in it."""
+    sequences = [torch.cat([c.prompt, c.response]) for c in completions]
+    starts = torch.tensor([0, *map(len, sequences)]).cumsum(0).tolist()
+    positions = torch.cat([torch.arange(len(ids)) for ids in sequences])[None].to(device)
+    with torch.no_grad(), forward_to_share(model) as keys_and_values:
+        ids = torch.cat(sequences)[None].to(device)
+        model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
+    return keys_and_values, places_of_sequences(completions, starts[:-1])
+
+
+def ours_on_keys(model, completions, probe_ids, device: str, keys_and_values, places) -> list[torch.Tensor]:
+    probes = probe_forwards(completions, places, probe_ids, default_max_tokens(model.config, device))
+    return exit_entropies_after(model, completions, probes, keys_and_values, device=device)
+
+
 def ours_by_flex_attention(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
     with by_flex_attention():
         return ours(model, completions, probe_ids, device)
@@ -134,6 +160,9 @@ def check(probe_ids, device: str, flex: bool) -> None:
 
     compare("ours", ours, DENSITIES, 1e-4)
     compare("ours in several forwards", partial(ours, max_tokens=150), DENSITIES, 1e-4)
+    keys_and_values, places = keys_of_a_plain_forward(model, rows["full"], device)
+    on_keys = partial(ours_on_keys, keys_and_values=keys_and_values, places=places)
+    compare("ours on the keys of a plain forward", on_keys, ["full"], 1e-4)
     compare("KV copies", partial(copies, chunk_size=4), ["full"], 1e-4)
     if flex:
         compare("ours by FlexAttention", ours_by_flex_attention, ["full"], 1e-4)
@@ -173,6 +202,8 @@ def methods(
     }
     for density in DENSITIES:
         functions[f"ours, {density}"] = partial(ours, model, completions[density], probe_ids, device)
+    shared = keys_of_a_plain_forward(model, completions["full"], device)
+    functions[ON_KEYS] = partial(ours_on_keys, model, completions["full"], probe_ids, device, *shared)
     if flex:
         functions["ours, full, FlexAttention"] = partial(
             ours_by_flex_attention, model, completions["full"], probe_ids, device
