@@ -51,6 +51,9 @@ UNTRAINED = "untrained"
 # with two runs side by side on two cores: benchmarks/README.md.
 START_S, COMPLETION_S = 100.0, 0.036
 
+# verl's counts of prompts, although it calls them samples.
+DISCARDED = ("training/filter_groups/evicted_samples", "training/filter_groups/discarded_surplus_samples")
+
 
 @dataclass(frozen=True)
 class Method:
@@ -227,6 +230,7 @@ class Outcome(NamedTuple):
     seconds_per_step: float | None
     commit: str | None
     machine: str | None  # hardware and versions
+    discarded_prompts: float | None = None  # per step, whose rollouts dynamic sampling threw away
 
 
 @dataclass
@@ -310,6 +314,7 @@ class Table:
         ks = [k for k in (1, 2, 4, 8, 16) if k <= self.plan.samples]
         metrics = [data for _, data in read_metrics(job.folder / "metrics.jsonl") if "timing_s/step" in data]
         seconds = [data["timing_s/step"] - data.get("timing_s/save_checkpoint", 0.0) for data in metrics[1:]]
+        discarded = [sum(data.get(key, 0.0) for key in DISCARDED) for data in metrics]
         starts = job.folder / "starts.jsonl"
         versions = [json.loads(line)["versions"] for line in starts.read_text().splitlines()]
         commits = [found.pop("commit") for found in versions]
@@ -320,6 +325,7 @@ class Table:
             seconds_per_step=statistics.median(seconds) if seconds else None,
             commit=" ".join(dict.fromkeys(commits)) or None,
             machine=f"{hardware()}; {named}",
+            discarded_prompts=statistics.mean(discarded) if discarded else None,
         )
 
     # -- which are wanted ---------------------------------------------------------------------------------------
@@ -437,8 +443,9 @@ def summary(outcomes: list[Outcome]) -> dict[str, list[float | None]]:
     """[mean, sample standard deviation over seeds] of each figure on the test split; no deviation of one seed."""
     figures = [outcome.figures["test"] for outcome in outcomes]
     columns = {name: [entry[name] for entry in figures] for name in figures[0]}
-    if all(outcome.seconds_per_step is not None for outcome in outcomes):
-        columns["seconds_per_step"] = [outcome.seconds_per_step for outcome in outcomes]
+    for name in ("seconds_per_step", "discarded_prompts"):
+        if None not in (values := [getattr(outcome, name) for outcome in outcomes]):
+            columns[name] = values
     return {
         name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
         for name, values in columns.items()
@@ -463,12 +470,15 @@ def results(table: Table) -> dict:
                     "seeds": {str(seed): outcome._asdict() for seed, outcome in runs.items()},
                     "grid": [{"value": v, **outcome._asdict()} for v, outcome in table.grid(method).items()],
                 }
+    means = {name: {key: mean for key, (mean, _) in row["test"].items()} for name, row in rows.items()}
+    trained = {name: mean for name, mean in means.items() if name != UNTRAINED}
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": command(),
         "settings": plan.settings() | {"seeds": plan.seeds, "prompts": {s: len(p) for s, p in table._prompts.items()}},
         "runs": {"done": len(table._outcomes), "planned": plan.jobs, "failed": table.failed},
-        "front": pareto.front({n: (r["test"]["tokens"][0], r["test"]["pass@1"][0]) for n, r in rows.items()}),
+        "front": pareto.front({name: (mean["tokens"], mean["pass@1"]) for name, mean in means.items()}),
+        "shortest": choose(trained, trained[REFERENCE]["pass@1"]) if REFERENCE in trained else None,
         "rows": rows,
     }
 
@@ -489,6 +499,7 @@ COLUMNS = (
     ("truncated", "truncated", 4),
     ("tokens / minimum", "tokens/minimum", 3),
     ("s / step", "seconds_per_step", 1),
+    ("discarded", "discarded_prompts", 1),
 )
 
 
@@ -504,17 +515,23 @@ def markdown(found: dict) -> str:
         cells = [with_deviation(row["test"].get(key), digits) for _, key, digits in COLUMNS]
         lines.append(f"| {bold}{name}{bold} | {row['label']} | " + " | ".join(cells) + f" | {len(row['seeds'])} |")
     shown = [run for row in found["rows"].values() for run in row["seeds"].values()]
-    commits, machines = (sorted({run[key] for run in shown if run[key]}) for key in ("commit", "machine"))
+    commits = sorted({commit for run in shown for commit in (run["commit"] or "").split()})
+    machines = sorted({run["machine"] for run in shown if run["machine"]})
     seeds = ", ".join(map(str, settings["seeds"]))
     notes = [
-        f"{found['date']}. " + " ".join(f"{machine}." for machine in machines),
+        f"Written {found['date']}. " + " ".join(f"{machine}." for machine in machines),
         f"Command: `{found['command']}`. Commit of the runs: {', '.join(commits) or 'none'}.",
         f"{settings['steps']} training steps; seeds {seeds}: mean ± sample standard deviation over them. Test split: "
         f"{settings['prompts']['test']} prompts, {settings['samples']} sample(s) each at temperature 1.",
-        "Bold: on the Pareto front, no other row has both fewer tokens and higher Pass@1. Ratio: Pass@1 / mean tokens. "
-        "The minimum is the shortest trace that writes every addition once. Seconds of a step are a median; a run may "
-        "have shared the machine with another.",
+        "Bold: on the Pareto front, no other row has fewer tokens at no lower Pass@1, or a higher Pass@1 at no more "
+        "tokens. Ratio: Pass@1 / mean tokens. The minimum is the shortest trace that writes every addition once. "
+        "Seconds of a step are a median; a run may have shared the machine with another. Discarded: prompts per step "
+        "that dynamic sampling threw away, with all their rollouts, because these were all right or all wrong.",
     ]
+    if found["shortest"]:
+        notes.append(
+            f"Fewest tokens of all methods at most {100 * TOLERANCE:g} point below GRPO's Pass@1: {found['shortest']}."
+        )
     if "validation" in settings["splits"]:
         notes.append(
             "Knobs: each value was trained with the first seed, and chosen on the validation split: the fewest tokens "

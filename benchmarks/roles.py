@@ -1,14 +1,17 @@
-"""Where in a trace does the information fall? python -m benchmarks.roles [--model FOLDER] [--picture FILE]
+"""Where in a trace does the information fall? python -m benchmarks.roles [--score SCORE] [--picture FILE]
 
 Completions of the embedded model, or of one trained from it, are measured at every position, and each token of their
-reasoning is given its role in verbose arithmetic: part of a necessary addition, of a repeated one, or filler. The table
-says what the gains s and the paper's term, their z-score within a completion, amount to by role.
+reasoning is given its role in verbose arithmetic: part of a necessary addition, of a repeated one, or filler. The first
+table says what the gains s and the term, their z-score within a completion, amount to by role. The second looks at the
+first token behind a necessary addition, which is where the model has the choice: go on, repeat it, or write filler.
+--runs instead counts the tokens of each role in what runs wrote at their last validation.
 """
 
 import argparse
+import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -17,10 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.density import PROBE, TINY, sample
 from benchmarks.measure import machine, table
 from iapo.advantage import masked_zscore
-from iapo.information import exit_entropies
+from iapo.evaluation import last_dump
+from iapo.information import entropy, exit_entropies
 from iapo.packing import Completion, probe_positions
+from iapo.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS
 
 ROLES = ("opening marker", "operands", "result", "';' behind it", "repeated addition", "filler words")
+CHOICES = ("goes on", "repeats it", "writes filler")
 ADDITION = re.compile(r"(?P<again>.*?)(?P<operands>\d+\+\d+=)(?P<result>\d+)(?P<end>;?)")
 
 
@@ -53,20 +59,56 @@ def _of_step(step: list[str]) -> list[str]:
     return named
 
 
-def measure(folder: Path, prompts: int, group: int) -> dict[str, torch.Tensor]:
-    """(tokens, 2) by role: the gain s in nats and its z-score within the completion."""
+def next_token_entropies(model, completions: list[Completion]) -> list[torch.Tensor]:
+    """(L + 1,) nats each: entropy of the next token in front of each token of a reasoning and behind the last one."""
+    found = []
+    for prompt, response in ((c.prompt, c.response) for c in completions):
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, response])[None]).logits[0]
+        found.append(entropy(logits[len(prompt) - 1 :]))
+    return found
+
+
+def choices(tokens: list[str], found: list[str]) -> dict[int, str]:
+    """What the first token behind each necessary addition begins, by its place. `found` are the tokens' roles."""
+    return {
+        place + 1: "repeats it" if token == REPEAT_WORDS[0] else "writes filler" if token in FILLER_WORDS else "goes on"
+        for place, (role, token) in enumerate(zip(found[:-1], tokens[1:], strict=True))
+        if role == "';' behind it"
+    }
+
+
+def measure(folder: Path, prompts: int, group: int, score: str) -> dict[str, torch.Tensor]:
+    """(tokens, 2) by role and by choice: the gain s in nats and its z-score within the completion."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     rows = sample(model, tokenizer, prompts, group)
     completions = [Completion(prompt, response, probe_positions(len(response))) for prompt, response, _ in rows]
-    values = exit_entropies(model, completions, tokenizer.encode(PROBE, add_special_tokens=False))
+    if score == "next_token_entropy":
+        values = next_token_entropies(model, completions)
+    else:
+        values = exit_entropies(model, completions, tokenizer.encode(PROBE, add_special_tokens=False))
     found = defaultdict(list)
     for (_, response, _), h in zip(rows, values, strict=True):
         gains = -h.diff()
-        terms = masked_zscore(gains, torch.ones_like(gains))
-        for role, gain, term in zip(roles([tokenizer.decode(i) for i in response]), gains, terms, strict=True):
-            found[role].append(torch.stack([gain, term]))
-    return {role: torch.stack(found[role]) for role in ROLES if role in found}
+        both = torch.stack([gains, masked_zscore(gains, torch.ones_like(gains))], dim=1)
+        tokens = [tokenizer.decode(i) for i in response]
+        names = roles(tokens)
+        for place, role in enumerate(names):
+            found[role].append(both[place])
+        for place, choice in choices(tokens, names).items():
+            found[choice].append(both[place])
+    return {name: torch.stack(found[name]) for name in (*ROLES, *CHOICES) if name in found}
+
+
+def count(run: Path, tokenizer) -> list[str]:
+    """A row: completions, and reasoning tokens of each role per completion, of a run's last validation."""
+    texts = [json.loads(line)["output"].partition("</think>")[0] for line in last_dump(run).read_text().splitlines()]
+    total = Counter()
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        total.update(roles([tokenizer.decode(i) for i in ids]))
+    return [run.name, f"{len(texts)}", *(f"{total[role] / len(texts):.2f}" for role in ROLES)]
 
 
 def draw(found: dict[str, torch.Tensor], path: Path) -> None:
@@ -77,10 +119,8 @@ def draw(found: dict[str, torch.Tensor], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
-    names = list(found)[::-1]
-    for column, (ax, title) in enumerate(
-        zip(axes, ("mean gain [nats per token]", "mean of the paper's term (z-score)"), strict=True)
-    ):
+    names = [role for role in ROLES if role in found][::-1]
+    for column, (ax, title) in enumerate(zip(axes, ("mean gain [nats per token]", "mean term (z-score)"), strict=True)):
         means = [found[name][:, column].mean().item() for name in names]
         ax.barh(names, means, color=["tab:green" if mean > 0 else "tab:red" for mean in means])
         ax.axvline(0, color="black", lw=0.8)
@@ -94,8 +134,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=TINY, help="a folder of transformers' form; default: embedded")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--group", type=int, default=8, help="completions of each")
+    parser.add_argument("--score", choices=("first_token_entropy", "next_token_entropy"), default="first_token_entropy")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="count roles in these run folders instead")
     options = parser.parse_args(arguments)
+    if options.runs:
+        try:
+            rows = [count(run, AutoTokenizer.from_pretrained(TINY)) for run in options.runs]
+        except ValueError as error:
+            print(f"benchmarks.roles: --runs: {error}", file=sys.stderr)
+            return 2
+        print(table(["tokens per completion", "completions", *ROLES], rows))
+        return 0
     if not (options.model / "config.json").is_file():
         print(
             f"benchmarks.roles: --model: {options.model} holds no config.json; give a model's folder.", file=sys.stderr
@@ -105,8 +155,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("benchmarks.roles: --prompts and --group must be at least 1.", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    found = measure(options.model, options.prompts, options.group)
-    tokens, information = sum(map(len, found.values())), sum(x[:, 0].sum().item() for x in found.values())
+    found = measure(options.model, options.prompts, options.group, options.score)
+    named = {role: found[role] for role in ROLES if role in found}
+    tokens, information = sum(map(len, named.values())), sum(x[:, 0].sum().item() for x in named.values())
     rows = [
         [
             role,
@@ -116,10 +167,16 @@ def main(arguments: list[str] | None = None) -> int:
             f"{x[:, 0].sum() / information:+.3f}",
             f"{x[:, 1].mean():+.3f}",
         ]
-        for role, x in found.items()
+        for role, x in named.items()
     ]
-    print(f"{tokens} tokens of {options.prompts * options.group} completions; {machine('cpu')}")
+    print(f"{tokens} tokens of {options.prompts * options.group} completions, {options.score}; {machine('cpu')}")
     print(table(["role", "of the tokens", "mean gain", "std", "of the information", "mean term"], rows))
+    rows = [
+        [choice, f"{len(found[choice])}", f"{found[choice][:, 0].mean():+.4f}", f"{found[choice][:, 1].mean():+.3f}"]
+        for choice in CHOICES
+        if choice in found
+    ]
+    print("\n" + table(["behind an addition it", "times", "mean gain", "mean term"], rows))
     if options.picture:
         draw(found, options.picture)
     return 0

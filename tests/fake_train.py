@@ -40,7 +40,11 @@ def main():
     with (folder / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 1) if trained else []:
             seconds = {"timing_s/step": 9.0 if step == 1 else float(step), "timing_s/save_checkpoint": 0.5}
-            file.write(json.dumps({"step": step, "data": seconds}) + "\n")
+            filtered = (
+                {"training/filter_groups/evicted_samples": 4.0} if given["variant"] == "dapo" and step > 1 else {}
+            )
+            filtered |= {"training/filter_groups/discarded_surplus_samples": 2.0} if filtered and step == 4 else {}
+            file.write(json.dumps({"step": step, "data": seconds | filtered}) + "\n")
     if script == "short":
         return
     (folder / "validation").mkdir(exist_ok=True)

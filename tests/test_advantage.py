@@ -100,6 +100,68 @@ def test_terms_add_up_with_their_weights():
     assert (advantages[inputs["response_mask"] == 0] == 0).all()
 
 
+def zscores(values):
+    """Plain Python: (x - mean) / population standard deviation; 0 where there is none to speak of."""
+    mean = sum(values) / len(values)
+    std = math.sqrt(sum((x - mean) ** 2 for x in values) / len(values))
+    return [(x - mean) / std if std > 1e-6 else 0.0 for x in values]
+
+
+@st.composite
+def completions(draw):
+    """(group, correct, region tokens, h_0..h_region, log-probs): the region is the head of the response."""
+    length = draw(st.integers(1, 5))
+    region = draw(st.integers(0, length))
+    # A grid, so that equal values are frequent and standard deviations are 0 or well above rounding.
+    h = [n / 4 for n in draw(st.lists(st.integers(0, 8), min_size=region + 1, max_size=region + 1))]
+    log_probs = [-n / 2 for n in draw(st.lists(st.integers(0, 4), min_size=length, max_size=length))]
+    return draw(st.integers(0, 2)), draw(st.booleans()), region, h, log_probs
+
+
+@given(
+    rows=st.lists(completions(), min_size=1, max_size=8),
+    weights=st.tuples(*[st.sampled_from([0.0, 0.5, 3.0])] * 3),
+    gate=st.sampled_from(["all", "correct"]),
+    extra=st.integers(0, 3),
+)
+def test_equals_plain_python(rows, weights, gate, extra):
+    alpha, beta, rho = weights
+    B, T = len(rows), max(len(row[4]) for row in rows) + extra
+    outcome, h_BT1, mask, region_mask = torch.zeros(B, T), torch.zeros(B, T + 1), torch.zeros(B, T), torch.zeros(B, T)
+    log_probs_BT = torch.full((B, T), -0.7)  # rubbish on padding
+    expected = torch.zeros(B, T)
+    for i, (group, correct, region, h, log_probs) in enumerate(rows):
+        length = len(log_probs)
+        outcome[i, :length] = 1.0 if correct else -1.0
+        h_BT1[i] = torch.tensor(h + [h[-1]] * (T - region))
+        log_probs_BT[i, :length] = torch.tensor(log_probs)
+        mask[i, :length] = 1
+        region_mask[i, :region] = 1
+
+        gains = zscores([h[t] - h[t + 1] for t in range(region)]) if region else []
+        sign = 1 if correct else -1
+        confidence = zscores([sign * math.exp(x) for x in log_probs])
+        right = [(row[3][0] - row[3][-1]) / len(row[4]) for row in rows if row[0] == group and row[1]]
+        place = sum(row[0] == group and row[1] for row in rows[:i])
+        rate = zscores(right)[place] if correct else 0.0
+        for t in range(length):
+            expected[i, t] = sign + beta * confidence[t] + rho * rate
+            if t < region and (gate == "all" or correct):
+                expected[i, t] += alpha * gains[t]
+
+    advantages, _ = iapo_advantage(
+        outcome,
+        mask,
+        IapoConfig(alpha=alpha, beta=beta, rho=rho, gate=gate),
+        index=[row[0] for row in rows],
+        exit_entropy=h_BT1,
+        region_mask=region_mask,
+        old_log_probs=log_probs_BT,
+        correct=torch.tensor([row[1] for row in rows]),
+    )
+    torch.testing.assert_close(advantages, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_gate_correct_leaves_wrong_completions_out():
     _, terms = iapo_advantage(config=IapoConfig(alpha=1.0, gate="correct"), **batch())
     assert terms["informativeness"][0].tolist() == [1, -1, 0]

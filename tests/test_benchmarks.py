@@ -1,5 +1,6 @@
 """The benchmarks run, and what they compare with is exact; their numbers are in benchmarks/README.md."""
 
+import json
 from unittest.mock import Mock
 
 import pytest
@@ -94,6 +95,18 @@ def test_sparser_probes_keep_the_rate_and_lose_the_term(capsys):
         assert probes < 1 and -1 <= term < 1 and rate > 0.999
 
 
+def tables(text: str) -> list[dict[str, list[float]]]:
+    """The Markdown tables of a text: numbers by the first cell."""
+    found = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if line.startswith("|-"):
+            found.append({})
+        elif cells and found and not cells[1][0].isalpha():
+            found[-1][cells[0]] = [float(cell) for cell in cells[1:]]
+    return found
+
+
 def test_roles_by_hand():
     tokens = ["<think>", *"1+2=3;", " wait", " again:", *"1+2=3;", " hmm", " so", ";", *"3+40=43;", *"43+", *"5=4"]
     expected = ["opening marker"]
@@ -102,20 +115,42 @@ def test_roles_by_hand():
     assert roles.roles(tokens) == expected
     assert roles.roles([*"1+2;", *"3+"]) == ["filler words"] * 6  # no additions
     assert set(roles.roles(tokens)) == set(roles.ROLES)
+    assert list(roles.choices(tokens, expected).values()) == ["repeats it", "goes on"]
+    assert roles.choices([*"1+2=3;", " so"], ["';' behind it"] * 7)[6] == "writes filler"
 
 
 def test_the_roles_of_a_model_make_a_table_and_a_picture(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     picture = tmp_path / "roles.png"
     assert roles.main(["--prompts", "2", "--group", "4", "--picture", str(picture)]) == 0
-    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    cells = {row[0].strip(): [float(cell) for cell in row[1:]] for row in rows[1:]}
-    assert sum(row[0] for row in cells.values()) == pytest.approx(1, abs=0.01)
-    assert sum(row[3] for row in cells.values()) == pytest.approx(1, abs=0.01)  # of the information
-    assert abs(cells["filler words"][1]) < 0.05 < cells["result"][1]
+    by_role, by_choice = tables(capsys.readouterr().out)
+    assert sum(row[0] for row in by_role.values()) == pytest.approx(1, abs=0.01)
+    assert sum(row[3] for row in by_role.values()) == pytest.approx(1, abs=0.01)  # of the information
+    assert abs(by_role["filler words"][1]) < 0.05 < by_role["result"][1]
+    assert set(by_choice) <= set(roles.CHOICES)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert roles.main(["--model", str(tmp_path)]) == 2
     assert "--model" in capsys.readouterr().err
+
+
+def test_next_token_entropy_falls_where_no_filler_begins(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert roles.main(["--prompts", "4", "--group", "4", "--score", "next_token_entropy"]) == 0
+    _, by_choice = tables(capsys.readouterr().out)
+    # Behind an addition the model has three ways on, behind a further number one, behind a filler word many.
+    assert by_choice["writes filler"][1] < 0 < min(by_choice["goes on"][1], by_choice["repeats it"][1])
+
+
+def test_the_roles_of_a_runs_completions_are_counted(capsys, tmp_path):
+    outputs = ["<think>1+2=3;3+4=7;</think>\n<answer>7</answer>", "<think>1+2=3; wait again:1+2=3; so;</think>\n"]
+    (tmp_path / "validation").mkdir()
+    lines = "".join(json.dumps({"output": output}) + "\n" for output in outputs)
+    (tmp_path / "validation" / "30.jsonl").write_text(lines)
+    assert roles.main(["--runs", str(tmp_path)]) == 0
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
+    assert row == [tmp_path.name, "2", "1.00", "6.00", "1.50", "1.50", "4.00", "1.00"]
+    assert roles.main(["--runs", str(tmp_path / "missing")]) == 2
+    assert "--runs" in capsys.readouterr().err
 
 
 def test_the_share_of_a_step_is_the_median_of_verls_timers(capsys, monkeypatch):

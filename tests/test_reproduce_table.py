@@ -224,9 +224,10 @@ def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
         0,
     ]  # of 9, 2, 3, 4 without the first, less the 0.5 of the checkpoint
     assert found["rows"]["grpo"]["test"]["pass@1"] == [0.625, pytest.approx(0.25 / 2**0.5)]
-    assert "seconds_per_step" not in found["rows"]["untrained"]["test"]
+    assert found["rows"]["dapo"]["test"]["discarded_prompts"] == [(3 * 4 + 2) / 4, 0]
+    assert not {"seconds_per_step", "discarded_prompts"} & set(found["rows"]["untrained"]["test"])
     assert found["runs"] == {"done": 11, "planned": 11, "failed": {}}
-    assert found["front"] == ["gfpo"]
+    assert found["front"] == ["gfpo"] and found["shortest"] == "gfpo"
     low, high = row["seeds"]["0"]["intervals"]["pass@1"]
     assert low < 0.75 < high
 
@@ -234,7 +235,8 @@ def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
     (line,) = [line for line in text.splitlines() if line.startswith("| **gfpo** |")]
     cells = [cell.strip() for cell in line.split("|")[2:-1]]
     assert cells[:3] == ["k=2", "0.750 ± 0.000", "42.0 ± 2.8"]
-    assert cells[-2:] == ["2.5 ± 0.0", "2"]
+    assert cells[-3:] == ["2.5 ± 0.0", "0.0 ± 0.0", "2"]
+    assert "at most 1 point below GRPO's Pass@1: gfpo." in text
     assert "seeds 0, 1" in text and "Commit of the runs: abc" in text and "GiB of memory" in text and "torch" in text
     assert "Not complete" not in text
     assert (tmp_path / "out/pareto.png").read_bytes().startswith(b"\x89PNG")

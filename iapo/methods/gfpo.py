@@ -20,7 +20,8 @@ class Gfpo(Method):
 
     Differences: rewards here may be negative, which per token would favour long failures, so the lowest of the group
     is subtracted first. The quartiles are exact, where the paper estimates them with a t-digest. There, difficulty is
-    the mean reward; here it is the accuracy. Ties keep the completion that was sampled first.
+    the mean reward; here it is the accuracy. Ties keep the completion that was sampled first. No code of the authors'
+    was found.
 
     Attributes:
         k: completions kept per group; a smaller group keeps all.
@@ -43,6 +44,8 @@ class Gfpo(Method):
                 raise ValueError(f"adaptive: {self.adaptive!r} must be four numbers, [8,8,6,4], hardest quarter first.")
             for k in self.adaptive:
                 number("adaptive", k, low=2, whole=True)
+            if self.k != Gfpo.k:
+                raise ValueError(f"k: {self.k} has no effect beside adaptive={self.adaptive}; leave it out.")
 
     def problems(self, rollouts: int, max_response_length: int):
         largest = max(self.adaptive or [self.k])

@@ -53,6 +53,8 @@ class Laser(Method):
         number("every", self.every, low=1, whole=True)
         if not isinstance(self.adaptive, bool):
             raise ValueError(f"adaptive: {self.adaptive!r} must be true or false.")
+        if self.every != Laser.every and not self.adaptive:
+            raise ValueError(f"every: {self.every} has no effect with adaptive=false; set adaptive=true.")
 
     def problems(self, rollouts: int, max_response_length: int):
         if self.target_length >= max_response_length:

@@ -26,7 +26,10 @@ class LengthPenalty(Method):
 
     Differences: Kimi takes min and max over all completions of the group and gives wrong ones min(0, f), which
     rewards short failures; here the correct ones are compared among each other. Arora and Zanette multiply the reward
-    1 by 1 - alpha * sigmoid(...), the same as adding it. std is the population's.
+    1 by 1 - alpha * sigmoid(...), the same as adding it. Their released code adds 1e-7 to std (the population's, as
+    here), so equal lengths, or a single right answer, cost half the weight there and nothing here. The released code of
+    Yeo et al. gives a fixed reward near L_max, and wrong answers gain with their length and lose by what they repeat.
+    No code of Kimi k1.5's was found.
 
     Attributes:
         form: "linear", "sigmoid" or "cosine".

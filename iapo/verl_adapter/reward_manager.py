@@ -5,8 +5,8 @@
     reward.reward_manager.name=IapoRewardManager
 
 The reward is verl's: the score of the reward function plus, with
-`reward.reward_kwargs.overlong_buffer_cfg.enable`, DAPO's soft overlong penalty (arXiv 2503.14476, section on
-overlong reward shaping). For a response of L tokens, end-of-sequence token included, it is
+`reward.reward_kwargs.overlong_buffer_cfg.enable`, DAPO's soft overlong penalty (arXiv 2503.14476, section 3.4).
+For a response of L tokens, end-of-sequence token included, it is
 
     0                                                    where L <= L_max - L_cache
     penalty_factor ((L_max - L_cache) - L) / L_cache     beyond

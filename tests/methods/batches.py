@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from hypothesis import strategies as st
 
-from iapo.methods import Batch, acts_by, select, weigh
+from iapo.config import IapoConfig
+from iapo.methods import Batch
+from iapo.verl_adapter.estimator import AdvantageInputs, bind, compute_iapo_advantage
 
 
 class Row(NamedTuple):
@@ -71,23 +73,27 @@ row_lists = st.builds(
 
 
 def grpo_naive(groups, rewards) -> list[float]:
-    """GRPO's advantage per completion; 0 in a group of one, and where all rewards are equal."""
+    """verl's GRPO advantage per completion: 0 where the rewards of a group are equal; the reward of one alone."""
     result = []
     for group, reward in zip(groups, rewards, strict=True):
         members = [r for g, r in zip(groups, rewards, strict=True) if g == group]
-        std = statistics.stdev(members) if len(members) > 1 else 0.0
-        result.append((reward - statistics.mean(members)) / std if std > 1e-9 else 0.0)
+        mean, std = (statistics.mean(members), statistics.stdev(members)) if len(members) > 1 else (0.0, 1.0)
+        result.append((reward - mean) / (std + 1e-6))
     return result
 
 
 def step(method, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) advantages and loss mask that the method makes of a batch, on GRPO's where it has none of its own."""
-    chosen, kept = select([method], batch)
-    if "outcome_advantage" in acts_by(method):
-        outcome = method.outcome_advantage(chosen)
-    else:
-        values = grpo_naive(chosen.group.tolist(), chosen.rewards.tolist())
-        outcome = torch.tensor(values)[:, None] * chosen.response_mask
-    advantages, mask = torch.zeros(batch.response_mask.shape), torch.zeros_like(batch.response_mask)
-    advantages[kept], mask[kept] = weigh([method], chosen, outcome)
-    return advantages, mask
+    """(B, T) advantages and loss mask that verl's estimator makes of a batch with this method."""
+    inputs = AdvantageInputs(
+        IapoConfig(),
+        {"method": method},
+        batch.step,
+        correct=batch.correct,
+        tokens=batch.tokens,
+        entropy=batch.entropy,
+    )
+    rewards_BT = torch.zeros(batch.response_mask.shape)
+    rewards_BT[:, 0] = batch.rewards
+    with bind(inputs):
+        advantages, _ = compute_iapo_advantage(rewards_BT, batch.response_mask, batch.group.tolist())
+    return advantages, inputs.loss_mask

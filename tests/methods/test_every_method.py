@@ -2,15 +2,17 @@
 
 import json
 from dataclasses import MISSING, fields
+from functools import cache
 
 import pytest
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from verl.trainer.ppo.core_algos import agg_loss
 
 from iapo.methods import HOOKS, OPTIONAL, acts_by, make_methods
-from iapo.train import recipes_dir
+from iapo.train import recipes_dir, resolve
 from tests.methods.batches import make_batch, make_rows, row_lists, step
 
 
@@ -28,6 +30,11 @@ every_method = pytest.mark.parametrize("name", SECTIONS)
 
 def make(name):
     return make_methods({name: SECTIONS[name][0]})[name]
+
+
+@cache
+def loss_agg_mode(name):
+    return resolve([f"variant={name}", "model=tiny", "platform=cpu"]).actor_rollout_ref.actor.loss_agg_mode
 
 
 @every_method
@@ -74,6 +81,24 @@ def test_the_order_of_completions_changes_nothing(name, seed, order):
     permuted, permuted_mask = step(make(name), make_batch([rows[i] for i in order]))
     torch.testing.assert_close(permuted, advantages[order], atol=1e-5, rtol=1e-5)
     assert torch.equal(permuted_mask, mask[order])
+
+
+@every_method
+@given(rows=row_lists, cut=st.integers(1, 23))
+def test_micro_batches_add_up_to_the_loss_of_the_batch(name, rows, cut):
+    advantages, mask = step(make(name), make_batch(rows))
+    ratios = torch.ones_like(advantages).requires_grad_()
+
+    def gradient(parts):
+        for part in parts:  # as verl's ppo_loss: each micro-batch's sum over counts of the whole batch
+            counts = dict(batch_num_tokens=mask.sum(), global_batch_size=len(mask))
+            agg_loss(-advantages[part] * ratios[part], mask[part], loss_agg_mode(name), **counts).backward()
+        result, ratios.grad = ratios.grad, None
+        return result
+
+    torch.testing.assert_close(
+        gradient([slice(0, cut), slice(cut, None)]), gradient([slice(None)]), atol=1e-6, rtol=1e-5
+    )
 
 
 @every_method

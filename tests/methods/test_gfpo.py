@@ -85,6 +85,7 @@ def test_adaptive_k_equals_plain_python(history):
         (dict(k=1), "k: 1 must be a whole number of at least 2"),
         (dict(by="size"), "by: 'size' must be one of length, reward_per_token"),
         (dict(adaptive=[4, 4]), "adaptive: .* four numbers"),
+        (dict(k=3, adaptive=[8, 8, 6, 4]), "k: 3 has no effect beside adaptive"),
         (dict(adaptive=3), "adaptive: 3 must be four numbers"),
         (dict(adaptive=[4, 4, 4, 1]), "adaptive: 1 must be"),
     ],
