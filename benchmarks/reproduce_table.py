@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +61,7 @@ class Method:
 
     name: str
     why: str
+    variant: str  # as iapo.train takes it: one, or several as [a,b]
     knob: tuple[str, ...] = ()
     values: tuple = (None,)
 
@@ -106,7 +107,7 @@ class Plan:
         folder = self.out / "runs" / title
         arguments = [
             "platform=cpu",
-            f"variant={name if trained else REFERENCE}",
+            f"variant={self.methods[name].variant if trained else REFERENCE}",
             "model=tiny",
             "data=verbose_arithmetic",
             f"data.val_files='{self.data_file('evaluation')}'",
@@ -149,7 +150,8 @@ def load_methods(path: Path) -> dict[str, Method]:
         keys = tuple([knob] if isinstance(knob, str) else knob or ())
         if bool(keys) != bool(values) or len(values or ()) > 3:
             raise ValueError(f"{path.name}: methods.{name} needs both knob and 1 to 3 values, or neither.")
-        methods[name] = Method(name, entry["why"], keys, tuple(values or (None,)))
+        variant = f"[{','.join(entry['variant'])}]" if "variant" in entry else name
+        methods[name] = Method(name, entry["why"], variant, keys, tuple(values or (None,)))
     return methods
 
 
@@ -169,7 +171,7 @@ def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table
         chosen.append(REFERENCE)  # the rule that chooses a knob's value looks at it
     methods = {name: method for name, method in methods.items() if name in chosen}
     if options.quick:
-        methods = {name: Method(m.name, m.why, m.knob, m.values[:1]) for name, m in methods.items()}
+        methods = {name: replace(m, values=m.values[:1]) for name, m in methods.items()}
     for name in ("steps", "samples", "jobs"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name}: {value} must be at least 1.")
@@ -456,7 +458,7 @@ def results(table: Table) -> dict:
     """Everything that is known so far, as plain JSON values."""
     plan, rows = table.plan, {}
     for name in (UNTRAINED, *plan.methods):
-        method = plan.methods.get(name, Method(UNTRAINED, "the model before any training"))
+        method = plan.methods.get(name, Method(UNTRAINED, "the model before any training", REFERENCE))
         for value in table.chosen(method):
             found = {seed: table.outcome(name, value, seed) for seed in plan.seeds}
             runs = {seed: outcome for seed, outcome in found.items() if outcome is not None}

@@ -294,7 +294,20 @@ def test_every_method_trains(train, pair):
 
 def test_fsdp1_trains_as_fsdp2_does(train):
     steps = ["variant=iapo_rate", "trainer.total_training_steps=2", "trainer.n_gpus_per_node=2"]
-    runs = [train(*steps, f"actor_rollout_ref.actor.strategy={name}", folder=name) for name in ("fsdp", "fsdp2")]
+    assert_equal(
+        *(train(*steps, f"actor_rollout_ref.actor.strategy={name}", folder=name) for name in ("fsdp", "fsdp2"))
+    )
+
+
+def test_micro_batches_change_nothing(train):
+    # A loss over part of the tokens, and a term that is measured in verl's own micro-batches.
+    steps = ["variant=[iapo_rate,s_grpo]", "trainer.total_training_steps=2"]
+    limit = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
+    assert_equal(*(train(*steps, f"{limit}={tokens}", folder=tokens) for tokens in ("192", "4096")))
+
+
+def assert_equal(*runs):
+    """Two runs of two steps show the same numbers, to rounding."""
     first, second = (finished(run).metrics() for run in runs)
     names = ["iapo/exit_entropy/start", "iapo/information_rate", "actor/entropy", "actor/pg_loss", "actor/grad_norm"]
     for step in (1, 2):

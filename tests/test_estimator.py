@@ -54,6 +54,19 @@ def test_zero_weights_equal_grpo_bit_for_bit(verl_v1, by_std):
     assert torch.equal(results[0]["returns"], results[1]["returns"])
 
 
+@pytest.mark.parametrize("by_std,scale", [(True, 2**0.5), (False, 1.0)])  # grpo, dr_grpo
+def test_the_outcome_by_hand(verl_v1, by_std, scale):
+    _, _, estimator = verl_v1
+    rewards = torch.tensor([[0.0, 1.5], [-0.5, 0.0], [0.5, 0.0]])
+    mask = torch.tensor([[1, 1], [1, 0], [1, 0]])
+    config = OmegaConf.create({"norm_adv_by_std_in_grpo": by_std})
+    with estimator.bind(estimator.AdvantageInputs(IapoConfig())):
+        advantages, _ = estimator.compute_iapo_advantage(rewards, mask, ["a", "a", "alone"], config)
+    # 1 above and below their mean; one alone keeps its reward, in verl, which happens where other rollouts failed.
+    expected = torch.tensor([[1 / scale, 1 / scale], [-1 / scale, 0], [0.5, 0]])
+    torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=0)
+
+
 def test_terms_reach_the_advantage_and_padding_rows_get_none(verl_v1):
     DataProto, compute, estimator = verl_v1
     data, keys = batch(DataProto)

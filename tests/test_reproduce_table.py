@@ -85,7 +85,7 @@ def test_every_run_of_the_real_table_is_accepted_and_starts_from_the_recipes_def
     for value in method.values:
         config = OmegaConf.create(rt.resolved_config(plan.job(method.name, value, 0)))
         assert [OmegaConf.select(config, key) for key in method.knob] == [value] * len(method.knob)
-    default = resolve(["platform=cpu", f"variant={method.name}"])
+    default = resolve(["platform=cpu", f"variant={method.variant}"])
     assert [OmegaConf.select(default, key) for key in method.knob] == [method.values[0]] * len(method.knob)
 
 
@@ -96,6 +96,13 @@ def test_the_untrained_model_is_only_validated(tmp_path):
     plan = rt.Plan(METHODS, 4, 2, (0,), tmp_path, overrides=("trainer.val_only=false",))
     config = OmegaConf.create(rt.resolved_config(plan.job(rt.UNTRAINED, None, 0)))
     assert config.trainer.val_only and config.trainer.val_before_train
+
+
+def test_a_row_may_name_several_variants(tmp_path):
+    plan = rt.Plan(METHODS, 4, 2, (0,), tmp_path)
+    assert METHODS["iapo_rate+dapo"].variant == "[dapo,iapo_rate]" and METHODS["dapo"].variant == "dapo"
+    assert "variant=[dapo,iapo_rate]" in plan.job("iapo_rate+dapo", 2.0, 0).arguments
+    assert "variant=grpo" in plan.job(rt.UNTRAINED, None, 0).arguments
 
 
 def test_full_and_quick_plans(tmp_path):
