@@ -32,9 +32,17 @@ def test_a_method_is_added_by_the_three_files_of_the_guide(tmp_path):
 
     own, every = "tests/methods/test_weighted_reinforce.py", "tests/methods/test_every_method.py"
     passed = run("pytest", "-q", "-W", "ignore", own, every, "-k", "weighted_reinforce")
-    assert re.search(r"^1\d passed", passed, re.MULTILINE), passed
+    assert re.search(r"^\d\d passed", passed, re.MULTILINE), passed
     variant = ["iapo.train", "--dry-run", "platform=cpu"]
     assert "positive: 0.2" in run(*variant, "variant=weighted_reinforce", "methods.weighted_reinforce.positive=0.2")
     assert "rho: 1.0" in run(*variant, "variant=[iapo_rate,weighted_reinforce]")
     assert "k: 3" in run(*variant, "variant=grpo", "algorithm.adv_estimator=iapo",
                          "+methods.mine._target_=iapo.methods.gfpo.Gfpo", "+methods.mine.k=3")  # fmt: skip
+
+
+def test_the_readme_shows_the_table_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    rows = [line for line in (results / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert "\n".join(rows) in readme and len(rows) > 2
+    assert "(benchmarks/results/pareto.png)" in readme and (results / "pareto.png").is_file()
