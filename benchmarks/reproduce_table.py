@@ -148,8 +148,8 @@ def load_methods(path: Path) -> dict[str, Method]:
     for name, entry in yaml.safe_load(path.read_text())["methods"].items():
         knob, values = entry.get("knob"), entry.get("values")
         keys = tuple([knob] if isinstance(knob, str) else knob or ())
-        if bool(keys) != bool(values) or len(values or ()) > 3:
-            raise ValueError(f"{path.name}: methods.{name} needs both knob and 1 to 3 values, or neither.")
+        if bool(keys) != bool(values) or len(values or ()) > 4:
+            raise ValueError(f"{path.name}: methods.{name} needs both knob and 1 to 4 values, or neither.")
         variant = f"[{','.join(entry['variant'])}]" if "variant" in entry else name
         methods[name] = Method(name, entry["why"], variant, keys, tuple(values or (None,)))
     return methods
@@ -528,7 +528,8 @@ def markdown(found: dict) -> str:
         "Bold: on the Pareto front, no other row has fewer tokens at no lower Pass@1, or a higher Pass@1 at no more "
         "tokens. Ratio: Pass@1 / mean tokens. The minimum is the shortest trace that writes every addition once. "
         "Seconds of a step are a median; a run may have shared the machine with another. Discarded: prompts per step "
-        "that dynamic sampling threw away, with all their rollouts, because these were all right or all wrong.",
+        "that dynamic sampling threw away with all their rollouts, most because these were all right or all wrong, "
+        "some because the batch was full.",
     ]
     if found["shortest"]:
         notes.append(

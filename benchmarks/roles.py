@@ -62,10 +62,10 @@ def _of_step(step: list[str]) -> list[str]:
 def next_token_entropies(model, completions: list[Completion]) -> list[torch.Tensor]:
     """(L + 1,) nats each: entropy of the next token in front of each token of a reasoning and behind the last one."""
     found = []
-    for prompt, response in ((c.prompt, c.response) for c in completions):
+    for completion in completions:
         with torch.no_grad():
-            logits = model(torch.cat([prompt, response])[None]).logits[0]
-        found.append(entropy(logits[len(prompt) - 1 :]))
+            logits = model(torch.cat([completion.prompt, completion.response])[None]).logits[0]
+        found.append(entropy(logits[len(completion.prompt) - 1 :]))
     return found
 
 
@@ -102,8 +102,18 @@ def measure(folder: Path, prompts: int, group: int, score: str) -> dict[str, tor
 
 
 def count(run: Path, tokenizer) -> list[str]:
-    """A row: completions, and reasoning tokens of each role per completion, of a run's last validation."""
-    texts = [json.loads(line)["output"].partition("</think>")[0] for line in last_dump(run).read_text().splitlines()]
+    """A row: completions, and reasoning tokens of each role per completion, of a run's last validation.
+
+    Raises:
+        ValueError: it has none, or its dump is no dump of completions.
+    """
+    dump = last_dump(run)
+    try:
+        texts = [json.loads(line)["output"].partition("</think>")[0] for line in dump.read_text().splitlines()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{dump}: holds no texts 'output' ({error!r}); validate the run again.") from None
+    if not texts:
+        raise ValueError(f"{dump}: holds no completion; validate the run again.")
     total = Counter()
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -139,8 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, nargs="+", metavar="RUN", help="count roles in these run folders instead")
     options = parser.parse_args(arguments)
     if options.runs:
+        tokenizer = AutoTokenizer.from_pretrained(TINY)
         try:
-            rows = [count(run, AutoTokenizer.from_pretrained(TINY)) for run in options.runs]
+            rows = [count(run, tokenizer) for run in options.runs]
         except ValueError as error:
             print(f"benchmarks.roles: --runs: {error}", file=sys.stderr)
             return 2

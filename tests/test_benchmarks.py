@@ -151,6 +151,11 @@ def test_the_roles_of_a_runs_completions_are_counted(capsys, tmp_path):
     assert row == [tmp_path.name, "2", "1.00", "6.00", "1.50", "1.50", "4.00", "1.00"]
     assert roles.main(["--runs", str(tmp_path / "missing")]) == 2
     assert "--runs" in capsys.readouterr().err
+    for text in ('{"output"', "{}", "[]", '{"output": 1}', ""):
+        (tmp_path / "validation" / "30.jsonl").write_text(text)
+        assert roles.main(["--runs", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"benchmarks.roles: --runs: {tmp_path}") and len(error.splitlines()) == 1
 
 
 def test_the_share_of_a_step_is_the_median_of_verls_timers(capsys, monkeypatch):
