@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-MARKERS = "osD^v<>PX*phHd8"
+MARKERS = [*"osD^v<>PX*phHd8", (4, 1, 0), (5, 1, 0), (6, 1, 0), (3, 0, 30), (3, 0, 90)]
 
 
 def front(points: dict[str, tuple[float, float]]) -> list[str]:
@@ -29,7 +29,8 @@ def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
-    colors = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
+    tab, dark = plt.get_cmap("tab10").colors, plt.get_cmap("Dark2").colors
+    colors = [*tab, *dark[:-1], "navy", "maroon", "black"]  # both have nearly the same grey
     places = {name: (row["test"]["tokens"][0], 100 * row["test"]["pass@1"][0]) for name, row in rows.items()}
     for number, (name, row) in enumerate(rows.items()):
         color, marker = colors[number % len(colors)], MARKERS[number % len(MARKERS)]
@@ -42,7 +43,8 @@ def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
             *places[name],
             xerr=spread[0],
             yerr=spread[1],
-            fmt=marker,
+            marker=marker,
+            ls="none",
             ms=9,
             mec="black" if name in on_front else "white",
             mew=1.2 if name in on_front else 0.6,

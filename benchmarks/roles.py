@@ -3,8 +3,9 @@
 Completions of the embedded model, or of one trained from it, are measured at every position, and each token of their
 reasoning is given its role in verbose arithmetic: part of a necessary addition, of a repeated one, or filler. The first
 table says what the gains s and the term, their z-score within a completion, amount to by role. The second looks at the
-first token behind a necessary addition, which is where the model has the choice: go on, repeat it, or write filler.
---runs instead counts the tokens of each role in what runs wrote at their last validation.
+first token behind a necessary addition, which is where the model has the choice: go on, repeat it, or write filler. The
+last line says how far the information rate is a price on length alone. --runs instead counts the tokens of each role in
+what runs wrote at their last validation.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.density import PROBE, TINY, sample
 from benchmarks.measure import machine, table
-from iapo.advantage import masked_zscore
+from iapo.advantage import masked_zscore, relative_information_rate
 from iapo.evaluation import last_dump
 from iapo.information import entropy, exit_entropies
 from iapo.packing import Completion, probe_positions
-from iapo.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS
+from iapo.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS, answer, extract_answer, parse_prompt
 
 ROLES = ("opening marker", "operands", "result", "';' behind it", "repeated addition", "filler words")
 CHOICES = ("goes on", "repeats it", "writes filler")
@@ -78,8 +79,17 @@ def choices(tokens: list[str], found: list[str]) -> dict[int, str]:
     }
 
 
-def measure(folder: Path, prompts: int, group: int, score: str) -> dict[str, torch.Tensor]:
-    """(tokens, 2) by role and by choice: the gain s in nats and its z-score within the completion."""
+def rate_and_shortness(values: list[torch.Tensor], lengths: list[int], correct: list[bool], groups: list) -> tuple:
+    """(B,) each: the information rate's term, and what it would be if all told the same, norm(1 / tokens)."""
+    mask_BT = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float()
+    h_BS = torch.stack([torch.cat([h[:1], h[-1:].expand(max(lengths))]) for h in values])  # only h_0 and h_T count
+    same_BS = torch.cat([torch.ones(len(values), 1), torch.zeros(mask_BT.shape)], dim=1)
+    return tuple(relative_information_rate(h, torch.tensor(correct), mask_BT, groups) for h in (h_BS, same_BS))
+
+
+def measure(folder: Path, prompts: int, group: int, score: str) -> tuple[dict[str, torch.Tensor], float]:
+    """(tokens, 2) by role and by choice: the gain s in nats and its z-score within the completion. And the correlation
+    of the information rate's term with that of 1 / tokens, over right completions."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     rows = sample(model, tokenizer, prompts, group)
@@ -98,7 +108,13 @@ def measure(folder: Path, prompts: int, group: int, score: str) -> dict[str, tor
             found[role].append(both[place])
         for place, choice in choices(tokens, names).items():
             found[choice].append(both[place])
-    return {name: torch.stack(found[name]) for name in (*ROLES, *CHOICES) if name in found}
+    questions = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _, _ in rows]
+    texts = [text.removesuffix(tokenizer.eos_token) for _, _, text in rows]
+    correct = [extract_answer(t) == answer(parse_prompt(q)) for t, q in zip(texts, questions, strict=True)]
+    lengths = [len(tokenizer.encode(text)) for _, _, text in rows]
+    pair = torch.stack(rate_and_shortness(values, lengths, correct, questions))[:, correct]
+    correlation = torch.corrcoef(pair)[0, 1].item()
+    return {name: torch.stack(found[name]) for name in (*ROLES, *CHOICES) if name in found}, correlation
 
 
 def count(run: Path, tokenizer) -> list[str]:
@@ -110,8 +126,8 @@ def count(run: Path, tokenizer) -> list[str]:
     dump = last_dump(run)
     try:
         texts = [json.loads(line)["output"].partition("</think>")[0] for line in dump.read_text().splitlines()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{dump}: holds no texts 'output' ({error!r}); validate the run again.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{dump}: can't be read as texts 'output' ({error!r}); validate the run again.") from None
     if not texts:
         raise ValueError(f"{dump}: holds no completion; validate the run again.")
     total = Counter()
@@ -166,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("benchmarks.roles: --prompts and --group must be at least 1.", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    found = measure(options.model, options.prompts, options.group, options.score)
+    found, correlation = measure(options.model, options.prompts, options.group, options.score)
     named = {role: found[role] for role in ROLES if role in found}
     tokens, information = sum(map(len, named.values())), sum(x[:, 0].sum().item() for x in named.values())
     rows = [
@@ -188,6 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
         if choice in found
     ]
     print("\n" + table(["behind an addition it", "times", "mean gain", "mean term"], rows))
+    if options.score == "first_token_entropy":
+        print(f"\nInformation rate and 1 / tokens, right completions of a prompt: correlation {correlation:.3f}")
     if options.picture:
         draw(found, options.picture)
     return 0

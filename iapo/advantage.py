@@ -71,8 +71,9 @@ def relative_information_rate(
 ) -> torch.Tensor:
     """norm(rate_i; rates of the correct completions of i's group) for correct completions, 0 for wrong ones (ours).
 
-    A z-score within a completion sums to zero over its tokens and so puts no price on its length; this term does:
-    of two correct completions that carry the same information, the shorter one gains.
+    A z-score within a completion moves credit between its tokens; this term compares completions, the same on each of
+    their tokens: of two correct ones that carry the same information, the shorter gains. h_0 is one number per prompt,
+    so where the trace always settles the answer (h_T near 0) this is norm(1 / tokens), a price on length.
 
     Args:
         exit_entropy: (B, T + 1) in nats.

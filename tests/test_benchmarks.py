@@ -10,6 +10,7 @@ from benchmarks import density, flex_attention, roles, step
 from benchmarks import exit_entropy as benchmark
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import peak_mib, table
+from iapo.advantage import masked_zscore
 from iapo.information import exit_entropy, exit_entropy_naive
 from tests.conftest import make_batch
 
@@ -119,11 +120,24 @@ def test_roles_by_hand():
     assert roles.choices([*"1+2=3;", " so"], ["';' behind it"] * 7)[6] == "writes filler"
 
 
+def test_the_rate_is_a_price_on_length_where_all_traces_tell_the_same():
+    lengths, correct, groups = [2, 4, 8, 3], [True, True, True, False], list("aaab")
+    h = [torch.tensor([0.5, 0.7, end]) for end in (0.0, 0.0, 0.0, 0.1)]
+    rate, shortness = roles.rate_and_shortness(h, lengths, correct, groups)
+    torch.testing.assert_close(rate, shortness)
+    torch.testing.assert_close(rate[:3], masked_zscore(torch.tensor([1 / 2, 1 / 4, 1 / 8]), torch.ones(3)))
+    h[0] = torch.tensor([0.5, 0.7, 0.4])  # a guess: 0.05 nats per token, as the third has 0.0625
+    rate, shortness = roles.rate_and_shortness(h, lengths, correct, groups)
+    assert rate[1] > rate[2] > rate[0] and shortness[0] > shortness[1] > shortness[2]
+
+
 def test_the_roles_of_a_model_make_a_table_and_a_picture(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     picture = tmp_path / "roles.png"
     assert roles.main(["--prompts", "2", "--group", "4", "--picture", str(picture)]) == 0
-    by_role, by_choice = tables(capsys.readouterr().out)
+    output = capsys.readouterr().out
+    by_role, by_choice = tables(output)
+    assert 0.5 < float(output.split()[-1]) <= 1  # of the information rate with 1 / tokens
     assert sum(row[0] for row in by_role.values()) == pytest.approx(1, abs=0.01)
     assert sum(row[3] for row in by_role.values()) == pytest.approx(1, abs=0.01)  # of the information
     assert abs(by_role["filler words"][1]) < 0.05 < by_role["result"][1]

@@ -139,6 +139,7 @@ def test_laser_d_does_not_depend_on_the_order_of_completions():
         (dict(target_length=0), "target_length: 0 must be a whole number of at least 1"),
         (dict(bonus=-0.1), "bonus: -0.1 must be a number of at least 0"),
         (dict(every=1.5), "every: 1.5 must be a whole number of at least 1"),
+        (dict(every=5), "every: 5 has no effect with adaptive=false; set adaptive=true."),
         (dict(adaptive="yes"), "adaptive: 'yes' must be true or false"),
     ],
 )

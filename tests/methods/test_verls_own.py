@@ -67,8 +67,8 @@ def dr_grpo_loss(rows, ratios):
 
 
 @pytest.mark.parametrize("name,naive", [("grpo", grpo_loss), ("dr_grpo", dr_grpo_loss), ("dapo", dapo_loss)])
-@given(rows=row_lists, seed=st.integers(0, 10**6), extra=st.integers(0, 3))
-def test_advantage_and_loss_equal_plain_python(name, naive, rows, seed, extra):
+@given(rows=row_lists, seed=st.integers(0, 10**6), extra=st.integers(0, 3), cut=st.integers(1, 23))
+def test_advantage_and_loss_equal_plain_python_in_micro_batches_too(name, naive, rows, seed, extra, cut):
     (config, actor), batch = config_and_actor(name), make_batch(rows, extra=extra)
     mask = batch.response_mask
     log_ratios = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed))
@@ -79,15 +79,15 @@ def test_advantage_and_loss_equal_plain_python(name, naive, rows, seed, extra):
         loss_scale_factor=actor.loss_scale_factor,
     )
     advantages = grpo(batch, config.algorithm.norm_adv_by_std_in_grpo)
-    loss, _ = compute_policy_loss_vanilla(
-        torch.zeros(mask.shape), log_ratios, advantages, mask, actor.loss_agg_mode, actor
-    )
+    zeros, loss = torch.zeros(mask.shape), 0.0
+    for part in (slice(0, cut), slice(cut, None)):
+        tensors = (x[part] for x in (zeros, log_ratios, advantages, mask))
+        loss += compute_policy_loss_vanilla(*tensors, actor.loss_agg_mode, actor)[0].item()
     ratios = [[math.exp(x) for x in line[: row.length]] for line, row in zip(log_ratios.tolist(), rows, strict=True)]
-    torch.testing.assert_close(loss.item(), naive(rows, ratios), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(loss, naive(rows, ratios), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name,uses_kl", [("grpo", True), ("dr_grpo", False), ("dapo", False)])
-def test_the_penalty_to_the_reference(name, uses_kl):
-    config, actor = config_and_actor(name)
-    assert actor.use_kl_loss is uses_kl and actor.entropy_coeff == 0
-    assert not config.algorithm.use_kl_in_reward
+def test_only_grpo_is_tied_to_the_initial_policy():
+    grpo, dr_grpo, dapo = (config_and_actor(name)[1] for name in ("grpo", "dr_grpo", "dapo"))
+    assert (grpo.use_kl_loss, grpo.kl_loss_coef, grpo.kl_loss_type) == (True, 0.001, "low_var_kl")
+    assert not dr_grpo.use_kl_loss and not dapo.use_kl_loss
