@@ -51,6 +51,10 @@ UNTRAINED = "untrained"
 # with two runs side by side on two cores: benchmarks/README.md.
 START_S, COMPLETION_S = 100.0, 0.036
 
+# What the table itself says of a run, beside the knobs.
+RESERVED = {"variant", "data", "data.val_files", "seed", "run_dir", "trainer.total_training_steps", "trainer.test_freq"}
+RESERVED |= {"trainer.val_before_train", "trainer.val_only"}
+
 # verl's counts of prompts, although it calls them samples.
 DISCARDED = ("training/filter_groups/evicted_samples", "training/filter_groups/discarded_surplus_samples")
 
@@ -143,16 +147,35 @@ def write_evaluation_file(plan: Plan) -> None:
 
 
 def load_methods(path: Path) -> dict[str, Method]:
-    """The methods of a table.yaml, in its order."""
+    """The methods of a table.yaml, in its order.
+
+    Raises:
+        ValueError: an entry that is none, in one line.
+    """
     methods = {}
-    for name, entry in yaml.safe_load(path.read_text())["methods"].items():
-        knob, values = entry.get("knob"), entry.get("values")
-        keys = tuple([knob] if isinstance(knob, str) else knob or ())
-        if bool(keys) != bool(values) or len(values or ()) > 4:
-            raise ValueError(f"{path.name}: methods.{name} needs both knob and 1 to 4 values, or neither.")
-        variant = f"[{','.join(entry['variant'])}]" if "variant" in entry else name
-        methods[name] = Method(name, entry["why"], variant, keys, tuple(values or (None,)))
+    for name, entry in read_yaml(path)["methods"].items():
+        where = f"{path.name}: methods.{name}"
+        if not isinstance(entry, dict) or not isinstance(entry.get("why"), str):
+            raise ValueError(f"{where}.why is missing; say in a line why these values.")
+        if unknown := entry.keys() - {"variant", "knob", "values", "why"}:
+            raise ValueError(f"{where}.{min(unknown, key=str)} is unknown; an entry has why, variant, knob and values.")
+        variant, keys, values = (as_list(entry.get(key)) for key in ("variant", "knob", "values"))
+        if bool(keys) != bool(values) or len(values) > 4:
+            raise ValueError(f"{where} needs both knob and 1 to 4 values, or neither.")
+        variants = f"[{','.join(variant)}]" if len(variant) > 1 else variant[0] if variant else name
+        methods[name] = Method(name, entry["why"], variants, tuple(keys), tuple(values) or (None,))
     return methods
+
+
+def read_yaml(path: Path):
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: no YAML: {' '.join(str(error).split())}") from None
+
+
+def as_list(value) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table.yaml") -> Plan:
@@ -161,7 +184,7 @@ def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table
     Raises:
         ValueError: an unknown method, an impossible number, an argument that is no key=value.
     """
-    settings = yaml.safe_load(path.read_text())["quick" if options.quick else "full"]
+    settings = read_yaml(path)["quick" if options.quick else "full"]
     methods = load_methods(path)
     chosen = [name.strip() for name in options.methods.split(",")] if options.methods else list(methods)
     for name in chosen:
@@ -178,6 +201,9 @@ def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table
     for override in options.overrides:
         if "=" not in override:
             raise ValueError(f"{override}: an argument for the runs is key=value.")
+        key = override.partition("=")[0].lstrip("+~")
+        if key in RESERVED or any(key in method.knob for method in methods.values()):
+            raise ValueError(f"{override}: the table sets {key}; use --seeds, --steps, --out, or change {path.name}.")
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else settings["seeds"]
     except ValueError:
@@ -206,6 +232,22 @@ def choose(grid: dict, reference: float | None):
         if accurate:
             return min(accurate, key=lambda value: grid[value]["tokens"])
     return max(grid, key=lambda value: grid[value]["pass@1"])
+
+
+def check_runs(plan: Plan, config_of: Callable[[Job], str]) -> dict[str, str]:
+    """The configurations of all runs with the first seed by their names.
+
+    Raises:
+        ValueError: one would be refused; so that a mistake shows now, and not hours later.
+    """
+    runs = [(UNTRAINED, None)] + [(method.name, value) for method in plan.methods.values() for value in method.values]
+    configs = {}
+    for job in [plan.job(*run, plan.seeds[0]) for run in runs]:
+        try:
+            configs[job.name] = config_of(job)
+        except ValueError as error:
+            raise ValueError(f"{job.name}: {error}") from None
+    return configs
 
 
 def resolved_config(job: Job) -> str:
@@ -241,8 +283,8 @@ class Table:
 
     plan: Plan
     config_of: Callable[[Job], str] = resolved_config
-    failed: dict[str, str] = field(default_factory=dict)
     _configs: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     _outcomes: dict[str, Outcome] = field(default_factory=dict)
     _ratios: list[float] = field(default_factory=list)  # of the time that a run took to what was expected
 
@@ -598,16 +640,22 @@ def open_folder(plan: Plan) -> None:
         ValueError: in one line.
     """
     file, settings = plan.out / "settings.json", json.loads(json.dumps(plan.settings()))
+    if plan.out.exists() and not plan.out.is_dir():
+        raise ValueError(f"--out: {plan.out} is a file; choose a folder.")
     plan.out.mkdir(parents=True, exist_ok=True)
     if file.is_file():
-        for name, before in json.loads(file.read_text()).items():
-            if before != settings[name]:
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"{file}: no JSON ({error}); delete it, or choose another folder.") from None
+        for name, value in settings.items():
+            if before.get(name) != value:
                 raise ValueError(
-                    f"--out: {plan.out} holds a table with {name}={before}, but now it is {settings[name]}; set it "
+                    f"--out: {plan.out} holds a table with {name}={before.get(name)}, but now it is {value}; set it "
                     "back or choose another folder."
                 )
     else:
-        file.write_text(json.dumps(settings) + "\n")
+        write_whole(file, json.dumps(settings) + "\n")
     if not plan.data_file("evaluation").is_file():
         prepare("verbose_arithmetic", plan.out / "data")
         write_evaluation_file(plan)
@@ -626,8 +674,8 @@ def main(
         # Each run has a Ray of its own, where with an address all would join one, and the data beside the results.
         os.environ.pop("RAY_ADDRESS", None)
         os.environ["IAPO_DATA_DIR"] = str(plan.out / "data")
-        for method in plan.methods.values():  # refused here, nothing is written
-            config_of(plan.job(method.name, method.values[0], plan.seeds[0]))
+        say(f"{len(plan.methods)} methods, {plan.jobs} runs of {plan.steps} steps; checking them")
+        configs = check_runs(plan, config_of)  # refused here, nothing is written
         open_folder(plan)
         held = lock(plan.out / "lock")
     except (ValueError, OSError, FolderInUse) as error:
@@ -637,31 +685,34 @@ def main(
         for number in STOPS:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
-            return reproduce(Table(plan, config_of), options.jobs, train, interval_s)
+            return reproduce(Table(plan, config_of, configs), options.jobs, train, interval_s)
         except SystemExit as stopped:
             say(f"stopped; the same command goes on: {command()}")
             return stopped.code
 
 
+def earlier_rows(plan: Plan) -> set[str]:
+    """The rows of the table that stands in the output folder."""
+    file = plan.out / "results.json"
+    return set(json.loads(file.read_text())["rows"]) if file.is_file() else set()
+
+
 def reproduce(table: Table, most_jobs: int, train: Sequence[str], interval_s: float) -> int:
     plan = table.plan
     slots = slots_by_memory(most_jobs, psutil.virtual_memory().available)
-    say(f"{len(plan.methods)} methods, {plan.jobs} runs of {plan.steps} steps, {slots} side by side; checking them")
-    name = ""
     try:
-        for job in [plan.job(*run) for run in table.known()]:  # so that a mistake shows now and not hours later
-            name = f"{job.name}: "
-            table.config(job)
-        name = ""
         waiting = table.wanted()
         table.record_earlier()
     except ValueError as error:
-        print(f"table: {name}{error}", file=sys.stderr)
+        print(f"table: {error}", file=sys.stderr)
         return 2
+    left = clock(table.seconds_left([], slots))
     say(
-        f"{len(table._outcomes)} are done already; about {clock(table.seconds_left([], slots))} for the others if this "
-        f"machine is like the one of benchmarks/README.md; everything lands in {plan.out}"
+        f"{len(table._outcomes)} are done already; about {left} for the others, {slots} side by side, if this machine "
+        f"is like the one of benchmarks/README.md; everything lands in {plan.out}"
     )
+    if left_out := earlier_rows(plan) - {UNTRAINED, *plan.methods}:
+        say(f"this table is without {', '.join(sorted(left_out))}, which an earlier one in this folder had")
     failed = {}
     if waiting:
         failed = run_all(table.wanted, table.finished, shower(table, slots), train, slots, interval_s)

@@ -10,6 +10,7 @@ what runs wrote at their last validation.
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections import Counter, defaultdict
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.density import PROBE, TINY, sample
 from benchmarks.measure import machine, table
 from iapo.advantage import masked_zscore, relative_information_rate
-from iapo.evaluation import last_dump
+from iapo.evaluation import last_dump, read_samples
 from iapo.information import entropy, exit_entropies
 from iapo.packing import Completion, probe_positions
 from iapo.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS, answer, extract_answer, parse_prompt
@@ -124,12 +125,12 @@ def count(run: Path, tokenizer) -> list[str]:
         ValueError: it has none, or its dump is no dump of completions.
     """
     dump = last_dump(run)
-    try:
-        texts = [json.loads(line)["output"].partition("</think>")[0] for line in dump.read_text().splitlines()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{dump}: can't be read as texts 'output' ({error!r}); validate the run again.") from None
-    if not texts:
+    if not read_samples(dump):  # says what is wrong with which line
         raise ValueError(f"{dump}: holds no completion; validate the run again.")
+    outputs = [json.loads(line).get("output") for line in dump.read_text().splitlines()]
+    if not all(isinstance(output, str) for output in outputs):
+        raise ValueError(f"{dump}: a completion has no text 'output'; validate the run again.")
+    texts = [output.partition("</think>")[0] for output in outputs]
     total = Counter()
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
@@ -178,6 +179,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"benchmarks.roles: --model: {options.model} holds no config.json; give a model's folder.", file=sys.stderr
         )
         return 2
+    if options.picture and not options.picture.absolute().parent.is_dir():
+        print(f"benchmarks.roles: --picture: there is no folder {options.picture.parent}; make it.", file=sys.stderr)
+        return 2
     if min(options.prompts, options.group) < 1:
         print("benchmarks.roles: --prompts and --group must be at least 1.", file=sys.stderr)
         return 2
@@ -204,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         if choice in found
     ]
     print("\n" + table(["behind an addition it", "times", "mean gain", "mean term"], rows))
-    if options.score == "first_token_entropy":
+    if options.score == "first_token_entropy" and math.isfinite(correlation):  # not of one completion per prompt
         print(f"\nInformation rate and 1 / tokens, right completions of a prompt: correlation {correlation:.3f}")
     if options.picture:
         draw(found, options.picture)

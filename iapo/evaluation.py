@@ -248,6 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
             samples = read_samples(path)
             if prompts is not None and not (samples := of_prompts(samples, prompts)):
                 raise ValueError(f"--prompts: no completion of {path} answers a prompt of {options.prompts}.")
+            if not samples:
+                raise ValueError(f"{path}: holds no completion; give another run or dump.")
             print(f"{path}\n{table(samples, options.k, options.resamples, options.seed)}\n")
     except ValueError as error:
         print(f"iapo.evaluation: {error}", file=sys.stderr)

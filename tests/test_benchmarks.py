@@ -143,8 +143,9 @@ def test_the_roles_of_a_model_make_a_table_and_a_picture(capsys, tmp_path, monke
     assert abs(by_role["filler words"][1]) < 0.05 < by_role["result"][1]
     assert set(by_choice) <= set(roles.CHOICES)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert roles.main(["--model", str(tmp_path)]) == 2
-    assert "--model" in capsys.readouterr().err
+    for option, path in (("--model", tmp_path), ("--picture", tmp_path / "none/p.png")):
+        assert roles.main([option, str(path)]) == 2
+        assert option in capsys.readouterr().err
 
 
 def test_next_token_entropy_falls_where_no_filler_begins(capsys, monkeypatch):
@@ -158,14 +159,15 @@ def test_next_token_entropy_falls_where_no_filler_begins(capsys, monkeypatch):
 def test_the_roles_of_a_runs_completions_are_counted(capsys, tmp_path):
     outputs = ["<think>1+2=3;3+4=7;</think>\n<answer>7</answer>", "<think>1+2=3; wait again:1+2=3; so;</think>\n"]
     (tmp_path / "validation").mkdir()
-    lines = "".join(json.dumps({"output": output}) + "\n" for output in outputs)
+    sample = {"input": "1+2=", "acc": 1, "response_length": 9, "truncated": 0}
+    lines = "".join(json.dumps(sample | {"output": output}) + "\n" for output in outputs)
     (tmp_path / "validation" / "30.jsonl").write_text(lines)
     assert roles.main(["--runs", str(tmp_path)]) == 0
     row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")[1:-1]]
     assert row == [tmp_path.name, "2", "1.00", "6.00", "1.50", "1.50", "4.00", "1.00"]
     assert roles.main(["--runs", str(tmp_path / "missing")]) == 2
     assert "--runs" in capsys.readouterr().err
-    for text in ('{"output"', "{}", "[]", '{"output": 1}', ""):
+    for text in ('{"output"', "{}", "[]", json.dumps(sample), ""):
         (tmp_path / "validation" / "30.jsonl").write_text(text)
         assert roles.main(["--runs", str(tmp_path)]) == 2
         error = capsys.readouterr().err

@@ -172,7 +172,7 @@ def test_splits_are_told_apart_by_their_prompts(tmp_path, capsys):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("", "there are none"),
+        ("", "holds no completion"),
         ("{\n", "line 1: not JSON"),
         ("[]\n", "line 1: has no text 'input'"),
         (json.dumps({"input": LONG, "acc": 1.0, "truncated": 0.0}), "response_length is None, not a number from 0"),

@@ -84,6 +84,12 @@ def test_variants_act_together(variants):
     assert (config.iapo.alpha > 0, config.iapo.rho > 0) == ("iapo" in names, "iapo_rate" in names)
 
 
+@pytest.mark.parametrize("variants", ["[iapo,iapo_ne]", "[iapo_ne,iapo]"])
+def test_of_two_variants_that_set_the_same_key_the_later_wins(variants):
+    score = "next_token_entropy" if variants == "[iapo,iapo_ne]" else "first_token_entropy"
+    assert resolve(f"variant={variants}", "platform=cpu").iapo.score == score
+
+
 def test_variants_differ_where_they_should():
     grpo, dapo, iapo, rate = (resolve(f"variant={name}", "platform=cpu") for name in VARIANTS)
     assert [c.algorithm.adv_estimator for c in (grpo, dapo, iapo, rate)] == ["grpo", "iapo", "iapo", "iapo"]
@@ -187,6 +193,11 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (
             ["variant=dapo", "reward.reward_kwargs.overlong_buffer_cfg.len=500"],
             "overlong_buffer_cfg.len: 500 must be between 1 and data.max_response_length=128",
+        ),
+        (["variant=dapo", "reward.reward_kwargs.overlong_buffer_cfg.len=abc"], "cfg.len: abc must be between 1 and"),
+        (
+            ["variant=dapo", "reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=-3"],
+            "overlong_buffer_cfg.penalty_factor: -3 must be a number of at least 0",
         ),
         (["data.train_batch_size=99999"], "data.train_files: .* has 4096 rows, 99999 are needed; give more, or lower"),
         (["data=math500"], "math500/train.parquet is no file; make it with python -m iapo.data math500 --out /"),

@@ -142,6 +142,11 @@ def test_each_prompt_is_sampled_as_often_as_asked(tmp_path):
         (["--jobs", "0"], "--jobs: 0 must be at least 1."),
         (["--seeds", "0,x"], "--seeds: '0,x' must be whole numbers such as 0,1,2."),
         (["lr"], "lr: an argument for the runs is key=value."),
+        (["seed=7"], "seed=7: the table sets seed; use --seeds, --steps, --out, or change table.yaml."),
+        (
+            ["--quick", "--methods", "gfpo", "+methods.gfpo.k=3"],
+            "+methods.gfpo.k=3: the table sets methods.gfpo.k; use --seeds, --steps, --out, or change table.yaml.",
+        ),
     ],
 )
 def test_refusals_are_one_line(tmp_path, capsys, arguments, message):
@@ -157,6 +162,27 @@ def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
         rt.load_methods(tmp_path / "table.yaml")
 
 
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("methods: {m: {knob: a, values: [1]}}", "methods.m.why is missing; say in a line why these values."),
+        ("methods: {m: }", "methods.m.why is missing; say in a line why these values."),
+        ("methods: {m: {why: w, knobs: a}}", "methods.m.knobs is unknown; an entry has why, variant, knob and values."),
+        ("methods: [", "no YAML: while parsing"),
+    ],
+)
+def test_an_entry_that_is_none_is_refused_in_one_line(tmp_path, text, message):
+    (tmp_path / "table.yaml").write_text(text)
+    with pytest.raises(ValueError) as refused:
+        rt.load_methods(tmp_path / "table.yaml")
+    assert str(refused.value).startswith(f"table.yaml: {message}") and "\n" not in str(refused.value)
+
+
+def test_an_entry_may_hold_single_values(tmp_path):
+    (tmp_path / "table.yaml").write_text("methods: {mine: {variant: dapo, knob: a.b, values: 3, why: w}}")
+    assert rt.load_methods(tmp_path / "table.yaml") == {"mine": rt.Method("mine", "w", "dapo", ("a.b",), (3,))}
+
+
 def test_a_run_that_would_be_refused_stops_the_command_at_once(tmp_path, capsys):
     def refuse(job):
         if "methods.gfpo.k=6" in job.arguments:
@@ -165,7 +191,7 @@ def test_a_run_that_would_be_refused_stops_the_command_at_once(tmp_path, capsys)
 
     assert rt.main(["--out", str(tmp_path / "out")], FAKE_TRAIN, refuse) == 2
     assert capsys.readouterr().err == "table: gfpo-6-seed0: methods.gfpo.k: 6 is too many.\n"
-    assert not (tmp_path / "out/runs").exists()
+    assert not (tmp_path / "out").exists()
 
 
 # --- the choice of a knob's value ---
@@ -377,6 +403,13 @@ def test_a_folder_of_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert reproduce(tmp_path, monkeypatch, "--quick", "--steps", "9") == (2, [])
     assert "holds a table with steps=2, but now it is 9" in capsys.readouterr().err
+    (tmp_path / "out/settings.json").write_text("{")
+    assert reproduce(tmp_path, monkeypatch, "--quick") == (2, [])
+    assert "out/settings.json: no JSON" in capsys.readouterr().err
+    (tmp_path / "out/settings.json").unlink()
+    (tmp_path / "file").touch()
+    assert rt.main(["--quick", "--out", str(tmp_path / "file")], FAKE_TRAIN, config_of) == 2
+    assert capsys.readouterr().err == f"table: --out: {tmp_path}/file is a file; choose a folder.\n"
     assert reproduce(tmp_path, monkeypatch, "--quick", "--seeds", "0,1")[0] == 0  # more seeds are welcome
 
 
