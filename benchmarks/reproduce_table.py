@@ -51,9 +51,10 @@ UNTRAINED = "untrained"
 # with two runs side by side on two cores: benchmarks/README.md.
 START_S, COMPLETION_S = 100.0, 0.036
 
-# What the table itself says of a run, beside the knobs.
+# What the table itself says of a run, beside the knobs, or counts on.
 RESERVED = {"variant", "data", "data.val_files", "seed", "run_dir", "trainer.total_training_steps", "trainer.test_freq"}
-RESERVED |= {"trainer.val_before_train", "trainer.val_only"}
+RESERVED |= {"trainer.val_before_train", "trainer.val_only", "trainer.validation_data_dir", "trainer.default_local_dir"}
+RESERVED |= {"actor_rollout_ref.rollout.val_kwargs.n"}
 
 # verl's counts of prompts, although it calls them samples.
 DISCARDED = ("training/filter_groups/evicted_samples", "training/filter_groups/discarded_surplus_samples")
@@ -153,25 +154,33 @@ def load_methods(path: Path) -> dict[str, Method]:
         ValueError: an entry that is none, in one line.
     """
     methods = {}
-    for name, entry in read_yaml(path)["methods"].items():
+    for name, entry in read_section(path, "methods").items():
         where = f"{path.name}: methods.{name}"
         if not isinstance(entry, dict) or not isinstance(entry.get("why"), str):
             raise ValueError(f"{where}.why is missing; say in a line why these values.")
         if unknown := entry.keys() - {"variant", "knob", "values", "why"}:
             raise ValueError(f"{where}.{min(unknown, key=str)} is unknown; an entry has why, variant, knob and values.")
         variant, keys, values = (as_list(entry.get(key)) for key in ("variant", "knob", "values"))
+        if not all(isinstance(text, str) for text in (name, *variant, *keys)):
+            raise ValueError(f"{where}: its name, variant and knob must be texts.")
         if bool(keys) != bool(values) or len(values) > 4:
             raise ValueError(f"{where} needs both knob and 1 to 4 values, or neither.")
+        if not all(isinstance(value, bool | int | float | str) for value in values) or len(set(values)) < len(values):
+            raise ValueError(f"{where}.values: {values} must be numbers or texts, each once.")
         variants = f"[{','.join(variant)}]" if len(variant) > 1 else variant[0] if variant else name
         methods[name] = Method(name, entry["why"], variants, tuple(keys), tuple(values) or (None,))
     return methods
 
 
-def read_yaml(path: Path):
+def read_section(path: Path, name: str) -> dict:
     try:
-        return yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name}: no YAML: {' '.join(str(error).split())}") from None
+    section = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        raise ValueError(f"{path.name}: {name} is missing, or is no mapping.")
+    return section
 
 
 def as_list(value) -> list:
@@ -184,7 +193,7 @@ def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table
     Raises:
         ValueError: an unknown method, an impossible number, an argument that is no key=value.
     """
-    settings = read_yaml(path)["quick" if options.quick else "full"]
+    settings = read_section(path, "quick" if options.quick else "full")
     methods = load_methods(path)
     chosen = [name.strip() for name in options.methods.split(",")] if options.methods else list(methods)
     for name in chosen:
@@ -203,7 +212,9 @@ def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table
             raise ValueError(f"{override}: an argument for the runs is key=value.")
         key = override.partition("=")[0].lstrip("+~")
         if key in RESERVED or any(key in method.knob for method in methods.values()):
-            raise ValueError(f"{override}: the table sets {key}; use --seeds, --steps, --out, or change {path.name}.")
+            raise ValueError(
+                f"{override}: the table sets {key}; use --seeds, --steps, --samples, --out, or change {path.name}."
+            )
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else settings["seeds"]
     except ValueError:
@@ -645,14 +656,14 @@ def open_folder(plan: Plan) -> None:
     plan.out.mkdir(parents=True, exist_ok=True)
     if file.is_file():
         try:
-            before = json.loads(file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{file}: no JSON ({error}); delete it, or choose another folder.") from None
+            before = {name: json.loads(file.read_text())[name] for name in settings}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: no settings ({error!r}); delete it, or choose another folder.") from None
         for name, value in settings.items():
-            if before.get(name) != value:
+            if before[name] != value:
                 raise ValueError(
-                    f"--out: {plan.out} holds a table with {name}={before.get(name)}, but now it is {value}; set it "
-                    "back or choose another folder."
+                    f"--out: {plan.out} holds a table with {name}={before[name]}, but now it is {value}; set it back "
+                    "or choose another folder."
                 )
     else:
         write_whole(file, json.dumps(settings) + "\n")
@@ -668,6 +679,8 @@ def main(
     interval_s: float = 1.0,
 ) -> int:
     """Exit status: 0 all runs are done, 1 some failed, 2 refused, 130/143 stopped."""
+    for number in STOPS:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         options = parse(arguments)
         plan = make_plan(options)
@@ -682,8 +695,6 @@ def main(
         print(f"table: {error}", file=sys.stderr)
         return 2
     with held:
-        for number in STOPS:
-            signal.signal(number, lambda number, _: sys.exit(128 + number))
         try:
             return reproduce(Table(plan, config_of, configs), options.jobs, train, interval_s)
         except SystemExit as stopped:
@@ -693,8 +704,10 @@ def main(
 
 def earlier_rows(plan: Plan) -> set[str]:
     """The rows of the table that stands in the output folder."""
-    file = plan.out / "results.json"
-    return set(json.loads(file.read_text())["rows"]) if file.is_file() else set()
+    try:
+        return set(json.loads((plan.out / "results.json").read_text())["rows"])
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or what is there is none: it is written anew
+        return set()
 
 
 def reproduce(table: Table, most_jobs: int, train: Sequence[str], interval_s: float) -> int:

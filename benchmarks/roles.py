@@ -112,7 +112,7 @@ def measure(folder: Path, prompts: int, group: int, score: str) -> tuple[dict[st
     questions = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _, _ in rows]
     texts = [text.removesuffix(tokenizer.eos_token) for _, _, text in rows]
     correct = [extract_answer(t) == answer(parse_prompt(q)) for t, q in zip(texts, questions, strict=True)]
-    lengths = [len(tokenizer.encode(text)) for _, _, text in rows]
+    lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for _, _, text in rows]
     pair = torch.stack(rate_and_shortness(values, lengths, correct, questions))[:, correct]
     correlation = torch.corrcoef(pair)[0, 1].item()
     return {name: torch.stack(found[name]) for name in (*ROLES, *CHOICES) if name in found}, correlation

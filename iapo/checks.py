@@ -109,13 +109,13 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     yield from _loggers(config.trainer.logger)
     overlong = config.reward.reward_kwargs.overlong_buffer_cfg
     length = config.data.max_response_length
-    if overlong.enable and not (isinstance(overlong.len, int | float) and 0 < overlong.len <= length):
+    if overlong.enable and not (type(overlong.len) in (int, float) and 1 <= overlong.len <= length):
         yield (
             f"reward.reward_kwargs.overlong_buffer_cfg.len: {overlong.len} must be between 1 and "
             f"data.max_response_length={length}."
         )
     factor = overlong.penalty_factor
-    if overlong.enable and not (isinstance(factor, int | float) and 0 <= factor < float("inf")):
+    if overlong.enable and not (type(factor) in (int, float) and 0 <= factor < float("inf")):
         yield f"reward.reward_kwargs.overlong_buffer_cfg.penalty_factor: {factor} must be a number of at least 0."
 
 

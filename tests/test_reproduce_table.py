@@ -142,10 +142,11 @@ def test_each_prompt_is_sampled_as_often_as_asked(tmp_path):
         (["--jobs", "0"], "--jobs: 0 must be at least 1."),
         (["--seeds", "0,x"], "--seeds: '0,x' must be whole numbers such as 0,1,2."),
         (["lr"], "lr: an argument for the runs is key=value."),
-        (["seed=7"], "seed=7: the table sets seed; use --seeds, --steps, --out, or change table.yaml."),
+        (["seed=7"], "seed=7: the table sets seed; use --seeds, --steps, --samples, --out, or change table.yaml."),
         (
             ["--quick", "--methods", "gfpo", "+methods.gfpo.k=3"],
-            "+methods.gfpo.k=3: the table sets methods.gfpo.k; use --seeds, --steps, --out, or change table.yaml.",
+            "+methods.gfpo.k=3: the table sets methods.gfpo.k; use --seeds, --steps, --samples, --out, or change "
+            "table.yaml.",
         ),
     ],
 )
@@ -168,7 +169,23 @@ def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
         ("methods: {m: {knob: a, values: [1]}}", "methods.m.why is missing; say in a line why these values."),
         ("methods: {m: }", "methods.m.why is missing; say in a line why these values."),
         ("methods: {m: {why: w, knobs: a}}", "methods.m.knobs is unknown; an entry has why, variant, knob and values."),
+        ("methods: {m: {why: w, knob: 5, values: [1]}}", "methods.m: its name, variant and knob must be texts."),
+        ("methods: {m: {why: w, variant: [a, 2]}}", "methods.m: its name, variant and knob must be texts."),
+        (
+            "methods: {m: {why: w, knob: a, values: [[1]]}}",
+            "methods.m.values: [[1]] must be numbers or texts, each once.",
+        ),
+        (
+            "methods: {m: {why: w, knob: a, values: [1, 1]}}",
+            "methods.m.values: [1, 1] must be numbers or texts, each once.",
+        ),
+        (
+            "methods: {m: {why: w, knob: a, values: [null]}}",
+            "methods.m.values: [None] must be numbers or texts, each once.",
+        ),
         ("methods: [", "no YAML: while parsing"),
+        ("methods: []", "methods is missing, or is no mapping."),
+        ("", "methods is missing, or is no mapping."),
     ],
 )
 def test_an_entry_that_is_none_is_refused_in_one_line(tmp_path, text, message):
@@ -398,14 +415,26 @@ def test_a_run_that_was_stopped_before_its_validation_is_only_validated(tmp_path
     ]
 
 
+def test_a_smaller_table_in_the_same_folder_says_what_it_leaves_out(tmp_path, monkeypatch, capsys):
+    assert reproduce(tmp_path, monkeypatch, "--quick")[0] == 0
+    assert "this table is without" not in capsys.readouterr().out
+    assert reproduce(tmp_path, monkeypatch, "--quick", "--methods", "grpo")[0] == 0
+    assert "table: this table is without dapo, gfpo, which an earlier one" in capsys.readouterr().out
+    (tmp_path / "out/results.json").write_text("{")  # it is written anew
+    assert reproduce(tmp_path, monkeypatch, "--quick")[0] == 0
+    assert set(json.loads((tmp_path / "out/results.json").read_text())["rows"]) == {"untrained", "grpo", "dapo", "gfpo"}
+
+
 def test_a_folder_of_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     assert reproduce(tmp_path, monkeypatch, "--quick")[0] == 0
     capsys.readouterr()
     assert reproduce(tmp_path, monkeypatch, "--quick", "--steps", "9") == (2, [])
     assert "holds a table with steps=2, but now it is 9" in capsys.readouterr().err
-    (tmp_path / "out/settings.json").write_text("{")
-    assert reproduce(tmp_path, monkeypatch, "--quick") == (2, [])
-    assert "out/settings.json: no JSON" in capsys.readouterr().err
+    for text in ("{", "[]", "null", "{}"):
+        (tmp_path / "out/settings.json").write_text(text)
+        assert reproduce(tmp_path, monkeypatch, "--quick") == (2, [])
+        error = capsys.readouterr().err
+        assert "out/settings.json: no settings" in error and len(error.splitlines()) == 1
     (tmp_path / "out/settings.json").unlink()
     (tmp_path / "file").touch()
     assert rt.main(["--quick", "--out", str(tmp_path / "file")], FAKE_TRAIN, config_of) == 2
