@@ -1,7 +1,6 @@
 """The variants whose advantage and loss are verl's alone, against a version in plain Python: is the wiring right?"""
 
 import math
-import statistics
 from functools import cache
 
 import pytest
@@ -13,7 +12,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 from iapo.train import resolve
 from iapo.verl_adapter.estimator import grpo
-from tests.methods.batches import make_batch, row_lists
+from tests.methods.batches import Row, grpo_naive, make_batch, row_lists
 
 LONGEST = 256
 
@@ -24,16 +23,8 @@ def config_and_actor(name):
     return config, omega_conf_to_dataclass(config.actor_rollout_ref.actor)
 
 
-def group_advantages(rows, by_std):
-    result = []
-    for row in rows:
-        rewards = [other.reward for other in rows if other.group == row.group]
-        if len(rewards) == 1:  # where other rollouts failed
-            result.append(row.reward)
-        else:
-            scale = statistics.stdev(rewards) + 1e-6 if by_std else 1
-            result.append((row.reward - statistics.mean(rewards)) / scale)
-    return result
+def advantages_of(rows, by_std=True):
+    return grpo_naive([row.group for row in rows], [row.reward for row in rows], by_std)
 
 
 def clipped(advantage, ratio, low, high):
@@ -53,7 +44,7 @@ def dapo_loss(rows, ratios):
 
 
 def token_mean(rows, ratios, low, high):
-    pairs = zip(group_advantages(rows, by_std=True), ratios, strict=True)
+    pairs = zip(advantages_of(rows), ratios, strict=True)
     values = [clipped(advantage, ratio, low, high) for advantage, line in pairs for ratio in line]
     return -sum(values) / len(values)
 
@@ -61,28 +52,49 @@ def token_mean(rows, ratios, low, high):
 def dr_grpo_loss(rows, ratios):
     """Section 3.2 of Dr. GRPO: sums over a completion's tokens, over the longest response, then over the batch."""
     total = 0.0
-    for advantage, line in zip(group_advantages(rows, by_std=False), ratios, strict=True):
+    for advantage, line in zip(advantages_of(rows, by_std=False), ratios, strict=True):
         total += sum(clipped(advantage, ratio, 0.2, 0.2) for ratio in line) / LONGEST
     return -total / len(rows)
+
+
+def verl_loss(name, batch, log_ratios_BT, *parts):
+    """The loss that verl's actor sums up over micro-batches, on one rank; as in verl.workers.utils.losses.ppo_loss."""
+    config, actor = config_and_actor(name)
+    actor.global_batch_info.update(
+        dp_size=1,
+        batch_num_tokens=batch.response_mask.sum(),
+        global_batch_size=len(batch.rewards),
+        loss_scale_factor=actor.loss_scale_factor,
+    )
+    advantages = grpo(batch, config.algorithm.norm_adv_by_std_in_grpo)
+    columns = (torch.zeros(log_ratios_BT.shape), log_ratios_BT, advantages, batch.response_mask)
+    losses = (compute_policy_loss_vanilla(*(x[part] for x in columns), actor.loss_agg_mode, actor)[0] for part in parts)
+    return sum(loss.item() for loss in losses)
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        # Advantages +-1/sqrt(2), or +-1 without the standard deviation. Ratios 1.25 and 1 of the good completion, 0.5
+        # of the bad one, are clipped to 1.2 (1.25 where the upper bound is 1.28), 1 and 0.8.
+        ("grpo", -(1.2 + 1 - 0.8) / 3 / math.sqrt(2)),
+        ("dapo", -(1.25 + 1 - 0.8) / 3 / math.sqrt(2)),
+        ("dr_grpo", -((1.2 + 1) / LONGEST - 0.8 / LONGEST) / 2),
+    ],
+)
+def test_loss_by_hand(name, expected):
+    good = Row(group=0, length=2, correct=True, reward=1.5, tokens=[1, 2], entropy=[0.0, 0.0])
+    bad = Row(group=0, length=1, correct=False, reward=-0.5, tokens=[3], entropy=[0.0])
+    log_ratios = torch.tensor([[1.25, 1.0], [0.5, 9.0]]).log()
+    assert verl_loss(name, make_batch([good, bad]), log_ratios, slice(None)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name,naive", [("grpo", grpo_loss), ("dr_grpo", dr_grpo_loss), ("dapo", dapo_loss)])
 @given(rows=row_lists, seed=st.integers(0, 10**6), extra=st.integers(0, 3), cut=st.integers(1, 23))
 def test_advantage_and_loss_equal_plain_python_in_micro_batches_too(name, naive, rows, seed, extra, cut):
-    (config, actor), batch = config_and_actor(name), make_batch(rows, extra=extra)
-    mask = batch.response_mask
-    log_ratios = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed))
-    actor.global_batch_info.update(  # as verl.workers.utils.losses.ppo_loss, on one rank
-        dp_size=1,
-        batch_num_tokens=mask.sum(),
-        global_batch_size=len(rows),
-        loss_scale_factor=actor.loss_scale_factor,
-    )
-    advantages = grpo(batch, config.algorithm.norm_adv_by_std_in_grpo)
-    zeros, loss = torch.zeros(mask.shape), 0.0
-    for part in (slice(0, cut), slice(cut, None)):
-        tensors = (x[part] for x in (zeros, log_ratios, advantages, mask))
-        loss += compute_policy_loss_vanilla(*tensors, actor.loss_agg_mode, actor)[0].item()
+    batch = make_batch(rows, extra=extra)
+    log_ratios = torch.randn(batch.response_mask.shape, generator=torch.Generator().manual_seed(seed))
+    loss = verl_loss(name, batch, log_ratios, slice(0, cut), slice(cut, None))
     ratios = [[math.exp(x) for x in line[: row.length]] for line, row in zip(log_ratios.tolist(), rows, strict=True)]
     torch.testing.assert_close(loss, naive(rows, ratios), atol=1e-4, rtol=1e-4)
 
