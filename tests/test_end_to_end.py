@@ -303,7 +303,9 @@ def test_micro_batches_change_nothing(train):
     # A loss over part of the tokens, and a term that is measured in verl's own micro-batches.
     steps = ["variant=[iapo_rate,s_grpo]", "trainer.total_training_steps=2"]
     limit = "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"
-    assert_equal(*(train(*steps, f"{limit}={tokens}", folder=tokens) for tokens in ("192", "4096")))
+    many, one = (train(*steps, f"{limit}={tokens}", folder=f"{tokens}") for tokens in (192, 4096))
+    assert_equal(many, one)
+    assert all(2 * 192 < step["perf/total_num_tokens"] <= 4096 for step in many.metrics().values())
 
 
 def assert_equal(*runs):
