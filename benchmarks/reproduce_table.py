@@ -69,6 +69,7 @@ class Method:
     variant: str  # as iapo.train takes it: one, or several as [a,b]
     knob: tuple[str, ...] = ()
     values: tuple = (None,)
+    quick: bool = True  # whether --quick runs it, with the first of its values
 
     def overrides(self, value) -> list[str]:
         return [f"{key}={value}" for key in self.knob]
@@ -158,8 +159,10 @@ def load_methods(path: Path) -> dict[str, Method]:
         where = f"{path.name}: methods.{name}"
         if not isinstance(entry, dict) or not isinstance(entry.get("why"), str):
             raise ValueError(f"{where}.why is missing; say in a line why these values.")
-        if unknown := entry.keys() - {"variant", "knob", "values", "why"}:
-            raise ValueError(f"{where}.{min(unknown, key=str)} is unknown; an entry has why, variant, knob and values.")
+        if unknown := entry.keys() - {"why", "variant", "knob", "values", "quick"}:
+            raise ValueError(
+                f"{where}.{min(unknown, key=str)} is unknown; an entry has why, variant, knob, values and quick."
+            )
         variant, keys, values = (as_list(entry.get(key)) for key in ("variant", "knob", "values"))
         if not all(isinstance(text, str) for text in (name, *variant, *keys)):
             raise ValueError(f"{where}: its name, variant and knob must be texts.")
@@ -167,8 +170,10 @@ def load_methods(path: Path) -> dict[str, Method]:
             raise ValueError(f"{where} needs both knob and 1 to 4 values, or neither.")
         if not all(isinstance(value, bool | int | float | str) for value in values) or len(set(values)) < len(values):
             raise ValueError(f"{where}.values: {values} must be numbers or texts, each once.")
+        if not isinstance(quick := entry.get("quick", True), bool):
+            raise ValueError(f"{where}.quick: {quick!r} must be true or false.")
         variants = f"[{','.join(variant)}]" if len(variant) > 1 else variant[0] if variant else name
-        methods[name] = Method(name, entry["why"], variants, tuple(keys), tuple(values) or (None,))
+        methods[name] = Method(name, entry["why"], variants, tuple(keys), tuple(values) or (None,), quick)
     return methods
 
 
@@ -195,7 +200,8 @@ def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table
     """
     settings = read_section(path, "quick" if options.quick else "full")
     methods = load_methods(path)
-    chosen = [name.strip() for name in options.methods.split(",")] if options.methods else list(methods)
+    usual = [name for name, method in methods.items() if method.quick or not options.quick]
+    chosen = [name.strip() for name in options.methods.split(",")] if options.methods else usual
     for name in chosen:
         if name not in methods:
             raise ValueError(f"--methods: {name!r} must be one of {', '.join(methods)}.")

@@ -86,7 +86,8 @@ def test_every_run_of_the_real_table_is_accepted_and_starts_from_the_recipes_def
         config = OmegaConf.create(rt.resolved_config(plan.job(method.name, value, 0)))
         assert [OmegaConf.select(config, key) for key in method.knob] == [value] * len(method.knob)
     default = resolve(["platform=cpu", f"variant={method.variant}"])
-    assert [OmegaConf.select(default, key) for key in method.knob] == [method.values[0]] * len(method.knob)
+    is_default = [OmegaConf.select(default, key) for key in method.knob] == [method.values[0]] * len(method.knob)
+    assert is_default == method.quick
 
 
 @needs_verl
@@ -118,6 +119,14 @@ def test_full_and_quick_plans(tmp_path):
     assert list(make_plan(tmp_path, "--methods", "gfpo").methods) == ["grpo", "gfpo"]  # the rule needs GRPO
     folders = [full.job(*run).folder for run in rt.Table.known(SimpleNamespace(plan=full, chosen=lambda m: m.values))]
     assert len(set(folders)) == len(folders)
+
+
+def test_quick_leaves_out_other_forms_unless_they_are_asked_for(tmp_path):
+    def methods(*arguments):
+        return rt.make_plan(rt.parse(["--out", str(tmp_path), *arguments])).methods
+
+    assert set(methods("--quick")) == {name for name, method in METHODS.items() if method.quick} < set(methods())
+    assert list(methods("--quick", "--methods", "gtpo_side")) == ["gtpo_side"]
 
 
 def test_each_prompt_is_sampled_as_often_as_asked(tmp_path):
@@ -168,7 +177,11 @@ def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
     [
         ("methods: {m: {knob: a, values: [1]}}", "methods.m.why is missing; say in a line why these values."),
         ("methods: {m: }", "methods.m.why is missing; say in a line why these values."),
-        ("methods: {m: {why: w, knobs: a}}", "methods.m.knobs is unknown; an entry has why, variant, knob and values."),
+        (
+            "methods: {m: {why: w, knobs: a}}",
+            "methods.m.knobs is unknown; an entry has why, variant, knob, values and quick.",
+        ),
+        ("methods: {m: {why: w, quick: 1}}", "methods.m.quick: 1 must be true or false."),
         ("methods: {m: {why: w, knob: 5, values: [1]}}", "methods.m: its name, variant and knob must be texts."),
         ("methods: {m: {why: w, variant: [a, 2]}}", "methods.m: its name, variant and knob must be texts."),
         (
