@@ -123,7 +123,8 @@ def test_full_and_quick_plans(tmp_path):
 
 def test_quick_leaves_out_other_forms_unless_they_are_asked_for(tmp_path):
     def methods(*arguments):
-        return rt.make_plan(rt.parse(["--out", str(tmp_path), *arguments])).methods
+        options = rt.parse(["--out", str(tmp_path), *arguments])
+        return rt.make_plan(options, ROOT / "benchmarks/table.yaml").methods
 
     assert set(methods("--quick")) == {name for name, method in METHODS.items() if method.quick} < set(methods())
     assert list(methods("--quick", "--methods", "gtpo_side")) == ["gtpo_side"]
