@@ -16,12 +16,13 @@ class Gfpo(Method):
 
     (sections 3 and 3.1). The loss is a mean over the tokens of S. With `adaptive`, k depends on how hard the prompt
     is (section 3.2): of the accuracies of all groups so far the quartiles q1 <= q2 <= q3 are taken, and a group keeps
-    `adaptive[n]` where n of them lie below its own accuracy, so hard prompts keep more.
+    `adaptive[n]` where n of them lie below its own accuracy, so hard prompts keep more. One that equals it counts if
+    most of the group is right: a solved prompt is easy even where most are solved and the quartiles are 1.
 
-    Differences: rewards here may be negative, which per token would favour long failures, so the lowest of the group
-    is subtracted first. The quartiles are exact, where the paper estimates them with a t-digest. There, difficulty is
-    the mean reward; here it is the accuracy. Ties keep the completion that was sampled first. No code of the authors'
-    was found.
+    Differences: rewards here may be negative, which per token would favour long failures, so the lowest of a group is
+    subtracted first where it is. The quartiles are exact, where the paper estimates them with a t-digest. There,
+    difficulty is the mean reward; here it is the accuracy. The rules for ties are ours; of completions the shorter
+    is kept, then the one that was sampled first. No code of the authors' was found.
 
     Attributes:
         k: completions kept per group; a smaller group keeps all.
@@ -62,10 +63,12 @@ class Gfpo(Method):
         for accuracy in accuracies:
             self._seen[accuracy] = self._seen.get(accuracy, 0) + 1
         for rows, accuracy in zip(groups, accuracies, strict=True):
-            score = batch.lengths[rows]
+            rows = rows[batch.lengths[rows].argsort(stable=True)]
             if self.by == "reward_per_token":
-                score = -(batch.rewards[rows] - batch.rewards[rows].min()) / score
-            kept_B[rows[score.argsort(stable=True)[: self._k(accuracy)]]] = True
+                rewards = batch.rewards[rows]
+                per_token = (rewards - rewards.min().clamp(max=0)) / batch.lengths[rows]
+                rows = rows[per_token.argsort(stable=True, descending=True)]
+            kept_B[rows[: self._k(accuracy)]] = True
         return kept_B
 
     def _k(self, accuracy: float) -> int:
@@ -74,7 +77,8 @@ class Gfpo(Method):
         values = torch.tensor(list(self._seen), dtype=torch.float64)
         values = values.repeat_interleave(torch.tensor(list(self._seen.values())))
         quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), interpolation="lower")
-        return self.adaptive[int((quartiles < accuracy).sum())]
+        below = quartiles <= accuracy if accuracy > 0.5 else quartiles < accuracy
+        return self.adaptive[int(below.sum())]
 
     def state_dict(self) -> dict:
         return {"seen": [[accuracy, count] for accuracy, count in sorted(self._seen.items())]}

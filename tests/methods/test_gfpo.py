@@ -33,6 +33,16 @@ def test_the_best_by_reward_per_token_train():
     assert mask.any(1).tolist() == [False, False, True, True, False]
 
 
+def test_positive_rewards_per_token_are_taken_as_they_are_and_ties_keep_the_shorter():
+    rewards, lengths = (1.5, 0.5, 1.5, 0.5), (50, 10, 45, 5)
+    _, mask = step(
+        Gfpo(k=2, by="reward_per_token"), make_batch([row(0, *x) for x in zip(lengths, rewards, strict=True)])
+    )
+    assert mask.any(1).tolist() == [False, True, False, True]  # 0.03, 0.05, 0.033 and 0.1
+    _, mask = step(Gfpo(k=2, by="reward_per_token"), make_batch([row(0, n, -0.5) for n in (5, 4, 1, 2)]))
+    assert mask.any(1).tolist() == [False, False, True, True]
+
+
 def test_a_hard_prompt_keeps_more():
     def of_accuracy(group, correct):
         return [row(group, n + 1, 0.5 if n < correct else -0.5) for n in range(8)]
@@ -44,16 +54,25 @@ def test_a_hard_prompt_keeps_more():
     assert kept == [6, 5, 4, 3]
 
 
+def test_where_most_prompts_are_solved_the_solved_ones_are_easy():
+    solved, half = [row(0, n + 1, 0.5) for n in range(8)], [row(1, n + 1, 0.5 if n % 2 else -0.5) for n in range(8)]
+    method = Gfpo(adaptive=[6, 5, 4, 3])
+    for rows in (half, solved, solved, solved):
+        _, mask = step(method, make_batch(rows))
+    assert mask.any(1).sum() == 3
+    assert step(method, make_batch(half))[1].any(1).sum() == 6
+
+
 @given(rows=row_lists, k=st.integers(2, 5), by=st.sampled_from(["length", "reward_per_token"]))
 def test_equals_plain_python(rows, k, by):
     kept = []
     for group in sorted({r.group for r in rows}):
         members = [i for i, r in enumerate(rows) if r.group == group]
-        lowest = min(rows[i].reward for i in members)
+        lowest = min(0.0, *(rows[i].reward for i in members))
         # By float32, in which equal ratios such as 1/3 and 2/6 are equal too.
         ratio = {i: torch.tensor(rows[i].reward - lowest) / rows[i].length for i in members}
-        score = {i: rows[i].length if by == "length" else -ratio[i].item() for i in members}
-        kept += sorted(members, key=lambda i: score[i])[:k]
+        score = {i: 0 if by == "length" else -ratio[i].item() for i in members}
+        kept += sorted(members, key=lambda i: (score[i], rows[i].length, i))[:k]
     kept.sort()
     values = grpo_naive([rows[i].group for i in kept], [rows[i].reward for i in kept])
     advantages, mask = step(Gfpo(k=k, by=by), make_batch(rows))
@@ -73,7 +92,7 @@ def test_adaptive_k_equals_plain_python(history):
         ordered = sorted(seen)
         quartiles = [ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75)]
         for c in range(5):
-            assert method._k(c / 4) == [9, 8, 7, 6][sum(q < c / 4 for q in quartiles)]
+            assert method._k(c / 4) == [9, 8, 7, 6][sum(q < c / 4 or (q == c / 4 and c > 2) for q in quartiles)]
     assert statistics.mean(seen) == pytest.approx(
         sum(a * n for a, n in method.state_dict()["seen"]) / sum(n for _, n in method.state_dict()["seen"])
     )
