@@ -259,8 +259,8 @@ def test_dapo_filters_groups_and_applies_its_own_loss_settings(train):
 # that is not listed here, and has no test of its own above, runs alone.
 TOGETHER = [
     ("length_penalty,gfpo,iapo", "laser,s_grpo,iapo_ne"),
-    ("grpo_lambda,top_entropy", "gtpo,iapo_rate"),
-    ("dler", "gtpo_trajectory"),
+    ("top_entropy", "gtpo,iapo_rate"),
+    ("dler", "gtpo_trajectory,grpo_lambda"),
     ("grpo_s", "dr_grpo"),
 ]
 RECIPES = {
@@ -275,6 +275,7 @@ def test_every_method_trains(train, pair):
     runs = []
     for variants in pair:
         extra = ["methods.gfpo.k=2"] * ("gfpo" in variants) + ["methods.laser.adaptive=true"] * ("laser" in variants)
+        extra += ["methods.gtpo.zscore_over=side"] * ("gtpo," in variants)
         folder = variants.replace(",", "+")
         runs.append(train(f"variant=[{variants}]", "trainer.total_training_steps=2", *extra, folder=folder))
     for variants, run in zip(pair, runs, strict=True):

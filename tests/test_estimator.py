@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
@@ -114,3 +116,27 @@ def test_methods_see_no_padding_and_what_they_drop_leaves_the_loss(verl_v1):
     assert torch.equal(inputs.loss_mask, mask * inputs.loss_mask.any(1, keepdim=True))
     assert not advantages[inputs.loss_mask == 0].any() and advantages.any()
     torch.testing.assert_close(inputs.terms["outcome"], advantages)
+
+
+@given(seed=st.integers(0, 10**6), k=st.integers(2, 4))
+def test_the_information_rate_compares_the_kept_completions_alone(verl_v1, seed, k):
+    DataProto, compute, estimator = verl_v1
+    data, keys = batch(DataProto, seed=seed)
+    mask, uids = data.batch["response_mask"], data.non_tensor_batch["uid"]
+    generator = torch.Generator().manual_seed(seed)
+    exit_entropy = torch.rand(len(mask), mask.shape[1] + 1, generator=generator)
+    correct = torch.rand(len(mask), generator=generator) > 0.3
+    config = IapoConfig(rho=0.7)
+    inputs = estimator.AdvantageInputs(config, {"gfpo": Gfpo(k=k)}, exit_entropy=exit_entropy, correct=correct)
+    with estimator.bind(inputs):
+        advantages = compute(data, keys, "iapo", config=OmegaConf.create({})).batch["advantages"]
+    rows = inputs.loss_mask.any(1)
+    assert [rows[uids == uid].sum() for uid in ("u0", "u1", "u2", "pad")] == [k, k, min(k, 3), 0]
+    kept = DataProto(batch=data.batch[rows], non_tensor_batch={"uid": uids[rows.numpy()]})
+    alone = estimator.AdvantageInputs(config, exit_entropy=exit_entropy[rows], correct=correct[rows])
+    with estimator.bind(alone):
+        expected = compute(
+            kept, [key for key, row in zip(keys, rows, strict=True) if row], "iapo", config=OmegaConf.create({})
+        )
+    torch.testing.assert_close(advantages[rows], expected.batch["advantages"])
+    assert not advantages[~rows].any()

@@ -21,8 +21,9 @@ class SGrpo(Method):
     and it depends neither on padding nor on the other completions nor on their order. Two completions of a step with
     the same tokens therefore keep the same ones.
 
-    Differences: means are over the kept tokens by our choice; the paper's denominator was not compared, for want of its
-    full text. The recipe takes 3/10 and 2/3 of the response budget; 150 and 341 are 0.29 and 2/3 of 512.
+    Differences: means are over the kept tokens by our choice; the denominators of the paper and of the authors' code
+    were not compared, for want of both, and the released values are known at second hand. The recipe takes 3/10 and
+    2/3 of the response budget; 150 and 341 are 0.29 and 2/3 of 512.
 
     Attributes:
         always: leading tokens that are always kept.

@@ -61,7 +61,7 @@ def compute_iapo_advantage(token_level_rewards, response_mask, index, config=Non
         config: verl's `algorithm` section; `norm_adv_by_std_in_grpo` is honoured.
 
     Returns:
-        advantages and returns, the same tensor (B, T), as GRPO's.
+        advantages and returns, equal, (B, T), as GRPO's.
 
     Raises:
         RuntimeError: outside of `bind`, that is with another trainer than iapo's.
