@@ -79,24 +79,25 @@ class Running:
 
 def run_all(
     wanted: Callable[[], list[Job]],
-    finished: Callable[[Running], str | None],
+    finished: Callable[[Running], None],
+    failed: dict[str, str],
     progress: Callable[[list[Running]], None],
     command: Sequence[str],
     slots: int,
     interval_s: float = 1.0,
-) -> dict[str, str]:
-    """Run jobs, at most `slots` at a time, until no more is wanted. Returns why the failed ones did, by name.
+) -> None:
+    """Run jobs, at most `slots` at a time, until no more is wanted.
 
     A signal that raises stops all runs politely first: each gets SIGTERM and time to clean up.
 
     Args:
         wanted: the jobs that are known to be needed and not complete, in order; asked again whenever one ended.
-        finished: called with every run that ended; what it returns is why the run failed, None if it did not.
+        finished: called with every run that ended.
+        failed: why jobs failed, by name; they are not started again. `finished` fills it, and a folder in use does.
         progress: called every `interval_s` seconds.
         command: the command that takes a job's arguments.
     """
     running: list[Running] = []
-    failed: dict[str, str] = {}
     try:
         waiting = wanted()
         while waiting or running:
@@ -112,12 +113,10 @@ def run_all(
             ended = [run for run in running if run.process.poll() is not None]
             for run in ended:
                 running.remove(run)
-                if reason := finished(run):
-                    failed[run.job.name] = reason
+                finished(run)
             if ended:
                 busy = {run.job.name for run in running} | failed.keys()
                 waiting = [job for job in wanted() if job.name not in busy]
-        return failed
     finally:
         stop(running)
 

@@ -34,7 +34,7 @@ def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
     places = {name: (row["test"]["tokens"][0], 100 * row["test"]["pass@1"][0]) for name, row in rows.items()}
     for number, (name, row) in enumerate(rows.items()):
         color, marker = colors[number % len(colors)], MARKERS[number % len(MARKERS)]
-        grid = sorted(row["grid"], key=lambda entry: entry["value"] or 0)  # null without a knob
+        grid = sorted(row["grid"], key=lambda entry: entry["value"] if isinstance(entry["value"], int | float) else 0)
         tested = [entry["figures"]["test"] for entry in grid]
         curve = [figures["tokens"] for figures in tested], [100 * figures["pass@1"] for figures in tested]
         axes.plot(*curve, "-", marker=marker, ms=3.5, lw=1, alpha=0.55, color=color)

@@ -58,6 +58,8 @@ RESERVED |= {"actor_rollout_ref.rollout.val_kwargs.n"}
 
 # verl's counts of prompts, although it calls them samples.
 DISCARDED = ("training/filter_groups/evicted_samples", "training/filter_groups/discarded_surplus_samples")
+# What docs/findings.md explains results by: see docs/metrics.md.
+DIAGNOSTICS = ("iapo/advantage_share/", "iapo/information_gain/", "iapo/exit_entropy/", "iapo/information_rate")
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,7 @@ class Outcome(NamedTuple):
     commit: str | None
     machine: str | None  # hardware and versions
     discarded_prompts: float | None = None  # per step, whose rollouts dynamic sampling threw away
+    diagnostics: dict[str, float] | None = None  # DIAGNOSTICS, means over the steps
 
 
 @dataclass
@@ -387,6 +390,7 @@ class Table:
             commit=" ".join(dict.fromkeys(commits)) or None,
             machine=f"{hardware()}; {named}",
             discarded_prompts=statistics.mean(discarded) if discarded else None,
+            diagnostics=diagnostics(metrics),
         )
 
     # -- which are wanted ---------------------------------------------------------------------------------------
@@ -436,28 +440,26 @@ class Table:
             return job
         return Job(job.name, job.folder, (*job.arguments, "trainer.val_only=true", "trainer.val_before_train=true"))
 
-    def finished(self, run: Running) -> str | None:
-        """Why a run that ended failed, if it did; writes the table anew."""
+    def finished(self, run: Running) -> None:
+        """Note what became of a run that ended, and write the table anew."""
         status = run.process.returncode
         self._outcomes.pop(run.job.name, None)  # of before its end
         complete = run.job.name not in {job.name for job in self.wanted()}
         if status == 0 and complete:
             self.record(run.job)
-            self._ratios.append(run.seconds / self.expected_s(run.job))
-            reason = None
+            self._ratios.append(run.seconds / self.expected_s(trained=not run.job.name.startswith(UNTRAINED)))
             say(f"{run.job.name} is done in {clock(run.seconds)}")
         else:
             reason = run.reason() if status else "it ended without all completions of its last validation"
             self.failed[run.job.name] = reason
             say(f"{run.job.name} FAILED: {reason}; its log: {run.job.log}")
         write(self)
-        return reason
 
     # -- progress -----------------------------------------------------------------------------------------------
 
-    def expected_s(self, job: Job) -> float:
-        """Seconds of a job from the measured costs."""
-        steps = 0 if job.name.startswith(UNTRAINED) else self.plan.steps
+    def expected_s(self, trained: bool) -> float:
+        """Seconds of a run from the measured costs."""
+        steps = self.plan.steps if trained else 0
         completions = self.plan.samples * sum(map(len, self._prompts.values()))
         return START_S + steps * self.plan.step_s + completions * COMPLETION_S
 
@@ -466,9 +468,15 @@ class Table:
         ratio = statistics.mean(self._ratios) if self._ratios else 1.0
         open_jobs = self.plan.jobs - len(self._outcomes) - len(self.failed)
         untrained = sum(self.outcome(UNTRAINED, None, seed) is None for seed in self.plan.seeds)
-        trained_s, untrained_s = (self.expected_s(Job(name, Path(), ())) for name in ("", UNTRAINED))
-        work = ratio * (untrained * untrained_s + max(open_jobs - untrained, 0) * trained_s)
+        trained = max(open_jobs - untrained, 0)
+        work = ratio * (untrained * self.expected_s(trained=False) + trained * self.expected_s(trained=True))
         return max(work - sum(run.seconds for run in running), 0) / slots
+
+
+def diagnostics(metrics: list[dict]) -> dict[str, float]:
+    """The means of `DIAGNOSTICS` over the steps of a run, those that it has."""
+    names = dict.fromkeys(name for step in metrics for name in step if name.startswith(DIAGNOSTICS))
+    return {name: statistics.mean(step[name] for step in metrics if name in step) for name in names}
 
 
 def say(text: str) -> None:
@@ -732,18 +740,16 @@ def reproduce(table: Table, most_jobs: int, train: Sequence[str], interval_s: fl
     )
     if left_out := earlier_rows(plan) - {UNTRAINED, *plan.methods}:
         say(f"this table is without {', '.join(sorted(left_out))}, which an earlier one in this folder had")
-    failed = {}
     if waiting:
-        failed = run_all(table.wanted, table.finished, shower(table, slots), train, slots, interval_s)
-        table.failed |= failed
+        run_all(table.wanted, table.finished, table.failed, shower(table, slots), train, slots, interval_s)
     found = write(table)
     if found["rows"]:
         pareto.draw(found["rows"], found["front"], plan.out / "pareto.png")
     print("\n" + markdown(found))
     say(f"written: {plan.out}/results.json, table.md, pareto.png")
-    if failed:
-        say(f"{len(failed)} run(s) failed, see above; the same command tries them again: {command()}")
-    return 1 if failed else 0
+    if table.failed:
+        say(f"{len(table.failed)} run(s) failed, see above; the same command tries them again: {command()}")
+    return 1 if table.failed else 0
 
 
 if __name__ == "__main__":

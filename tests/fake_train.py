@@ -44,7 +44,8 @@ def main():
                 {"training/filter_groups/evicted_samples": 4.0} if given["variant"] == "dapo" and step > 1 else {}
             )
             filtered |= {"training/filter_groups/discarded_surplus_samples": 2.0} if filtered and step == 4 else {}
-            file.write(json.dumps({"step": step, "data": seconds | filtered}) + "\n")
+            data = seconds | filtered | {"iapo/information_rate": 0.01 * step, "iapo/reward/acc": 0.5}
+            file.write(json.dumps({"step": step, "data": data}) + "\n")
     if script == "short":
         return
     (folder / "validation").mkdir(exist_ok=True)

@@ -288,6 +288,7 @@ def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
         0,
     ]  # of 9, 2, 3, 4 without the first, less the 0.5 of the checkpoint
     assert found["rows"]["grpo"]["test"]["pass@1"] == [0.625, pytest.approx(0.25 / 2**0.5)]
+    assert row["seeds"]["0"]["diagnostics"] == {"iapo/information_rate": pytest.approx(0.025)}
     assert found["rows"]["dapo"]["test"]["discarded_prompts"] == [(3 * 4 + 2) / 4, 0]
     assert not {"seconds_per_step", "discarded_prompts"} & set(found["rows"]["untrained"]["test"])
     assert found["runs"] == {"done": 11, "planned": 11, "failed": {}}
@@ -333,6 +334,17 @@ def test_a_failed_run_is_reported_and_tried_again_and_loses_no_other(tmp_path, m
     status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT)
     assert status == 0
     assert {name for name, _, _ in calls} == {"gfpo-2-seed0", "gfpo-2-seed1", "dapo-seed1"}
+
+
+def test_a_run_whose_folder_is_in_use_holds_up_no_other(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "out/runs/gfpo-2-seed0"
+    folder.mkdir(parents=True)
+    with lock(folder / "lock"):
+        status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT)
+    assert status == 1
+    assert {name for name, _, _ in calls} == ALL - {"gfpo-2-seed0", "gfpo-2-seed1"} | {"gfpo-4-seed1"}
+    assert "Failed: gfpo-2-seed0: " in (tmp_path / "out/table.md").read_text()
+    assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
 
 
 def test_without_grpo_no_other_value_is_chosen(tmp_path, monkeypatch):
@@ -512,12 +524,12 @@ def test_no_two_runs_share_a_folder_even_if_their_starter_is_gone(tmp_path):
         with pytest.raises(FolderInUse, match="still alive"):
             start_sleeper(tmp_path / "run")
         job, other = jobs.Job("a", tmp_path / "run", ("0",)), jobs.Job("b", tmp_path / "other", ("0",))
-        done = []
+        done, failed = [], {}
 
         def wanted():
             return [j for j in (job, other) if j not in done]
 
-        failed = jobs.run_all(wanted, lambda r: done.append(r.job), lambda _: None, ["sleep"], 2, 0.01)
+        jobs.run_all(wanted, lambda r: done.append(r.job), failed, lambda _: None, ["sleep"], 2, 0.01)
         assert list(failed) == ["a"] and done == [other]
     finally:
         run.process.kill()
@@ -535,7 +547,7 @@ def test_no_more_runs_than_slots_and_none_twice(tmp_path):
     def finished(run):
         done.append(run.job)
 
-    jobs.run_all(wanted, finished, lambda running: at_once.append(len(running)), ["sleep"], 2, 0.02)
+    jobs.run_all(wanted, finished, {}, lambda running: at_once.append(len(running)), ["sleep"], 2, 0.02)
     assert sorted(job.name for job in done) == [job.name for job in todo]
     assert max(at_once) == 2
 
@@ -552,7 +564,7 @@ def test_a_stop_that_comes_while_a_run_starts_does_not_lose_it(tmp_path, monkeyp
     monkeypatch.setattr(jobs.subprocess, "Popen", popen_with_a_stop)
     job = jobs.Job("a", tmp_path / "a", ("60",))
     with pytest.raises(SystemExit) as stopped:
-        jobs.run_all(lambda: [job], lambda run: None, lambda _: None, ["sleep"], 2, 0.01)
+        jobs.run_all(lambda: [job], lambda run: None, {}, lambda _: None, ["sleep"], 2, 0.01)
     assert stopped.value.code == 143
     assert [process.poll() for process in started] == [-signal.SIGTERM]
 
