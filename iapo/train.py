@@ -135,7 +135,10 @@ def resolve(overrides: list[str]):
     register_resolvers()
     try:
         expanded = [part for override in overrides for part in expand(override)]
-        variant = "+".join(chosen_variants(expanded))
+        variants = chosen_variants(expanded)
+        for line in overwritten(variants):
+            warnings.warn(line, stacklevel=2)
+        variant = "+".join(variants)
         with initialize_config_dir(str(recipes_dir()), version_base=None):
             config = compose("iapo", overrides=expanded, return_hydra_config=True)
         choices = config.hydra.runtime.choices
@@ -180,6 +183,36 @@ def chosen_variants(overrides: list[str]) -> list[str]:
     if set(names) - set(known) or len(set(names)) < len(names):
         raise ConfigError(f"variant: {value} must be one of {', '.join(known)}, or several as [iapo_rate,gfpo].")
     return names
+
+
+def overwritten(variants: list[str]) -> Iterator[str]:
+    """What an earlier recipe of variant=[...] sets and a later one sets otherwise, one line each."""
+    settings: dict[str, tuple[str, object]] = {}
+    for name in variants:
+        for key, value in settings_of(name).items():
+            before, old = settings.get(key, (name, value))
+            if old != value:
+                yield f"variant: {name} sets {key}={value}, in place of {old} of {before}; order them as you mean it."
+            settings[key] = (name, value)
+
+
+def settings_of(variant: str) -> dict[str, object]:
+    """The values of a recipe by dotted key, nothing resolved, those of the recipes that it builds on included."""
+    import yaml
+
+    recipe = yaml.safe_load((recipes_dir() / "variant" / f"{variant}.yaml").read_text())
+    settings = {}
+    for base in recipe.pop("defaults", []):
+        settings |= settings_of(base)
+    return settings | dict(leaves(recipe))
+
+
+def leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def explain(hydra_error: str, override: str | None = None) -> str:

@@ -90,6 +90,16 @@ def test_of_two_variants_that_set_the_same_key_the_later_wins(variants):
     assert resolve(f"variant={variants}", "platform=cpu").iapo.score == score
 
 
+def test_a_setting_that_a_later_variant_takes_back_is_named():
+    lost = (
+        "^variant: dapo sets actor_rollout_ref.actor.loss_agg_mode=token-mean, in place of seq-mean-token-sum-norm of"
+    )
+    with pytest.warns(UserWarning, match=lost):
+        resolve("variant=[dr_grpo,dapo]", "platform=cpu")
+    # top_entropy builds on dapo.
+    assert [*train.overwritten(["dapo", "top_entropy"]), *train.overwritten(["dapo", "iapo_rate"])] == []
+
+
 def test_variants_differ_where_they_should():
     grpo, dapo, iapo, rate = (resolve(f"variant={name}", "platform=cpu") for name in VARIANTS)
     assert [c.algorithm.adv_estimator for c in (grpo, dapo, iapo, rate)] == ["grpo", "iapo", "iapo", "iapo"]
