@@ -181,11 +181,18 @@ def test_the_share_of_a_step_is_the_median_of_verls_timers(capsys, monkeypatch):
     monkeypatch.setattr(
         step, "run", lambda overrides, count, folder: steps if "variant=iapo" in overrides else steps[:1]
     )
+    step.main(["--rows"])
+    names = [cells(line)[0] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert names[0] == "grpo" and names[-1] == "grpo, again" and {"dapo", "iapo_rate+dapo"} < set(names)
     step.main([])
     rows = {name: numbers for name, *numbers in map(cells, capsys.readouterr().out.splitlines()[3:])}
     assert list(rows) == list(step.VARIANTS)
     # Steps of 10, 8 and 5 seconds; shares of 10%, 25% and 20%.
-    assert rows["iapo, boundaries"][:2] == ["8.00", "4.00"] and rows["iapo, boundaries"][5:7] == ["1.00", "20.0%"]
+    assert rows["iapo, boundaries"][:2] == ["8.00", "4.00"] and rows["iapo, boundaries"][5:8] == [
+        "1.00",
+        "0.80",
+        "20.0%",
+    ]
 
 
 def test_a_table_by_hand():
