@@ -642,5 +642,7 @@ def test_the_picture_takes_as_many_methods_as_there_are(tmp_path):
         for i in range(20)
     }
     rows["untrained"] = rows["method0"] | {"grid": [{"value": None, "figures": {"test": figures(0.8, 40)}}]}
+    rows["method1"]["grid"][2]["value"] = "all"  # numbers and texts
+    rows["far below"] = rows["method0"] | {"test": {"tokens": [40, None], "pass@1": [0.1, 0.01]}}
     pareto.draw(rows, ["method0", "method1"], tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
