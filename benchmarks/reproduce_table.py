@@ -7,6 +7,7 @@ one that the validation split chooses also with the others:
     the fewest tokens among the values whose validation Pass@1 is at most 1 point below GRPO's,
     and the highest Pass@1 if none is; of GRPO's own values the one with the highest Pass@1.
 
+A choice whose mean over all seeds there turns out to be more than 1 point below GRPO's is given up for the next best.
 The rule asks what a user asks, how short at no loss of accuracy, and needs no exchange rate between tokens and points.
 
 The output folder gets results.json, table.md, pareto.png, the runs, and a record of what each complete run showed.
@@ -239,18 +240,24 @@ def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table
     )
 
 
-def choose(grid: dict, reference: float | None):
-    """The value of a knob that the rule in the module's docstring picks.
+def preference(grid: dict, reference: float | None) -> list:
+    """The values of a knob in the order in which the rule in the module's docstring takes them.
 
     Args:
         grid: figures of `iapo.evaluation` on the validation split by value.
         reference: GRPO's Pass@1 there; None for GRPO itself.
+
+    Returns:
+        The accurate values, shortest first, or the most accurate one alone if there are none.
     """
-    if reference is not None:
-        accurate = [value for value in grid if grid[value]["pass@1"] >= reference - TOLERANCE - 1e-9]
-        if accurate:
-            return min(accurate, key=lambda value: grid[value]["tokens"])
-    return max(grid, key=lambda value: grid[value]["pass@1"])
+    accurate = [] if reference is None else [v for v in grid if not_below(grid[v]["pass@1"], reference)]
+    most = max(grid, key=lambda value: grid[value]["pass@1"])
+    return sorted(accurate, key=lambda value: grid[value]["tokens"]) or [most]
+
+
+def not_below(accuracy: float, reference: float) -> bool:
+    """At most `TOLERANCE` below."""
+    return accuracy >= reference - TOLERANCE - 1e-9
 
 
 def check_runs(plan: Plan, config_of: Callable[[Job], str]) -> dict[str, str]:
@@ -400,24 +407,48 @@ class Table:
         found = {value: self.outcome(method.name, value, self.plan.seeds[0]) for value in method.values}
         return {value: outcome for value, outcome in found.items() if outcome is not None}
 
-    def chosen(self, method: Method):
-        """(value,) of the knob that the validation split chose; () while that is open."""
+    def tried(self, method: Method) -> list:
+        """The values of the knob to train with all seeds: those given up, then the chosen one; [] while it is open."""
         if len(method.values) == 1:
-            return method.values
+            return list(method.values)
         grid = self.grid(method)
         settled = all(
             value in grid or self.plan.job(method.name, value, self.plan.seeds[0]).name in self.failed
             for value in method.values
         )
         if not settled or not grid:
-            return ()
+            return []
         figures = {value: outcome.figures["validation"] for value, outcome in grid.items()}
         if method.name == REFERENCE:
-            return (choose(figures, None),)
+            return preference(figures, None)
         reference = self.plan.methods[REFERENCE]
-        if not (best := self.chosen(reference)):
-            return ()
-        return (choose(figures, self.grid(reference)[best[0]].figures["validation"]["pass@1"]),)
+        if not (best := self.tried(reference)):
+            return []
+        order = preference(figures, self.grid(reference)[best[-1]].figures["validation"]["pass@1"])
+        bar = self.mean_validation(REFERENCE, best[-1])
+        for number, value in enumerate(order, start=1):
+            accuracy = self.mean_validation(method.name, value)
+            if accuracy is None or bar is None or not_below(accuracy, bar):
+                return order[:number]
+        most = preference(figures, None)
+        return [value for value in order if value not in most] + most
+
+    def seeds(self, name: str, value) -> dict[int, Outcome]:
+        """The complete runs of a value by seed."""
+        found = {seed: self.outcome(name, value, seed) for seed in self.plan.seeds}
+        return {seed: outcome for seed, outcome in found.items() if outcome is not None}
+
+    def mean_validation(self, name: str, value) -> float | None:
+        """Pass@1 over all seeds, if they are there."""
+        outcomes = self.seeds(name, value).values()
+        if len(outcomes) < len(self.plan.seeds):
+            return None
+        return statistics.mean(outcome.figures["validation"]["pass@1"] for outcome in outcomes)
+
+    def planned(self) -> int:
+        """How many runs it takes as far as is known: in place of a value that is given up another gets all seeds."""
+        given_up = sum(max(len(self.tried(method)) - 1, 0) for method in self.plan.methods.values())
+        return self.plan.jobs + given_up * (len(self.plan.seeds) - 1)
 
     def known(self) -> list[tuple[str, object, int]]:
         """(method, value, seed) of every run that is known to be needed."""
@@ -425,7 +456,7 @@ class Table:
         runs = [(UNTRAINED, None, seed) for seed in self.plan.seeds]
         runs += [(method.name, value, first) for method in self.plan.methods.values() for value in method.values]
         for method in self.plan.methods.values():
-            runs += [(method.name, value, seed) for value in self.chosen(method) for seed in others]
+            runs += [(method.name, value, seed) for value in self.tried(method) for seed in others]
         return runs
 
     def wanted(self) -> list[Job]:
@@ -466,7 +497,7 @@ class Table:
     def seconds_left(self, running: Sequence[Running], slots: int) -> float:
         """From the measured costs, corrected by how long the runs so far took."""
         ratio = statistics.mean(self._ratios) if self._ratios else 1.0
-        open_jobs = self.plan.jobs - len(self._outcomes) - len(self.failed)
+        open_jobs = self.planned() - len(self._outcomes) - len(self.failed)
         untrained = sum(self.outcome(UNTRAINED, None, seed) is None for seed in self.plan.seeds)
         trained = max(open_jobs - untrained, 0)
         work = ratio * (untrained * self.expected_s(trained=False) + trained * self.expected_s(trained=True))
@@ -499,7 +530,7 @@ def shower(table: Table, slots: int, interval_s: float = 30.0) -> Callable[[list
         last = time.monotonic()
         at_work = ", ".join(f"{run.job.name} (step {run.job.steps_done()})" for run in running)
         left = clock(table.seconds_left(running, slots))
-        done = f"{len(table._outcomes)}/{table.plan.jobs} runs of {table.plan.steps} steps done"
+        done = f"{len(table._outcomes)}/{table.planned()} runs of {table.plan.steps} steps done"
         say(f"{done}; {at_work}; about {left} left")
 
     return show
@@ -526,28 +557,31 @@ def results(table: Table) -> dict:
     plan, rows = table.plan, {}
     for name in (UNTRAINED, *plan.methods):
         method = plan.methods.get(name, Method(UNTRAINED, "the model before any training", REFERENCE))
-        for value in table.chosen(method):
-            found = {seed: table.outcome(name, value, seed) for seed in plan.seeds}
-            runs = {seed: outcome for seed, outcome in found.items() if outcome is not None}
-            if runs:
-                rows[name] = {
-                    "knob": list(method.knob),
-                    "why": method.why,
-                    "value": value,
-                    "label": method.label(value),
-                    "test": summary(list(runs.values())),
-                    "seeds": {str(seed): outcome._asdict() for seed, outcome in runs.items()},
-                    "grid": [{"value": v, **outcome._asdict()} for v, outcome in table.grid(method).items()],
-                }
+        if not (tried := table.tried(method)):
+            continue
+        *given_up, value = tried
+        if runs := table.seeds(name, value):
+            rows[name] = {
+                "knob": list(method.knob),
+                "why": method.why,
+                "value": value,
+                "label": method.label(value),
+                "test": summary(list(runs.values())),
+                "seeds": {str(seed): outcome._asdict() for seed, outcome in runs.items()},
+                "grid": [{"value": v, **outcome._asdict()} for v, outcome in table.grid(method).items()],
+                "given_up": [
+                    {"label": method.label(v), "test": summary(list(table.seeds(name, v).values()))} for v in given_up
+                ],
+            }
     means = {name: {key: mean for key, (mean, _) in row["test"].items()} for name, row in rows.items()}
     trained = {name: mean for name, mean in means.items() if name != UNTRAINED}
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": command(),
         "settings": plan.settings() | {"seeds": plan.seeds, "prompts": {s: len(p) for s, p in table._prompts.items()}},
-        "runs": {"done": len(table._outcomes), "planned": plan.jobs, "failed": table.failed},
+        "runs": {"done": len(table._outcomes), "planned": table.planned(), "failed": table.failed},
         "front": pareto.front({name: (mean["tokens"], mean["pass@1"]) for name, mean in means.items()}),
-        "shortest": choose(trained, trained[REFERENCE]["pass@1"]) if REFERENCE in trained else None,
+        "shortest": preference(trained, trained[REFERENCE]["pass@1"])[0] if REFERENCE in trained else None,
         "rows": rows,
     }
 
@@ -605,8 +639,13 @@ def markdown(found: dict) -> str:
     if "validation" in settings["splits"]:
         notes.append(
             "Knobs: each value was trained with the first seed, and chosen on the validation split: the fewest tokens "
-            f"among those at most {100 * TOLERANCE:g} point below GRPO's Pass@1, else the highest Pass@1."
+            f"among those at most {100 * TOLERANCE:g} point below GRPO's Pass@1, else the highest Pass@1. A choice "
+            "whose mean over all seeds is further below there was given up for the next."
         )
+        for name, row in found["rows"].items():
+            for lost in row["given_up"]:
+                accuracy, tokens = (with_deviation(lost["test"][key], n) for key, n in (("pass@1", 3), ("tokens", 1)))
+                notes.append(f"Given up: {name} {lost['label']}; on the test split {accuracy}, {tokens} tokens.")
     else:
         notes.append("Each method at its default, not tuned.")
     if settings["overrides"]:
