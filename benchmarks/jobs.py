@@ -98,8 +98,13 @@ def run_all(
         command: the command that takes a job's arguments.
     """
     running: list[Running] = []
+
+    def open_jobs() -> list[Job]:
+        busy = {run.job.name for run in running} | failed.keys()
+        return [job for job in wanted() if job.name not in busy]
+
     try:
-        waiting = wanted()
+        waiting = open_jobs()
         while waiting or running:
             while waiting and len(running) < slots:
                 job = waiting.pop(0)
@@ -108,6 +113,7 @@ def run_all(
                         running.append(Running(job, command))
                 except FolderInUse as error:
                     failed[job.name] = str(error)
+                    waiting = open_jobs()  # others may be wanted in its place
             progress(running)
             time.sleep(interval_s)
             ended = [run for run in running if run.process.poll() is not None]
@@ -115,8 +121,7 @@ def run_all(
                 running.remove(run)
                 finished(run)
             if ended:
-                busy = {run.job.name for run in running} | failed.keys()
-                waiting = [job for job in wanted() if job.name not in busy]
+                waiting = open_jobs()
     finally:
         stop(running)
 

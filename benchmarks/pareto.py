@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-# A row that is more points of Pass@1 than this below the best would squeeze the others: it is named below the picture.
-TALLEST = 10
 MARKERS = [*"osD^v<>PX*phHd8", (4, 1, 0), (5, 1, 0), (6, 1, 0), (3, 0, 30), (3, 0, 90)]
 
 
@@ -15,6 +13,12 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
         return any(t <= tokens and a >= accuracy and (t, a) != (tokens, accuracy) for t, a in points.values())
 
     return sorted((name for name, point in points.items() if not beaten(*point)), key=lambda name: points[name])
+
+
+def far_below(points: dict[str, tuple[float, float]], span: float) -> list[str]:
+    """The names of the (tokens, accuracy) more than `span` below the best, which would squeeze the others' picture."""
+    best = max(accuracy for _, accuracy in points.values())
+    return [name for name, (_, accuracy) in points.items() if accuracy < best - span]
 
 
 def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
@@ -34,9 +38,9 @@ def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
     tab, dark = plt.get_cmap("tab10").colors, plt.get_cmap("Dark2").colors
     colors = [*tab, *dark[:-1], "navy", "maroon", "black"]  # both have nearly the same grey
     places = {name: (row["test"]["tokens"][0], 100 * row["test"]["pass@1"][0]) for name, row in rows.items()}
-    lowest = max(accuracy for _, accuracy in places.values()) - TALLEST
-    below = {name: place for name, place in places.items() if place[1] < lowest}
-    for number, (name, row) in enumerate((name, row) for name, row in rows.items() if name not in below):
+    outside = far_below(places, span=10)
+    on_front = [name for name in on_front if name not in outside]
+    for number, (name, row) in enumerate((name, row) for name, row in rows.items() if name not in outside):
         color, marker = colors[number % len(colors)], MARKERS[number % len(MARKERS)]
         grid = sorted(row["grid"], key=lambda entry: entry["value"] if isinstance(entry["value"], int | float) else 0)
         tested = [entry["figures"]["test"] for entry in grid]
@@ -71,7 +75,7 @@ def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
     for number, name in enumerate(on_front):  # on one side and the other, as neighbours may be close
         offset, side = ((-8, 6), "right") if number % 2 else ((8, -11), "left")
         axes.annotate(name, places[name], xytext=offset, textcoords="offset points", ha=side, fontsize=9, zorder=4)
-    lines = [f"outside: {name}, {tokens:.1f} tokens, {accuracy:.1f}%" for name, (tokens, accuracy) in below.items()]
+    lines = ["outside: {}, {:.1f} tokens, {:.1f}%".format(name, *places[name]) for name in outside]
     axes.set_xlabel("\n".join(["mean response tokens (fewer is better)", *lines]))
     axes.set_title("large: the chosen value, mean over seeds; small: each value, first seed", fontsize=9)
     axes.set_ylabel("Pass@1 on the test split [%]")

@@ -7,7 +7,8 @@ one that the validation split chooses also with the others:
     the fewest tokens among the values whose validation Pass@1 is at most 1 point below GRPO's,
     and the highest Pass@1 if none is; of GRPO's own values the one with the highest Pass@1.
 
-A choice whose mean over all seeds there turns out to be more than 1 point below GRPO's is given up for the next best.
+A choice whose mean over all seeds there turns out to be more than 1 point below GRPO's is given up for the next best;
+if none holds, the one with the highest mean stands.
 The rule asks what a user asks, how short at no loss of accuracy, and needs no exchange rate between tokens and points.
 
 The output folder gets results.json, table.md, pareto.png, the runs, and a record of what each complete run showed.
@@ -322,8 +323,10 @@ class Table:
 
     def outcome(self, name: str, value, seed: int) -> Outcome | None:
         """Of a complete run, which was made as it would be now: by its record, or if all samples of its last validation
-        are there."""
+        are there. None of a failed one, even if another process completes it meanwhile: choices must not flip."""
         job = self.plan.job(name, value, seed)
+        if job.name in self.failed:
+            return None
         if job.name not in self._outcomes:
             if (outcome := self._recorded(job)) is not None:
                 self._outcomes[job.name] = outcome
@@ -422,25 +425,26 @@ class Table:
         if method.name == REFERENCE:
             return preference(figures, None)
         reference = self.plan.methods[REFERENCE]
-        if not (best := self.tried(reference)):
+        *_, best = self.tried(reference) or [None]
+        if best not in (references := self.grid(reference)):
             return []
-        order = preference(figures, self.grid(reference)[best[-1]].figures["validation"]["pass@1"])
-        bar = self.mean_validation(REFERENCE, best[-1])
+        order = preference(figures, references[best].figures["validation"]["pass@1"])
+        bar = self.mean_validation(REFERENCE, best)
+        means = {value: self.mean_validation(method.name, value) for value in order}
         for number, value in enumerate(order, start=1):
-            accuracy = self.mean_validation(method.name, value)
-            if accuracy is None or bar is None or not_below(accuracy, bar):
+            if means[value] is None or bar is None or not_below(means[value], bar):
                 return order[:number]
-        most = preference(figures, None)
-        return [value for value in order if value not in most] + most
+        most = max(order, key=means.get)
+        return [value for value in order if value != most] + [most]
 
-    def seeds(self, name: str, value) -> dict[int, Outcome]:
+    def runs_of(self, name: str, value) -> dict[int, Outcome]:
         """The complete runs of a value by seed."""
         found = {seed: self.outcome(name, value, seed) for seed in self.plan.seeds}
         return {seed: outcome for seed, outcome in found.items() if outcome is not None}
 
     def mean_validation(self, name: str, value) -> float | None:
         """Pass@1 over all seeds, if they are there."""
-        outcomes = self.seeds(name, value).values()
+        outcomes = self.runs_of(name, value).values()
         if len(outcomes) < len(self.plan.seeds):
             return None
         return statistics.mean(outcome.figures["validation"]["pass@1"] for outcome in outcomes)
@@ -483,6 +487,7 @@ class Table:
         else:
             reason = run.reason() if status else "it ended without all completions of its last validation"
             self.failed[run.job.name] = reason
+            self._outcomes.pop(run.job.name, None)
             say(f"{run.job.name} FAILED: {reason}; its log: {run.job.log}")
         write(self)
 
@@ -560,7 +565,7 @@ def results(table: Table) -> dict:
         if not (tried := table.tried(method)):
             continue
         *given_up, value = tried
-        if runs := table.seeds(name, value):
+        if runs := table.runs_of(name, value):
             rows[name] = {
                 "knob": list(method.knob),
                 "why": method.why,
@@ -570,7 +575,7 @@ def results(table: Table) -> dict:
                 "seeds": {str(seed): outcome._asdict() for seed, outcome in runs.items()},
                 "grid": [{"value": v, **outcome._asdict()} for v, outcome in table.grid(method).items()],
                 "given_up": [
-                    {"label": method.label(v), "test": summary(list(table.seeds(name, v).values()))} for v in given_up
+                    {"label": method.label(v), "test": summary(list(table.runs_of(name, v).values()))} for v in given_up
                 ],
             }
     means = {name: {key: mean for key, (mean, _) in row["test"].items()} for name, row in rows.items()}
@@ -640,7 +645,8 @@ def markdown(found: dict) -> str:
         notes.append(
             "Knobs: each value was trained with the first seed, and chosen on the validation split: the fewest tokens "
             f"among those at most {100 * TOLERANCE:g} point below GRPO's Pass@1, else the highest Pass@1. A choice "
-            "whose mean over all seeds is further below there was given up for the next."
+            "whose mean over all seeds is further below there was given up for the next; if none holds, the highest "
+            "mean stands."
         )
         for name, row in found["rows"].items():
             for lost in row["given_up"]:

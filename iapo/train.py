@@ -136,11 +136,11 @@ def resolve(overrides: list[str]):
     try:
         expanded = [part for override in overrides for part in expand(override)]
         variants = chosen_variants(expanded)
-        for line in overwritten(variants):
-            warnings.warn(line, stacklevel=2)
         variant = "+".join(variants)
         with initialize_config_dir(str(recipes_dir()), version_base=None):
             config = compose("iapo", overrides=expanded, return_hydra_config=True)
+        for line in overwritten(variants) if len(variants) > 1 else ():
+            warnings.warn(line, stacklevel=2)
         choices = config.hydra.runtime.choices
         with open_dict(config):
             del config["hydra"]
@@ -197,13 +197,15 @@ def overwritten(variants: list[str]) -> Iterator[str]:
 
 
 def settings_of(variant: str) -> dict[str, object]:
-    """The values of a recipe by dotted key, nothing resolved, those of the recipes that it builds on included."""
-    import yaml
+    """The values of a recipe by dotted key, nothing resolved, those of the variants that it builds on included."""
+    from omegaconf import OmegaConf
 
-    recipe = yaml.safe_load((recipes_dir() / "variant" / f"{variant}.yaml").read_text())
+    recipe = OmegaConf.to_container(OmegaConf.load(recipes_dir() / "variant" / f"{variant}.yaml"))
+    bases = [base.removeprefix("/variant/") for base in recipe.pop("defaults", []) if isinstance(base, str)]
     settings = {}
-    for base in recipe.pop("defaults", []):
-        settings |= settings_of(base)
+    for base in bases:
+        if (recipes_dir() / "variant" / f"{base}.yaml").is_file():  # not _self_
+            settings |= settings_of(base)
     return settings | dict(leaves(recipe))
 
 

@@ -100,6 +100,24 @@ def test_a_setting_that_a_later_variant_takes_back_is_named():
     assert [*train.overwritten(["dapo", "top_entropy"]), *train.overwritten(["dapo", "iapo_rate"])] == []
 
 
+def test_recipes_of_any_form_that_hydra_takes_are_compared(tmp_path, monkeypatch):
+    (tmp_path / "variant").mkdir()
+    recipes = {
+        "empty": "# nothing",
+        "a": "x: {y: 5e-4}",
+        "b": "defaults: [empty, _self_, /variant/a, override /data: gsm8k]",
+        "c": "x: {y: 0.0005, z: 1}",
+        "d": "x: {y: 1}",
+    }
+    for name, text in recipes.items():
+        (tmp_path / "variant" / f"{name}.yaml").write_text(text)
+    monkeypatch.setattr(train, "recipes_dir", lambda: tmp_path)
+    assert list(train.overwritten(["b", "c"])) == []
+    assert list(train.overwritten(["b", "d"])) == [
+        "variant: d sets x.y=1, in place of 0.0005 of b; order them as you mean it."
+    ]
+
+
 def test_variants_differ_where_they_should():
     grpo, dapo, iapo, rate = (resolve(f"variant={name}", "platform=cpu") for name in VARIANTS)
     assert [c.algorithm.adv_estimator for c in (grpo, dapo, iapo, rate)] == ["grpo", "iapo", "iapo", "iapo"]

@@ -288,12 +288,14 @@ def test_a_worker_that_dies_at_work_is_a_counted_failure(monkeypatch):
 
     monkeypatch.setattr(reward, "_WORKERS", 1)
     reward.close_pool()
-    score(well_formed("1/2"), "0.5")
-    result = asyncio.run(run())
-    assert (result["score"], result["verify_failure"]) == (-0.5, 1.0)
-    assert result["failure_reason"] in ("error: ProcessExpired", "error: BrokenProcessPool")
-    assert score(well_formed("1/2"), "0.5")["score"] == 1.5
-    reward.close_pool()
+    try:
+        score(well_formed("1/2"), "0.5")
+        result = asyncio.run(run())
+        assert (result["score"], result["verify_failure"]) == (-0.5, 1.0)
+        assert result["failure_reason"] in ("error: ProcessExpired", "error: BrokenProcessPool")
+        assert score(well_formed("1/2"), "0.5")["score"] == 1.5
+    finally:
+        reward.close_pool()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory limit is Linux's")

@@ -77,8 +77,8 @@ class Gfpo(Method):
         values = torch.tensor(list(self._seen), dtype=torch.float64)
         values = values.repeat_interleave(torch.tensor(list(self._seen.values())))
         quartiles = values.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64), interpolation="lower")
-        below = quartiles <= accuracy if accuracy > 0.5 else quartiles < accuracy
-        return self.adaptive[int(below.sum())]
+        passed = quartiles <= accuracy if accuracy > 0.5 else quartiles < accuracy
+        return self.adaptive[int(passed.sum())]
 
     def state_dict(self) -> dict:
         return {"seen": [[accuracy, count] for accuracy, count in sorted(self._seen.items())]}

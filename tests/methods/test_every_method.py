@@ -77,8 +77,8 @@ def test_padding_changes_nothing(name, rows, extra):
 @given(seed=st.integers(0, 10**6), order=st.permutations(range(9)))
 def test_the_order_of_completions_changes_nothing(name, seed, order):
     rows = make_rows([4, 5], seed, distinct=True)
-    # Of equally accurate groups grpo_lambda takes the first.
-    assume(sum(row.correct for row in rows[:4]) / 4 != sum(row.correct for row in rows[4:]) / 5)
+    if name == "grpo_lambda":  # which takes the first of equally accurate groups
+        assume(sum(row.correct for row in rows[:4]) / 4 != sum(row.correct for row in rows[4:]) / 5)
     advantages, mask = step(make(name), make_batch(rows))
     permuted, permuted_mask = step(make(name), make_batch([rows[i] for i in order]))
     torch.testing.assert_close(permuted, advantages[order], atol=1e-5, rtol=1e-5)
