@@ -74,7 +74,7 @@ def differences(config: DictConfig) -> Iterator[tuple[str, object, object]]:
     """(field, value that the run began with, value now) of what may not differ; nothing if this is no resume."""
     if not resumes(config):
         return
-    before, now = (_flat(OmegaConf.to_container(c)) for c in (OmegaConf.load(saved_config(config)), config))
+    before, now = (by_dotted_key(OmegaConf.to_container(c)) for c in (OmegaConf.load(saved_config(config)), config))
     for field in sorted(before.keys() | now.keys()):
         if before.get(field) != now.get(field) and not field.startswith(FREE_TO_CHANGE):
             yield field, before.get(field), now.get(field)
@@ -96,7 +96,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _flat(node, prefix: str = "") -> dict:
+def by_dotted_key(node, prefix: str = "") -> dict:
+    """The values of nested mappings: {"a": {"b": 1}} as {"a.b": 1}."""
     if not isinstance(node, dict):
         return {prefix: node}
-    return {k: v for key, value in node.items() for k, v in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+    return {k: v for key, value in node.items() for k, v in by_dotted_key(value, f"{prefix}.{key}".lstrip(".")).items()}

@@ -200,21 +200,15 @@ def settings_of(variant: str) -> dict[str, object]:
     """The values of a recipe by dotted key, nothing resolved, those of the variants that it builds on included."""
     from omegaconf import OmegaConf
 
+    from iapo.provenance import by_dotted_key
+
     recipe = OmegaConf.to_container(OmegaConf.load(recipes_dir() / "variant" / f"{variant}.yaml"))
     bases = [base.removeprefix("/variant/") for base in recipe.pop("defaults", []) if isinstance(base, str)]
     settings = {}
     for base in bases:
         if (recipes_dir() / "variant" / f"{base}.yaml").is_file():  # not _self_
             settings |= settings_of(base)
-    return settings | dict(leaves(recipe))
-
-
-def leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return settings | by_dotted_key(recipe)
 
 
 def explain(hydra_error: str, override: str | None = None) -> str:
