@@ -405,5 +405,7 @@ def test_a_stop_while_ray_starts_is_as_polite(train, number, last):
     time.sleep(1)
     run.process.send_signal(number)
     assert run.wait(60) == 128 + number
-    assert run.tail(1) == last and "Traceback" not in run.log.read_text()
+    # A handler of Ray's that happens to run in a callback of Python's own, where an exception is printed and lost.
+    ignored = r"Exception ignored in.*\nTraceback.*\n(  .*\n)+(SystemExit|KeyboardInterrupt).*\n"
+    assert run.tail(1) == last and "Traceback" not in re.sub(ignored, "", run.log.read_text())
     assert not run.wait_until_gone()
