@@ -17,11 +17,12 @@ class GrpoLambda(Method):
         r'_i = r_i                                               otherwise
 
     with mean and std over the correct completions of i's group, as in `iapo.methods.length_penalty`, and the top
-    share the ceil(share * n) most accurate of the batch's n groups (the paper's batch-wise top-lambda selection and
-    dynamic reward strategy; share is its lambda, weight its alpha).
+    share the ceil(share * n) most accurate of the batch's n groups (section 3, equations 1 and 2; share is the paper's
+    lambda, 20%, and weight its alpha, 0.2).
 
-    Differences: the paper's rewards are 1 and 0, here they lie 2 apart. Our choices: of equally accurate groups those
-    of the first prompts are taken, and the number of groups is rounded up. No code of the authors' was found.
+    Differences: the paper's rewards are 1 and 0, here they lie 2 apart. Our choices, where it says nothing: of equally
+    accurate groups those of the first prompts are taken, the number of groups is rounded up, and std is the
+    population's. No code of the authors' was found.
 
     Attributes:
         share: of the groups that length is priced in; 0 is GRPO, 1 prices all.

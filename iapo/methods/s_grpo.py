@@ -14,16 +14,18 @@ class SGrpo(Method):
 
         token t is kept    for t <= always,    with probability p for always < t <= until,    never behind
 
-    with t counted from 1 (the paper's alpha, k and P; released values 150, 341 and 0.5). A completion of at most
-    `always` tokens is kept whole; if no token of the batch is kept, all advantages are 0.
+    with t counted from 1 (the paper's alpha, k and P). A completion of at most `always` tokens is kept whole; if no
+    token of the batch is kept, all advantages are 0.
 
     The draw is a function of the seed, the training step and the completion's tokens alone: a resumed run repeats it,
     and it depends neither on padding nor on the other completions nor on their order. Two completions of a step with
     the same tokens therefore keep the same ones.
 
-    Differences: means are over the kept tokens by our choice; the denominators of the paper and of the authors' code
-    were not compared, for want of both, and the released values are known at second hand. The recipe takes 3/10 and
-    2/3 of the response budget; 150 and 341 are 0.29 and 2/3 of 512.
+    Differences: no code of the authors' was found, and of the paper the full text was not at hand. The defaults, 150,
+    341 and 0.5, are those of the baseline in IAPO's released code; the recipe takes 3/10 and 2/3 of the response
+    budget, as they are 0.29 and 2/3 of 512. That baseline takes the mean over each completion's kept tokens first, here
+    it is over all kept tokens, as for the other methods. And it draws tokens only in completions of fewer than `until`;
+    longer ones keep the first `always` alone.
 
     Attributes:
         always: leading tokens that are always kept.
