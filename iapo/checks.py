@@ -84,11 +84,12 @@ def check_numbers(config: DictConfig) -> Iterator[str]:
 
 def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     estimator = config.algorithm.adv_estimator
-    weights = f"iapo.alpha={iapo.alpha} iapo.beta={iapo.beta} iapo.rho={iapo.rho}"
     if estimator != "iapo" and not iapo.is_grpo:
+        weights = {"iapo.alpha": iapo.alpha, "iapo.beta": iapo.beta, "iapo.rho": iapo.rho}
+        given = " ".join(f"{name}={weight}" for name, weight in weights.items() if weight)
         yield (
-            f"{weights}: no effect with algorithm.adv_estimator={estimator}; use variant=iapo or variant=iapo_rate, "
-            "or set the weights to 0."
+            f"{given}: no effect with algorithm.adv_estimator={estimator}; use variant=iapo or variant=iapo_rate "
+            f"without {estimator}, or set the weights to 0."
         )
     mode = config.trainer.v1.trainer_mode
     if mode != "iapo":
@@ -136,7 +137,10 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         yield from (f"methods.{name}.{problem}" for problem in method.problems(rollouts, length))
         if overlong and "overlong" in method.ignores:
             reason = method.ignores["overlong"]
-            yield f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect beside {name}: {reason}."
+            yield (
+                f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect beside {name}: {reason}; set it "
+                "to false, or leave dapo out of variant=[...]."
+            )
     yield from conflicts(methods)
     hooks = {name: acts_by(method) for name, method in methods.items()}
     for name, method in methods.items():

@@ -180,8 +180,11 @@ def chosen_variants(overrides: list[str]) -> list[str]:
     listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     names = [name.strip() for name in listed.split(",")]
     known = sorted(path.stem for path in (recipes_dir() / "variant").glob("*.yaml"))
-    if set(names) - set(known) or len(set(names)) < len(names):
-        raise ConfigError(f"variant: {value} must be one of {', '.join(known)}, or several as [iapo_rate,gfpo].")
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"variant: {name!r} must be one of {', '.join(known)}, or several as [iapo_rate,gfpo].")
+        if names.count(name) > 1:
+            raise ConfigError(f"variant: {value} names {name} twice; name it once.")
     return names
 
 
