@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.measure import machine, table
-from benchmarks.reproduce_table import load_methods
+from benchmarks.plan import load_methods
 from iapo.metrics_file import read_metrics
 
 VARIANTS = {

@@ -22,11 +22,14 @@ from hypothesis import strategies as st
 
 from benchmarks import jobs, pareto
 from benchmarks import reproduce_table as rt
+from benchmarks.plan import UNTRAINED, Method, Plan, load_methods, resolved_config
+from benchmarks.table import COMPLETION_S, START_S, Table, preference
+from iapo.evaluation import read_prompts
 from iapo.folder_lock import FolderInUse, lock
 
 ROOT = Path(__file__).parent.parent
 FAKE_TRAIN = [sys.executable, "-u", str(ROOT / "tests/fake_train.py")]
-METHODS = rt.load_methods(ROOT / "benchmarks/table.yaml")
+METHODS = load_methods(ROOT / "benchmarks/table.yaml")
 needs_verl = pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl isn't installed")
 
 SMALL = {
@@ -81,9 +84,9 @@ def test_every_run_of_the_real_table_is_accepted_and_starts_from_the_recipes_def
     from iapo.train import resolve
 
     assert method.why and 1 <= len(method.values) <= 4 and len(set(method.values)) == len(method.values)
-    plan = rt.Plan(METHODS, 4, 2, (0,), tmp_path)
+    plan = Plan(METHODS, 4, 2, (0,), tmp_path)
     for value in method.values:
-        config = OmegaConf.create(rt.resolved_config(plan.job(method.name, value, 0)))
+        config = OmegaConf.create(resolved_config(plan.job(method.name, value, 0)))
         assert [OmegaConf.select(config, key) for key in method.knob] == [value] * len(method.knob)
     default = resolve(["platform=cpu", f"variant={method.variant}"])
     is_default = [OmegaConf.select(default, key) for key in method.knob] == [method.values[0]] * len(method.knob)
@@ -94,16 +97,16 @@ def test_every_run_of_the_real_table_is_accepted_and_starts_from_the_recipes_def
 def test_the_untrained_model_is_only_validated(tmp_path):
     from omegaconf import OmegaConf
 
-    plan = rt.Plan(METHODS, 4, 2, (0,), tmp_path, overrides=("trainer.val_only=false",))
-    config = OmegaConf.create(rt.resolved_config(plan.job(rt.UNTRAINED, None, 0)))
+    plan = Plan(METHODS, 4, 2, (0,), tmp_path, overrides=("trainer.val_only=false",))
+    config = OmegaConf.create(resolved_config(plan.job(UNTRAINED, None, 0)))
     assert config.trainer.val_only and config.trainer.val_before_train
 
 
 def test_a_row_may_name_several_variants(tmp_path):
-    plan = rt.Plan(METHODS, 4, 2, (0,), tmp_path)
+    plan = Plan(METHODS, 4, 2, (0,), tmp_path)
     assert METHODS["iapo_rate+dapo"].variant == "[dapo,iapo_rate]" and METHODS["dapo"].variant == "dapo"
     assert "variant=[dapo,iapo_rate]" in plan.job("iapo_rate+dapo", 2.0, 0).arguments
-    assert "variant=grpo" in plan.job(rt.UNTRAINED, None, 0).arguments
+    assert "variant=grpo" in plan.job(UNTRAINED, None, 0).arguments
 
 
 def test_full_and_quick_plans(tmp_path):
@@ -117,7 +120,7 @@ def test_full_and_quick_plans(tmp_path):
     assert quick.overrides == ("data.train_batch_size=8", "a.b=c")
     assert "a.b=c" in quick.job("gfpo", 4, 0).arguments and "methods.gfpo.k=4" in quick.job("gfpo", 4, 0).arguments
     assert list(make_plan(tmp_path, "--methods", "gfpo").methods) == ["grpo", "gfpo"]  # the rule needs GRPO
-    folders = [full.job(*run).folder for run in rt.Table.known(SimpleNamespace(plan=full, tried=lambda m: m.values))]
+    folders = [full.job(*run).folder for run in Table.known(SimpleNamespace(plan=full, tried=lambda m: m.values))]
     assert len(set(folders)) == len(folders)
 
 
@@ -134,7 +137,7 @@ def test_each_prompt_is_sampled_as_often_as_asked(tmp_path):
     rt.open_folder(plan := make_plan(tmp_path, "--samples", "3"))
     rows = pq.read_table(plan.data_file("evaluation")).to_pylist()
     prompts = [row["prompt"][0]["content"] for row in rows]
-    expected = [*rt.read_prompts(plan.data_file("validation")), *rt.read_prompts(plan.data_file("test"))]
+    expected = [*read_prompts(plan.data_file("validation")), *read_prompts(plan.data_file("test"))]
     assert sorted(prompts) == sorted(3 * expected)
     # What seeds a completion (iapo.verl_adapter.agent_loop).
     assert len({(row["extra_info"]["split"], row["extra_info"]["index"]) for row in rows}) == len(rows) == 3 * 512
@@ -170,7 +173,7 @@ def test_refusals_are_one_line(tmp_path, capsys, arguments, message):
 def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
     (tmp_path / "table.yaml").write_text(yaml.safe_dump({"methods": {"m": entry | {"why": "w"}}}))
     with pytest.raises(ValueError, match="methods.m needs both knob and 1 to 4 values, or neither"):
-        rt.load_methods(tmp_path / "table.yaml")
+        load_methods(tmp_path / "table.yaml")
 
 
 @pytest.mark.parametrize(
@@ -205,13 +208,13 @@ def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
 def test_an_entry_that_is_none_is_refused_in_one_line(tmp_path, text, message):
     (tmp_path / "table.yaml").write_text(text)
     with pytest.raises(ValueError) as refused:
-        rt.load_methods(tmp_path / "table.yaml")
+        load_methods(tmp_path / "table.yaml")
     assert str(refused.value).startswith(f"table.yaml: {message}") and "\n" not in str(refused.value)
 
 
 def test_an_entry_may_hold_single_values(tmp_path):
     (tmp_path / "table.yaml").write_text("methods: {mine: {variant: dapo, knob: a.b, values: 3, why: w}}")
-    assert rt.load_methods(tmp_path / "table.yaml") == {"mine": rt.Method("mine", "w", "dapo", ("a.b",), (3,))}
+    assert load_methods(tmp_path / "table.yaml") == {"mine": Method("mine", "w", "dapo", ("a.b",), (3,))}
 
 
 def test_a_run_that_would_be_refused_stops_the_command_at_once(tmp_path, capsys):
@@ -234,18 +237,18 @@ def figures(accuracy, tokens):
 
 def test_choice_by_hand():
     grid = {1: figures(0.86, 50), 2: figures(0.84, 40), 3: figures(0.80, 30)}
-    assert rt.preference(grid, None) == [1]  # GRPO itself: the most accurate
-    assert rt.preference(grid, 0.85) == [2, 1]  # exactly 1 point below still counts
-    assert rt.preference(grid, 0.8501) == [1]
-    assert rt.preference(grid, 0.90) == [1]  # none is accurate enough: the most accurate
-    assert rt.preference(grid, 0.70) == [3, 2, 1]
-    assert rt.preference({5: figures(0.8, 40), 6: figures(0.8, 40)}, 0.8) == [5, 6]  # the default stands first
+    assert preference(grid, None) == [1]  # GRPO itself: the most accurate
+    assert preference(grid, 0.85) == [2, 1]  # exactly 1 point below still counts
+    assert preference(grid, 0.8501) == [1]
+    assert preference(grid, 0.90) == [1]  # none is accurate enough: the most accurate
+    assert preference(grid, 0.70) == [3, 2, 1]
+    assert preference({5: figures(0.8, 40), 6: figures(0.8, 40)}, 0.8) == [5, 6]  # the default stands first
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(1, 100)), min_size=1, max_size=3), st.integers(0, 100))
 def test_choice_gives_no_accuracy_away_and_no_tokens(entries, reference):
     grid = {i: figures(accuracy / 100, tokens) for i, (accuracy, tokens) in enumerate(entries)}
-    best = rt.preference(grid, reference / 100)[0]
+    best = preference(grid, reference / 100)[0]
     within = [entry for entry in entries if entry[0] >= reference - 1]
     if within:
         assert entries[best][0] >= reference - 1 and entries[best][1] == min(tokens for _, tokens in within)
@@ -377,7 +380,7 @@ def test_a_run_whose_folder_is_in_use_holds_up_no_other(tmp_path, monkeypatch, c
         assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, **SCRIPT)[1]] == ["gfpo-4-seed1"]
     assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
     # Should another process complete it meanwhile, the choice doesn't flip before the next start.
-    table = rt.Table(make_plan(tmp_path), config_of)
+    table = Table(make_plan(tmp_path), config_of)
     gfpo = table.plan.methods["gfpo"]
     assert table.tried(gfpo) == [2]
     table.failed["gfpo-2-seed0"] = "in use"
@@ -421,7 +424,7 @@ def test_a_record_stands_for_its_run_also_in_another_place(tmp_path, monkeypatch
         (tmp_path / "out" / kept).rename(moved / kept)
     shutil.rmtree(tmp_path / "out")
     moved.rename(tmp_path / "elsewhere2")
-    monkeypatch.setattr(rt, "ROOT", tmp_path)  # the code is elsewhere too
+    monkeypatch.setattr("benchmarks.table.ROOT", tmp_path)  # the code is elsewhere too
     again = rt.main(["--out", str(tmp_path / "elsewhere2")], ["false"], config_of)
     assert again == 0, capsys.readouterr()
     assert json.loads((tmp_path / "elsewhere2/results.json").read_text())["rows"] == before["rows"]
@@ -631,8 +634,8 @@ def test_slots_by_memory():
 
 def test_time_left_follows_the_runs_so_far(tmp_path):
     rt.open_folder(plan := make_plan(tmp_path))
-    table = rt.Table(plan, config_of)
-    trained = rt.START_S + 4 * 7.0 + 2 * 512 * rt.COMPLETION_S
+    table = Table(plan, config_of)
+    trained = START_S + 4 * 7.0 + 2 * 512 * COMPLETION_S
     untrained = trained - 4 * 7.0
     assert table.seconds_left([], 2) == pytest.approx((9 * trained + 2 * untrained) / 2)
     table._ratios += [2.0, 4.0]
@@ -642,7 +645,7 @@ def test_time_left_follows_the_runs_so_far(tmp_path):
 def test_the_real_quick_table_is_expected_within_half_an_hour(tmp_path):
     plan = rt.make_plan(rt.parse(["--quick", "--out", str(tmp_path)]), ROOT / "benchmarks/table.yaml")
     rt.open_folder(plan)
-    assert rt.Table(plan, config_of).seconds_left([], 2) < 28 * 60
+    assert Table(plan, config_of).seconds_left([], 2) < 28 * 60
 
 
 # --- the picture ---

@@ -1,0 +1,139 @@
+"""What the table writes: results.json and table.md."""
+
+import json
+import shlex
+import statistics
+import sys
+import time
+
+from benchmarks import pareto
+from benchmarks.plan import REFERENCE, UNTRAINED, Method
+from benchmarks.table import TOLERANCE, Outcome, Table, preference, write_whole
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, list[float | None]]:
+    """[mean, sample standard deviation over seeds] of each figure on the test split; no deviation of one seed."""
+    figures = [outcome.figures["test"] for outcome in outcomes]
+    columns = {name: [entry[name] for entry in figures] for name in figures[0]}
+    for name in ("seconds_per_step", "discarded_prompts"):
+        if None not in (values := [getattr(outcome, name) for outcome in outcomes]):
+            columns[name] = values
+    return {
+        name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
+        for name, values in columns.items()
+    }
+
+
+def results(table: Table) -> dict:
+    """Everything that is known so far, as plain JSON values."""
+    plan, rows = table.plan, {}
+    for name in (UNTRAINED, *plan.methods):
+        method = plan.methods.get(name, Method(UNTRAINED, "the model before any training", REFERENCE))
+        if not (tried := table.tried(method)):
+            continue
+        *given_up, value = tried
+        if runs := table.runs_of(name, value):
+            rows[name] = {
+                "knob": list(method.knob),
+                "why": method.why,
+                "value": value,
+                "label": method.label(value),
+                "test": summary(list(runs.values())),
+                "seeds": {str(seed): outcome._asdict() for seed, outcome in runs.items()},
+                "grid": [{"value": v, **outcome._asdict()} for v, outcome in table.grid(method).items()],
+                "given_up": [
+                    {"label": method.label(v), "test": summary(list(table.runs_of(name, v).values()))} for v in given_up
+                ],
+            }
+    means = {name: {key: mean for key, (mean, _) in row["test"].items()} for name, row in rows.items()}
+    trained = {name: mean for name, mean in means.items() if name != UNTRAINED}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": command(),
+        "settings": plan.settings() | {"seeds": plan.seeds, "prompts": {s: len(p) for s, p in table.prompts.items()}},
+        "runs": {"done": len(table.outcomes), "planned": table.planned(), "failed": table.failed},
+        "front": pareto.front({name: (mean["tokens"], mean["pass@1"]) for name, mean in means.items()}),
+        "shortest": preference(trained, trained[REFERENCE]["pass@1"])[0] if REFERENCE in trained else None,
+        "rows": rows,
+    }
+
+
+def command() -> str:
+    return shlex.join(["bash", "scripts/reproduce_table.sh", *sys.argv[1:]])
+
+
+COLUMNS = (
+    ("Pass@1", "pass@1", 3),
+    ("mean tokens", "tokens", 1),
+    ("Ratio", "ratio@1", 4),
+    ("truncated", "truncated", 4),
+    ("tokens / minimum", "tokens/minimum", 3),
+    ("s / step", "seconds_per_step", 1),
+    ("discarded", "discarded_prompts", 1),
+)
+
+
+def markdown(found: dict) -> str:
+    """table.md: the table and what one must know to read it."""
+    settings, runs = found["settings"], found["runs"]
+    lines = [
+        "| method | knob | " + " | ".join(title for title, _, _ in COLUMNS) + " | seeds |",
+        "|---|---|" + "---:|" * (len(COLUMNS) + 1),
+    ]
+    for name, row in found["rows"].items():
+        bold = "**" if name in found["front"] else ""
+        cells = [with_deviation(row["test"].get(key), digits) for _, key, digits in COLUMNS]
+        lines.append(f"| {bold}{name}{bold} | {row['label']} | " + " | ".join(cells) + f" | {len(row['seeds'])} |")
+    shown = [run for row in found["rows"].values() for run in row["seeds"].values()]
+    commits = sorted({commit for run in shown for commit in (run["commit"] or "").split()})
+    machines = sorted({run["machine"] for run in shown if run["machine"]})
+    seeds = ", ".join(map(str, settings["seeds"]))
+    notes = [
+        f"Written {found['date']}. " + " ".join(f"{machine}." for machine in machines),
+        f"Command: `{found['command']}`. Commit of the runs: {', '.join(commits) or 'none'}.",
+        f"{settings['steps']} training steps; seeds {seeds}: mean ± sample standard deviation over them. Test split: "
+        f"{settings['prompts']['test']} prompts, {settings['samples']} sample(s) each at temperature 1.",
+        "Bold: on the Pareto front, no other row has fewer tokens at no lower Pass@1, or a higher Pass@1 at no more "
+        "tokens. Ratio: Pass@1 / mean tokens. The minimum is the shortest trace that writes every addition once. "
+        "Seconds of a step are a median; a run may have shared the machine with another. Discarded: prompts per step "
+        "that dynamic sampling threw away with all their rollouts, most because these were all right or all wrong, "
+        "some because the batch was full.",
+    ]
+    if found["shortest"]:
+        notes.append(
+            f"Fewest tokens of all methods at most {100 * TOLERANCE:g} point below GRPO's Pass@1: {found['shortest']}."
+        )
+    if "validation" in settings["splits"]:
+        notes.append(
+            "Knobs: each value was trained with the first seed, and chosen on the validation split: the fewest tokens "
+            f"among those at most {100 * TOLERANCE:g} point below GRPO's Pass@1, else the highest Pass@1. A choice "
+            "whose mean over all seeds is further below there was given up for the next; if none holds, the highest "
+            "mean stands."
+        )
+        for name, row in found["rows"].items():
+            for lost in row["given_up"]:
+                accuracy, tokens = (with_deviation(lost["test"][key], n) for key, n in (("pass@1", 3), ("tokens", 1)))
+                notes.append(f"Given up: {name} {lost['label']}; on the test split {accuracy}, {tokens} tokens.")
+    else:
+        notes.append("Each method at its default, not tuned.")
+    if settings["overrides"]:
+        notes.append(f"All runs with {' '.join(settings['overrides'])}.")
+    if runs["done"] < runs["planned"]:
+        notes.append(f"**Not complete: {runs['done']} of {runs['planned']} runs are done.**")
+    notes += [f"Failed: {name}: {reason}" for name, reason in runs["failed"].items()]
+    return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def with_deviation(entry: list | None, digits: int) -> str:
+    if entry is None:
+        return ""
+    mean, deviation = entry
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def write(table: Table) -> dict:
+    """results.json and table.md, each whole or not at all."""
+    found = results(table)
+    write_whole(table.plan.out / "results.json", json.dumps(found, indent=1) + "\n")
+    write_whole(table.plan.out / "table.md", markdown(found))
+    return found
