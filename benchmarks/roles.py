@@ -4,6 +4,7 @@ Completions of the embedded model, or of one trained from it, are measured at ev
 reasoning is given its role in verbose arithmetic: part of a necessary addition, of a repeated one, or filler. The first
 table says what the gains s and the term, their z-score within a completion, amount to by role. The second looks at the
 first token behind a necessary addition, which is where the model has the choice: go on, repeat it, or write filler. The
+third says what the exploration adjustment gives to those tokens and to the digits of results, mistakes among them. The
 last line says how far the information rate is a price on length alone. --runs instead counts the tokens of each role in
 what runs wrote at their last validation.
 """
@@ -14,14 +15,15 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.density import PROBE, TINY, sample
+from benchmarks.density import EXIT, PROBE, TINY, sample
 from benchmarks.measure import machine, table
-from iapo.advantage import masked_zscore, relative_information_rate
+from iapo.advantage import exploration, masked_zscore, relative_information_rate
 from iapo.evaluation import last_dump, read_samples
 from iapo.information import entropy, exit_entropies
 from iapo.packing import Completion, probe_positions
@@ -29,6 +31,10 @@ from iapo.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS, answer, extract_
 
 ROLES = ("opening marker", "operands", "result", "';' behind it", "repeated addition", "filler words")
 CHOICES = ("goes on", "repeats it", "writes filler")
+EXPLORED = (
+    *("right digit, right answer", "right digit, wrong answer", "first wrong digit, wrong answer"),
+    *(f"{choice}, right answer" for choice in CHOICES),
+)
 ADDITION = re.compile(r"(?P<again>.*?)(?P<operands>\d+\+\d+=)(?P<result>\d+)(?P<end>;?)")
 
 
@@ -80,6 +86,38 @@ def choices(tokens: list[str], found: list[str]) -> dict[int, str]:
     }
 
 
+def digits(tokens: list[str]) -> dict[int, bool]:
+    """Whether the digits of each addition's result are right, by their places, up to the first wrong one."""
+    starts, found = [0, *accumulate(map(len, tokens))], {}
+    for addition in re.finditer(r"(\d+)\+(\d+)=(\d+)", "".join(tokens)):
+        place = starts.index(addition.start(3))
+        for digit, true in zip(addition[3], str(int(addition[1]) + int(addition[2])), strict=False):
+            found[place] = digit == true
+            if digit != true:
+                break
+            place += 1
+    return found
+
+
+def explored(tokens: list[str], correct: bool) -> dict[int, str]:
+    """The tokens of a completion that the exploration's table is about, by place: what they are, of `EXPLORED`."""
+    if not correct:
+        return {place: EXPLORED[1] if right else EXPLORED[2] for place, right in digits(tokens).items()}
+    reasoning = list(takewhile(lambda token: token != EXIT, tokens))
+    chosen = choices(reasoning, roles(reasoning))
+    right = [place for place, is_right in digits(tokens).items() if is_right]  # a few mistakes are made good later
+    return {place: EXPLORED[0] for place in right} | {place: f"{chosen[place]}, right answer" for place in chosen}
+
+
+def probability_and_exploration(model, prompt: torch.Tensor, response: torch.Tensor, correct: bool) -> torch.Tensor:
+    """(T, 2) probability of each token and the exploration adjustment that the advantage would get for it."""
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+    log_probs_1T = logits.log_softmax(-1).gather(1, response[:, None]).T
+    term_1T = exploration(log_probs_1T, torch.tensor([correct]), torch.ones_like(log_probs_1T))
+    return torch.cat([log_probs_1T.exp(), term_1T]).T
+
+
 def rate_and_shortness(values: list[torch.Tensor], lengths: list[int], correct: list[bool], groups: list) -> tuple:
     """(B,) each: the information rate's term, and what it would be if all told the same, norm(1 / tokens)."""
     mask_BT = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float()
@@ -89,8 +127,9 @@ def rate_and_shortness(values: list[torch.Tensor], lengths: list[int], correct: 
 
 
 def measure(folder: Path, prompts: int, group: int, score: str) -> tuple[dict[str, torch.Tensor], float]:
-    """(tokens, 2) by role and by choice: the gain s in nats and its z-score within the completion. And the correlation
-    of the information rate's term with that of 1 / tokens, over right completions."""
+    """(tokens, 2) by role and by choice: the gain s in nats and its z-score within the completion; of `EXPLORED`:
+    probability and exploration term. And the correlation of the information rate's term with that of 1 / tokens, over
+    right completions."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     rows = sample(model, tokenizer, prompts, group)
@@ -112,10 +151,15 @@ def measure(folder: Path, prompts: int, group: int, score: str) -> tuple[dict[st
     questions = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _, _ in rows]
     texts = [text.removesuffix(tokenizer.eos_token) for _, _, text in rows]
     correct = [extract_answer(t) == answer(parse_prompt(q)) for t, q in zip(texts, questions, strict=True)]
-    lengths = [len(tokenizer.encode(text, add_special_tokens=False)) for _, _, text in rows]
+    wholes = [tokenizer.encode(text, add_special_tokens=False, return_tensors="pt")[0] for _, _, text in rows]
+    for (prompt, _, _), whole, right in zip(rows, wholes, correct, strict=True):
+        both = probability_and_exploration(model, prompt, whole, right)
+        for place, name in explored([tokenizer.decode(i) for i in whole], right).items():
+            found[name].append(both[place])
+    lengths = [len(whole) for whole in wholes]
     pair = torch.stack(rate_and_shortness(values, lengths, correct, questions))[:, correct]
     correlation = torch.corrcoef(pair)[0, 1].item()
-    return {name: torch.stack(found[name]) for name in (*ROLES, *CHOICES) if name in found}, correlation
+    return {name: torch.stack(found[name]) for name in (*ROLES, *CHOICES, *EXPLORED) if name in found}, correlation
 
 
 def count(run: Path, tokenizer) -> list[str]:
@@ -208,6 +252,12 @@ def main(arguments: list[str] | None = None) -> int:
         if choice in found
     ]
     print("\n" + table(["behind an addition it", "times", "mean gain", "mean term"], rows))
+    rows = [
+        [name, f"{len(found[name])}", f"{found[name][:, 0].mean():.3f}", f"{found[name][:, 1].mean():+.3f}"]
+        for name in EXPLORED
+        if name in found
+    ]
+    print("\n" + table(["token", "times", "mean probability", "mean exploration term"], rows))
     if options.score == "first_token_entropy" and math.isfinite(correlation):  # not of one completion per prompt
         print(f"\nInformation rate and 1 / tokens, right completions of a prompt: correlation {correlation:.3f}")
     if options.picture:

@@ -120,6 +120,23 @@ def test_roles_by_hand():
     assert roles.choices([*"1+2=3;", " so"], ["';' behind it"] * 7)[6] == "writes filler"
 
 
+def test_digits_of_results_by_hand():
+    tokens = ["<think>", *"9+9=18;", " wait", *"18+5=33;", *"7+5=2", ";", *"1+2=", "</think>"]
+    equals = [place for place, token in enumerate(tokens) if token == "="]
+    assert roles.digits(tokens) == {
+        equals[0] + 1: True, equals[0] + 2: True, equals[1] + 1: False, equals[2] + 1: False
+    }  # fmt: skip
+    assert roles.digits([]) == {}
+    assert set(roles.explored(tokens, correct=False).values()) == set(roles.EXPLORED[1:3])
+    named = roles.explored(tokens, correct=True)
+    assert named == {
+        equals[0] + 1: "right digit, right answer",
+        equals[0] + 2: "right digit, right answer",
+        tokens.index(" wait"): "repeats it, right answer",
+        tokens.index("2") + 2: "goes on, right answer",
+    }
+
+
 def test_the_rate_is_a_price_on_length_where_all_traces_tell_the_same():
     lengths, correct, groups = [2, 4, 8, 3], [True, True, True, False], list("aaab")
     h = [torch.tensor([0.5, 0.7, end]) for end in (0.0, 0.0, 0.0, 0.1)]
@@ -136,12 +153,12 @@ def test_the_roles_of_a_model_make_a_table_and_a_picture(capsys, tmp_path, monke
     picture = tmp_path / "roles.png"
     assert roles.main(["--prompts", "2", "--group", "4", "--picture", str(picture)]) == 0
     output = capsys.readouterr().out
-    by_role, by_choice = tables(output)
+    by_role, by_choice, by_token = tables(output)
     assert 0.5 < float(output.split()[-1]) <= 1  # of the information rate with 1 / tokens
     assert sum(row[0] for row in by_role.values()) == pytest.approx(1, abs=0.01)
     assert sum(row[3] for row in by_role.values()) == pytest.approx(1, abs=0.01)  # of the information
     assert abs(by_role["filler words"][1]) < 0.05 < by_role["result"][1]
-    assert set(by_choice) <= set(roles.CHOICES)
+    assert set(by_choice) <= set(roles.CHOICES) and set(by_token) <= set(roles.EXPLORED)
     assert picture.read_bytes().startswith(b"\x89PNG")
     for option, path in (("--model", tmp_path), ("--picture", tmp_path / "none/p.png")):
         assert roles.main([option, str(path)]) == 2
@@ -151,7 +168,7 @@ def test_the_roles_of_a_model_make_a_table_and_a_picture(capsys, tmp_path, monke
 def test_next_token_entropy_falls_where_no_filler_begins(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     assert roles.main(["--prompts", "4", "--group", "4", "--score", "next_token_entropy"]) == 0
-    _, by_choice = tables(capsys.readouterr().out)
+    _, by_choice, _ = tables(capsys.readouterr().out)
     # Behind an addition the model has three ways on, behind a further number one, behind a filler word many.
     assert by_choice["writes filler"][1] < 0 < min(by_choice["goes on"][1], by_choice["repeats it"][1])
 
