@@ -51,7 +51,7 @@ def results(table: Table) -> dict:
         "date": time.strftime("%Y-%m-%d"),
         "command": command(),
         "settings": plan.settings() | {"seeds": plan.seeds, "prompts": {s: len(p) for s, p in table.prompts.items()}},
-        "runs": {"done": len(table.outcomes), "planned": table.planned(), "failed": table.failed},
+        "runs": {"done": table.done(), "planned": table.planned(), "failed": table.failed},
         "front": pareto.front({name: (mean["tokens"], mean["pass@1"]) for name, mean in means.items()}),
         "shortest": preference(trained, trained[REFERENCE]["pass@1"])[0] if REFERENCE in trained else None,
         "rows": rows,

@@ -21,6 +21,13 @@ def far_below(points: dict[str, tuple[float, float]], span: float) -> list[str]:
     return [name for name, (_, accuracy) in points.items() if accuracy < best - span]
 
 
+def curve(row: dict) -> dict[object, tuple[float, float]]:
+    """(tokens, accuracy in percent) of each value of a row's knob, with the first seed, in the order of the values."""
+    grid = sorted(row["grid"], key=lambda entry: entry["value"] if isinstance(entry["value"], int | float) else 0)
+    tested = {entry["value"]: entry["figures"]["test"] for entry in grid}
+    return {value: (figures["tokens"], 100 * figures["pass@1"]) for value, figures in tested.items()}
+
+
 def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
     """Write the picture.
 
@@ -38,14 +45,17 @@ def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
     tab, dark = plt.get_cmap("tab10").colors, plt.get_cmap("Dark2").colors
     colors = [*tab, *dark[:-1], "navy", "maroon", "black"]  # both have nearly the same grey
     places = {name: (row["test"]["tokens"][0], 100 * row["test"]["pass@1"][0]) for name, row in rows.items()}
+    far_rows = far_below(places, span=10)  # with all their values
+    curves = {name: curve(row) for name, row in rows.items() if name not in far_rows}
+    places |= {f"{name} with {value}": place for name, tried in curves.items() for value, place in tried.items()}
     outside = far_below(places, span=10)
     on_front = [name for name in on_front if name not in outside]
     for number, (name, row) in enumerate((name, row) for name, row in rows.items() if name not in outside):
         color, marker = colors[number % len(colors)], MARKERS[number % len(MARKERS)]
-        grid = sorted(row["grid"], key=lambda entry: entry["value"] if isinstance(entry["value"], int | float) else 0)
-        tested = [entry["figures"]["test"] for entry in grid]
-        curve = [figures["tokens"] for figures in tested], [100 * figures["pass@1"] for figures in tested]
-        axes.plot(*curve, "-", marker=marker, ms=3.5, lw=1, alpha=0.55, color=color)
+        drawn = [place for value, place in curves[name].items() if f"{name} with {value}" not in outside]
+        axes.plot(
+            [x for x, _ in drawn], [y for _, y in drawn], "-", marker=marker, ms=3.5, lw=1, alpha=0.55, color=color
+        )
         spread = [row["test"]["tokens"][1] or 0, 100 * (row["test"]["pass@1"][1] or 0)]
         axes.errorbar(
             *places[name],

@@ -92,7 +92,7 @@ def shower(table: Table, slots: int, interval_s: float = 30.0) -> Callable[[list
         last = time.monotonic()
         at_work = ", ".join(f"{run.job.name} (step {run.job.steps_done()})" for run in running)
         left = clock(table.seconds_left(running, slots))
-        done = f"{len(table.outcomes)}/{table.planned()} runs of {table.plan.steps} steps done"
+        done = f"{table.done()}/{table.planned()} runs of {table.plan.steps} steps done"
         say(f"{done}; {at_work}; about {left} left")
 
     return show
@@ -147,7 +147,7 @@ def reproduce(table: Table, most_jobs: int, train: Sequence[str], interval_s: fl
         return 2
     left = clock(table.seconds_left([], slots))
     say(
-        f"{len(table.outcomes)} are done already; about {left} for the others, {slots} side by side, if this machine "
+        f"{table.done()} are done already; about {left} for the others, {slots} side by side, if this machine "
         f"is like the one of benchmarks/README.md; everything lands in {plan.out}"
     )
     if left_out := earlier_rows(plan) - {UNTRAINED, *plan.methods}:

@@ -221,6 +221,10 @@ class Table:
             runs += [(method.name, value, seed) for value in self.tried(method) for seed in others]
         return runs
 
+    def done(self) -> int:
+        """How many of those are complete. Others may have records too, which would hide what is missing."""
+        return sum(self.outcome(*run) is not None for run in self.known())
+
     def wanted(self) -> list[Job]:
         """The jobs that are needed and not complete, the part of them that is left."""
         missing = [self.plan.job(*run) for run in self.known() if self.outcome(*run) is None]
@@ -259,7 +263,7 @@ class Table:
     def seconds_left(self, running: Sequence[Running], slots: int) -> float:
         """From the measured costs, corrected by how long the runs so far took."""
         ratio = statistics.mean(self._ratios) if self._ratios else 1.0
-        open_jobs = self.planned() - len(self.outcomes) - len(self.failed)
+        open_jobs = self.planned() - self.done() - len(self.failed)
         untrained = sum(self.outcome(UNTRAINED, None, seed) is None for seed in self.plan.seeds)
         trained = max(open_jobs - untrained, 0)
         work = ratio * (untrained * self.expected_s(trained=False) + trained * self.expected_s(trained=True))

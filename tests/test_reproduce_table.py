@@ -314,6 +314,11 @@ def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
     again = json.loads((tmp_path / "out/results.json").read_text())
     assert again["rows"] == found["rows"]
 
+    table = Table(make_plan(tmp_path), config_of)
+    assert table.done() == table.planned() == 11
+    table.outcomes["gfpo-6-seed1"] = table.outcomes["gfpo-6-seed0"]  # of a value that is not chosen
+    assert table.done() == 11
+
 
 def test_quick_runs_only_defaults(tmp_path, monkeypatch):
     status, calls = reproduce(tmp_path, monkeypatch, "--quick")
@@ -687,6 +692,8 @@ def test_the_picture_takes_as_many_methods_as_there_are(tmp_path):
     }
     rows["untrained"] = rows["method0"] | {"grid": [{"value": None, "figures": {"test": figures(0.8, 40)}}]}
     rows["method1"]["grid"][2]["value"] = "all"  # numbers and texts
+    rows["method2"]["grid"][0]["figures"] = {"test": figures(0.1, 40)}
+    rows["method3"]["grid"] = [{"value": 1, "figures": {"test": figures(0.1, 40)}}]
     rows["far below"] = rows["method0"] | {"test": {"tokens": [40, None], "pass@1": [0.1, 0.01]}}
     pareto.draw(rows, ["method0", "method1"], tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
