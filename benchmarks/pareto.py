@@ -15,17 +15,29 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
     return sorted((name for name, point in points.items() if not beaten(*point)), key=lambda name: points[name])
 
 
-def far_below(points: dict[str, tuple[float, float]], span: float) -> list[str]:
-    """The names of the (tokens, accuracy) more than `span` below the best, which would squeeze the others' picture."""
-    best = max(accuracy for _, accuracy in points.values())
-    return [name for name, (_, accuracy) in points.items() if accuracy < best - span]
+def place(figures: dict) -> tuple[float, float]:
+    """(tokens, accuracy in percent) of the figures of a run, or of a row, which are [mean, deviation]."""
+    tokens, accuracy = (f[0] if isinstance(f := figures[key], list) else f for key in ("tokens", "pass@1"))
+    return tokens, 100 * accuracy
 
 
-def curve(row: dict) -> dict[object, tuple[float, float]]:
-    """(tokens, accuracy in percent) of each value of a row's knob, with the first seed, in the order of the values."""
+def curve(row: dict) -> dict[str, tuple[float, float]]:
+    """The place of each value of a row's knob, with the first seed, in the order of the values, by its label."""
+    knob = "=".join(key.rpartition(".")[2] for key in row["knob"])
     grid = sorted(row["grid"], key=lambda entry: entry["value"] if isinstance(entry["value"], int | float) else 0)
-    tested = {entry["value"]: entry["figures"]["test"] for entry in grid}
-    return {value: (figures["tokens"], 100 * figures["pass@1"]) for value, figures in tested.items()}
+    return {f"{knob}={entry['value']}": place(entry["figures"]["test"]) for entry in grid}
+
+
+def below(rows: dict[str, dict], floor: float) -> dict[str, tuple[float, float]]:
+    """What is less accurate than `floor` and would squeeze the others' picture: rows, and single values of others."""
+    found = {}
+    for name, row in rows.items():
+        if place(row["test"])[1] < floor:
+            found[name] = place(row["test"])
+        else:
+            values = {f"{name} {label}, first seed": at for label, at in curve(row).items()}
+            found |= {value: at for value, at in values.items() if at[1] < floor}
+    return found
 
 
 def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
@@ -44,15 +56,13 @@ def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
     tab, dark = plt.get_cmap("tab10").colors, plt.get_cmap("Dark2").colors
     colors = [*tab, *dark[:-1], "navy", "maroon", "black"]  # both have nearly the same grey
-    places = {name: (row["test"]["tokens"][0], 100 * row["test"]["pass@1"][0]) for name, row in rows.items()}
-    far_rows = far_below(places, span=10)  # with all their values
-    curves = {name: curve(row) for name, row in rows.items() if name not in far_rows}
-    places |= {f"{name} with {value}": place for name, tried in curves.items() for value, place in tried.items()}
-    outside = far_below(places, span=10)
+    places = {name: place(row["test"]) for name, row in rows.items()}
+    floor = max(accuracy for _, accuracy in places.values()) - 10
+    outside = below(rows, floor)
     on_front = [name for name in on_front if name not in outside]
     for number, (name, row) in enumerate((name, row) for name, row in rows.items() if name not in outside):
         color, marker = colors[number % len(colors)], MARKERS[number % len(MARKERS)]
-        drawn = [place for value, place in curves[name].items() if f"{name} with {value}" not in outside]
+        drawn = [at for at in curve(row).values() if at[1] >= floor]
         axes.plot(
             [x for x, _ in drawn], [y for _, y in drawn], "-", marker=marker, ms=3.5, lw=1, alpha=0.55, color=color
         )
@@ -85,7 +95,7 @@ def draw(rows: dict[str, dict], on_front: list[str], path: Path) -> None:
     for number, name in enumerate(on_front):  # on one side and the other, as neighbours may be close
         offset, side = ((-8, 6), "right") if number % 2 else ((8, -11), "left")
         axes.annotate(name, places[name], xytext=offset, textcoords="offset points", ha=side, fontsize=9, zorder=4)
-    lines = ["outside: {}, {:.1f} tokens, {:.1f}%".format(name, *places[name]) for name in outside]
+    lines = [f"outside: {name}, {tokens:.1f} tokens, {accuracy:.1f}%" for name, (tokens, accuracy) in outside.items()]
     axes.set_xlabel("\n".join(["mean response tokens (fewer is better)", *lines]))
     axes.set_title("large: the chosen value, mean over seeds; small: each value, first seed", fontsize=9)
     axes.set_ylabel("Pass@1 on the test split [%]")

@@ -15,13 +15,13 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from itertools import accumulate, takewhile
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.density import EXIT, PROBE, TINY, sample
+from benchmarks.density import PROBE, TINY, sample
 from benchmarks.measure import machine, table
 from iapo.advantage import exploration, masked_zscore, relative_information_rate
 from iapo.evaluation import last_dump, read_samples
@@ -99,12 +99,11 @@ def digits(tokens: list[str]) -> dict[int, bool]:
     return found
 
 
-def explored(tokens: list[str], correct: bool) -> dict[int, str]:
-    """The tokens of a completion that the exploration's table is about, by place: what they are, of `EXPLORED`."""
+def explored(tokens: list[str], chosen: dict[int, str], correct: bool) -> dict[int, str]:
+    """The tokens of a completion that the exploration's table is about, by place: what they are, of `EXPLORED`.
+    `chosen` are the choices of its reasoning."""
     if not correct:
         return {place: EXPLORED[1] if right else EXPLORED[2] for place, right in digits(tokens).items()}
-    reasoning = list(takewhile(lambda token: token != EXIT, tokens))
-    chosen = choices(reasoning, roles(reasoning))
     right = [place for place, is_right in digits(tokens).items() if is_right]  # a few mistakes are made good later
     return {place: EXPLORED[0] for place in right} | {place: f"{chosen[place]}, right answer" for place in chosen}
 
@@ -138,25 +137,25 @@ def measure(folder: Path, prompts: int, group: int, score: str) -> tuple[dict[st
         values = next_token_entropies(model, completions)
     else:
         values = exit_entropies(model, completions, tokenizer.encode(PROBE, add_special_tokens=False))
-    found = defaultdict(list)
-    for (_, response, _), h in zip(rows, values, strict=True):
+    questions = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _, _ in rows]
+    texts = [text.removesuffix(tokenizer.eos_token) for _, _, text in rows]
+    correct = [extract_answer(t) == answer(parse_prompt(q)) for t, q in zip(texts, questions, strict=True)]
+    lengths, found = [], defaultdict(list)
+    for (prompt, response, text), h, right in zip(rows, values, correct, strict=True):
         gains = -h.diff()
         both = torch.stack([gains, masked_zscore(gains, torch.ones_like(gains))], dim=1)
         tokens = [tokenizer.decode(i) for i in response]
         names = roles(tokens)
         for place, role in enumerate(names):
             found[role].append(both[place])
-        for place, choice in choices(tokens, names).items():
+        chosen = choices(tokens, names)
+        for place, choice in chosen.items():
             found[choice].append(both[place])
-    questions = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt, _, _ in rows]
-    texts = [text.removesuffix(tokenizer.eos_token) for _, _, text in rows]
-    correct = [extract_answer(t) == answer(parse_prompt(q)) for t, q in zip(texts, questions, strict=True)]
-    wholes = [tokenizer.encode(text, add_special_tokens=False, return_tensors="pt")[0] for _, _, text in rows]
-    for (prompt, _, _), whole, right in zip(rows, wholes, correct, strict=True):
+        whole = tokenizer.encode(text, add_special_tokens=False, return_tensors="pt")[0]
+        lengths.append(len(whole))
         both = probability_and_exploration(model, prompt, whole, right)
-        for place, name in explored([tokenizer.decode(i) for i in whole], right).items():
+        for place, name in explored([tokenizer.decode(i) for i in whole], chosen, right).items():
             found[name].append(both[place])
-    lengths = [len(whole) for whole in wholes]
     pair = torch.stack(rate_and_shortness(values, lengths, correct, questions))[:, correct]
     correlation = torch.corrcoef(pair)[0, 1].item()
     return {name: torch.stack(found[name]) for name in (*ROLES, *CHOICES, *EXPLORED) if name in found}, correlation

@@ -71,7 +71,7 @@ class Table:
     config_of: Callable[[Job], str] = resolved_config
     _configs: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    _outcomes: dict[str, Outcome] = field(default_factory=dict)
     _ratios: list[float] = field(default_factory=list)  # of the time that a run took to what was expected
 
     def __post_init__(self):
@@ -85,13 +85,13 @@ class Table:
         job = self.plan.job(name, value, seed)
         if job.name in self.failed:
             return None
-        if job.name not in self.outcomes:
+        if job.name not in self._outcomes:
             if (outcome := self._recorded(job)) is not None:
-                self.outcomes[job.name] = outcome
+                self._outcomes[job.name] = outcome
             elif (samples := self._last_validation(job, name)) is not None:
                 if self.config(job) == (job.folder / "config.yaml").read_text():
-                    self.outcomes[job.name] = self._evaluate(job, samples)
-        return self.outcomes.get(job.name)
+                    self._outcomes[job.name] = self._evaluate(job, samples)
+        return self._outcomes.get(job.name)
 
     def _record_file(self, job: Job) -> Path:
         return self.plan.out / "records" / f"{job.name}.json"
@@ -109,13 +109,13 @@ class Table:
 
     def record(self, job: Job) -> None:
         """Keep what a complete run showed; not while it may still be alive."""
-        record = {"fingerprint": self._fingerprint(job), "outcome": self.outcomes[job.name]._asdict()}
+        record = {"fingerprint": self._fingerprint(job), "outcome": self._outcomes[job.name]._asdict()}
         write_whole(self._record_file(job), json.dumps(record, indent=1) + "\n")
 
     def record_earlier(self) -> None:
         """Record runs that were complete when an earlier table was stopped."""
         for job in [self.plan.job(*run) for run in self.known()]:
-            if job.name in self.outcomes and not self._record_file(job).is_file():
+            if job.name in self._outcomes and not self._record_file(job).is_file():
                 with contextlib.suppress(FolderInUse), lock(job.folder / "lock"):
                     self.record(job)
 
@@ -240,7 +240,7 @@ class Table:
     def finished(self, run: Running) -> None:
         """Note what became of a run that ended."""
         status = run.process.returncode
-        self.outcomes.pop(run.job.name, None)  # of before its end
+        self._outcomes.pop(run.job.name, None)  # of before its end
         complete = run.job.name not in {job.name for job in self.wanted()}
         if status == 0 and complete:
             self.record(run.job)
@@ -249,7 +249,7 @@ class Table:
         else:
             reason = run.reason() if status else "it ended without all completions of its last validation"
             self.failed[run.job.name] = reason
-            self.outcomes.pop(run.job.name, None)
+            self._outcomes.pop(run.job.name, None)
             say(f"{run.job.name} FAILED: {reason}; its log: {run.job.log}")
 
     # -- progress -----------------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         weights = {"iapo.alpha": iapo.alpha, "iapo.beta": iapo.beta, "iapo.rho": iapo.rho}
         given = " ".join(f"{name}={weight}" for name, weight in weights.items() if weight)
         yield (
-            f"{given}: no effect with algorithm.adv_estimator={estimator}; use variant=iapo or variant=iapo_rate "
-            f"without {estimator}, or set the weights to 0."
+            f"{given}: no effect with algorithm.adv_estimator={estimator}; leave {estimator} out of variant=[...], "
+            "set algorithm.adv_estimator=iapo, or set the weights to 0."
         )
     mode = config.trainer.v1.trainer_mode
     if mode != "iapo":

@@ -127,8 +127,9 @@ def test_digits_of_results_by_hand():
         equals[0] + 1: True, equals[0] + 2: True, equals[1] + 1: False, equals[2] + 1: False
     }  # fmt: skip
     assert roles.digits([]) == {}
-    assert set(roles.explored(tokens, correct=False).values()) == set(roles.EXPLORED[1:3])
-    named = roles.explored(tokens, correct=True)
+    chosen = roles.choices(tokens[:-1], roles.roles(tokens[:-1]))
+    assert set(roles.explored(tokens, chosen, correct=False).values()) == set(roles.EXPLORED[1:3])
+    named = roles.explored(tokens, chosen, correct=True)
     assert named == {
         equals[0] + 1: "right digit, right answer",
         equals[0] + 2: "right digit, right answer",
@@ -159,6 +160,8 @@ def test_the_roles_of_a_model_make_a_table_and_a_picture(capsys, tmp_path, monke
     assert sum(row[3] for row in by_role.values()) == pytest.approx(1, abs=0.01)  # of the information
     assert abs(by_role["filler words"][1]) < 0.05 < by_role["result"][1]
     assert set(by_choice) <= set(roles.CHOICES) and set(by_token) <= set(roles.EXPLORED)
+    _, probability, term = by_token["right digit, right answer"]  # what is likely gains in a right answer
+    assert probability > 0.95 and term > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     for option, path in (("--model", tmp_path), ("--picture", tmp_path / "none/p.png")):
         assert roles.main([option, str(path)]) == 2

@@ -62,7 +62,7 @@ def test_a_method_acts_by_the_hooks_that_it_overrides():
 @pytest.mark.parametrize(
     "methods,message",
     [
-        ([Doubled, Plus], "methods: only one method of a run has its own shape_reward, here Doubled and Plus"),
+        ([Doubled, Plus], "methods: only one method of a run may have its own shape_reward, not Doubled and Plus"),
         ([Own, Doubled], "the shape_reward of Doubled has no effect beside Own: it judges by correctness alone"),
         ([Doubled, Own], "the shape_reward of Doubled has no effect beside Own: it judges by correctness alone"),
         ([Doubled, Right, First, Even], None),

@@ -316,7 +316,7 @@ def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
 
     table = Table(make_plan(tmp_path), config_of)
     assert table.done() == table.planned() == 11
-    table.outcomes["gfpo-6-seed1"] = table.outcomes["gfpo-6-seed0"]  # of a value that is not chosen
+    table._outcomes["gfpo-6-seed1"] = table._outcomes["gfpo-6-seed0"]  # of a value that is not chosen
     assert table.done() == 11
 
 
@@ -677,23 +677,32 @@ def test_front_is_what_no_other_beats(points):
         assert (name in on_front) == (not better)
 
 
-def test_what_is_far_below_is_not_drawn():
-    assert pareto.far_below({"a": (40, 0.9), "b": (50, 0.81), "c": (1, 0.79), "d": (9, 0.1)}, span=0.1) == ["c", "d"]
+def row(accuracy, tokens, *tried, knob="k"):
+    """A row of results.json: of the mean, and of (value, accuracy, tokens) with the first seed."""
+    grid = [{"value": value, "figures": {"test": figures(*figure)}} for value, *figure in tried]
+    return {
+        "label": f"{knob}=1",
+        "knob": [f"methods.m.{knob}"],
+        "grid": grid,
+        "test": {"tokens": [tokens, None], "pass@1": [accuracy, 0.01]},
+    }
+
+
+def test_what_is_far_below_is_named():
+    rows = {
+        "best": row(0.9, 40, (1, 0.95, 41)),
+        "edge": row(0.8, 50, (2, 0.79, 51), (1, 0.8, 50)),
+        "far": row(0.79, 60, (1, 0.9, 61), (2, 0.1, 62)),
+    }
+    found = pareto.below(rows, floor=80.0)
+    assert found == {"edge k=2, first seed": (51, pytest.approx(79)), "far": (60, pytest.approx(79))}
 
 
 def test_the_picture_takes_as_many_methods_as_there_are(tmp_path):
-    rows = {
-        f"method{i}": {
-            "label": f"k={i}",
-            "grid": [{"value": v, "figures": {"test": figures(0.8 + v / 100, 40 + i)}} for v in (1, 2, 3)],
-            "test": {"tokens": [40 + i, None], "pass@1": [0.8, 0.01]},
-        }
-        for i in range(20)
-    }
-    rows["untrained"] = rows["method0"] | {"grid": [{"value": None, "figures": {"test": figures(0.8, 40)}}]}
-    rows["method1"]["grid"][2]["value"] = "all"  # numbers and texts
-    rows["method2"]["grid"][0]["figures"] = {"test": figures(0.1, 40)}
-    rows["method3"]["grid"] = [{"value": 1, "figures": {"test": figures(0.1, 40)}}]
-    rows["far below"] = rows["method0"] | {"test": {"tokens": [40, None], "pass@1": [0.1, 0.01]}}
+    rows = {f"method{i}": row(0.8, 40 + i, *((v, 0.8 + v / 100, 40 + i) for v in (3, 1, 2))) for i in range(20)}
+    rows["untrained"] = row(0.8, 40, (None, 0.8, 40))
+    rows["method1"] = row(0.8, 40, (1, 0.8, 40), ("all", 0.8, 40))  # numbers and texts
+    rows["method2"] = row(0.8, 40, (1, 0.1, 40))
+    rows["far below"] = row(0.1, 40, (1, 0.1, 40))
     pareto.draw(rows, ["method0", "method1"], tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

@@ -193,7 +193,7 @@ def conflicts(methods: dict[str, Method]) -> Iterator[str]:
     for hook in ONE_METHOD_ONLY:
         names = [name for name, method in methods.items() if hook in acts_by(method)]
         if len(names) > 1:
-            yield f"methods: only one method of a run has its own {hook}, here {' and '.join(names)}; choose one."
+            yield f"methods: only one method of a run may have its own {hook}, not {' and '.join(names)}; choose one."
     for name, method in methods.items():
         for other in methods:
             for hook in set(acts_by(methods[other])) & set(method.ignores):

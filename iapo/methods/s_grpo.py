@@ -22,10 +22,10 @@ class SGrpo(Method):
     the same tokens therefore keep the same ones.
 
     Differences: no code of the authors' was found, and of the paper the full text was not at hand. The defaults, 150,
-    341 and 0.5, are those of the baseline in IAPO's released code; the recipe takes 3/10 and 2/3 of the response
+    341 and 0.5, are those of the baseline of IAPO's released command; the recipe takes 3/10 and 2/3 of the response
     budget, as they are 0.29 and 2/3 of 512. That baseline takes the mean over each completion's kept tokens first, here
     it is over all kept tokens, as for the other methods. And it draws tokens only in completions of fewer than `until`;
-    longer ones keep the first `always` alone.
+    the others keep the first `always` alone.
 
     Attributes:
         always: leading tokens that are always kept.
