@@ -23,7 +23,7 @@ def place(figures: dict) -> tuple[float, float]:
 
 def curve(row: dict) -> dict[str, tuple[float, float]]:
     """The place of each value of a row's knob, with the first seed, in the order of the values, by its label."""
-    knob = "=".join(key.rpartition(".")[2] for key in row["knob"])
+    knob = row["label"].rpartition("=")[0]
     grid = sorted(row["grid"], key=lambda entry: entry["value"] if isinstance(entry["value"], int | float) else 0)
     return {f"{knob}={entry['value']}": place(entry["figures"]["test"]) for entry in grid}
 

@@ -32,7 +32,9 @@ from iapo.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS, answer, extract_
 ROLES = ("opening marker", "operands", "result", "';' behind it", "repeated addition", "filler words")
 CHOICES = ("goes on", "repeats it", "writes filler")
 EXPLORED = (
-    *("right digit, right answer", "right digit, wrong answer", "first wrong digit, wrong answer"),
+    "right digit, right answer",
+    "right digit, wrong answer",
+    "first wrong digit, wrong answer",
     *(f"{choice}, right answer" for choice in CHOICES),
 )
 ADDITION = re.compile(r"(?P<again>.*?)(?P<operands>\d+\+\d+=)(?P<result>\d+)(?P<end>;?)")

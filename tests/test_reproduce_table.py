@@ -677,15 +677,10 @@ def test_front_is_what_no_other_beats(points):
         assert (name in on_front) == (not better)
 
 
-def row(accuracy, tokens, *tried, knob="k"):
+def row(accuracy, tokens, *tried):
     """A row of results.json: of the mean, and of (value, accuracy, tokens) with the first seed."""
     grid = [{"value": value, "figures": {"test": figures(*figure)}} for value, *figure in tried]
-    return {
-        "label": f"{knob}=1",
-        "knob": [f"methods.m.{knob}"],
-        "grid": grid,
-        "test": {"tokens": [tokens, None], "pass@1": [accuracy, 0.01]},
-    }
+    return {"label": "k=1", "grid": grid, "test": {"tokens": [tokens, None], "pass@1": [accuracy, 0.01]}}
 
 
 def test_what_is_far_below_is_named():
