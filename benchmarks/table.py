@@ -1,7 +1,6 @@
 """The state of a table: what its complete runs showed, which values of the knobs are chosen, which runs are wanted."""
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -12,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+import yaml
 
+from benchmarks.fingerprint import fingerprint
 from benchmarks.jobs import Job, Running
 from benchmarks.plan import REFERENCE, ROOT, UNTRAINED, Method, Plan, resolved_config
 from iapo.evaluation import bootstrap, evaluate, of_prompts, read_prompts, read_samples
@@ -89,7 +90,7 @@ class Table:
             if (outcome := self._recorded(job)) is not None:
                 self._outcomes[job.name] = outcome
             elif (samples := self._last_validation(job, name)) is not None:
-                if self.config(job) == (job.folder / "config.yaml").read_text():
+                if self._made_as_now(job):
                     self._outcomes[job.name] = self._evaluate(job, samples)
         return self._outcomes.get(job.name)
 
@@ -99,17 +100,17 @@ class Table:
     def _recorded(self, job: Job) -> Outcome | None:
         if not (file := self._record_file(job)).is_file():
             return None
-        fingerprint = self._fingerprint(job)
+        expected = self._fingerprint(self.config(job))
         try:
             record = json.loads(file.read_text())
             outcome = Outcome(**record["outcome"])
-            return outcome if record["fingerprint"] == fingerprint else None
+            return outcome if record["fingerprint"] == expected else None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: is no record of a run ({error!r}); delete it.") from None
 
     def record(self, job: Job) -> None:
         """Keep what a complete run showed; not while it may still be alive."""
-        record = {"fingerprint": self._fingerprint(job), "outcome": self._outcomes[job.name]._asdict()}
+        record = {"fingerprint": self._fingerprint(self.config(job)), "outcome": self._outcomes[job.name]._asdict()}
         write_whole(self._record_file(job), json.dumps(record, indent=1) + "\n")
 
     def record_earlier(self) -> None:
@@ -119,10 +120,17 @@ class Table:
                 with contextlib.suppress(FolderInUse), lock(job.folder / "lock"):
                     self.record(job)
 
-    def _fingerprint(self, job: Job) -> str:
-        """Of a run's configuration and evaluation, the same wherever the output folder and the code are."""
-        text = json.dumps([self.config(job), self.plan.settings()])
-        return hashlib.sha256(text.replace(str(self.plan.out), "OUT").replace(str(ROOT), "ROOT").encode()).hexdigest()
+    def _fingerprint(self, config: str) -> str:
+        """Of a run's configuration, a config.yaml's text, and its evaluation, wherever output folder and code are."""
+        places = {str(self.plan.out): "OUT", str(ROOT): "ROOT"}
+        return fingerprint(yaml.load(config, Loader=yaml.CSafeLoader), self.plan.settings(), places)
+
+    def _made_as_now(self, job: Job) -> bool:
+        """Whether a run folder's config.yaml, which a killed run may have left half, says what it would say now."""
+        try:
+            return self._fingerprint((job.folder / "config.yaml").read_text()) == self._fingerprint(self.config(job))
+        except (OSError, yaml.YAMLError, AttributeError):
+            return False
 
     def config(self, job: Job) -> str:
         if job.name not in self._configs:

@@ -33,7 +33,7 @@ def main():
         sys.exit(1)
     tracker = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
     if not tracker.exists():
-        (folder / "config.yaml").write_text("\n".join(sys.argv[1:]))
+        (folder / "config.yaml").write_text(json.dumps(given))
     with (folder / "starts.jsonl").open("a") as file:
         file.write(json.dumps({"versions": {"commit": "abc", "torch": "2.0"}}) + "\n")
     trained = given["variant"] != "grpo" or not folder.name.startswith("untrained")

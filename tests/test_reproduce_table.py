@@ -45,7 +45,7 @@ SMALL = {
 
 def config_of(job):
     """What fake_train writes as config.yaml."""
-    return "\n".join(job.arguments)
+    return json.dumps(dict(argument.split("=", 1) for argument in job.arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -415,7 +415,7 @@ def test_only_whole_runs_made_with_the_same_configuration_are_kept(tmp_path, mon
         dump.write_text(broken)
         assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, *quick)[1]] == ["dapo-seed0"]
     record.unlink()
-    (folder / "config.yaml").write_text("another recipe")
+    (folder / "config.yaml").write_text("another: recipe")
     assert [name for name, _, _ in reproduce(tmp_path, monkeypatch, *quick)[1]] == ["dapo-seed0"]
     assert reproduce(tmp_path, monkeypatch, *quick) == (0, [])
 

@@ -1,0 +1,115 @@
+"""What of a run's configuration changes its result, and a short name for it.
+
+A record stands for a run as long as nothing differs that changes the result. Beyond rounding, the result does not
+depend on where files are, on how often something is saved or logged, on threads and processes, or on how forwards are
+packed. A key at its documented default is left out too: a key that is added later, with a default that means the
+behaviour of before, leaves the records valid.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields
+from functools import cache
+
+from hydra import compose, initialize_config_module
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from iapo.config import IapoConfig
+from iapo.provenance import by_dotted_key
+
+# Keys, and sections, that don't change a result.
+WITHOUT_EFFECT = (
+    # Where things are and what they are called.
+    "run_dir",
+    "trainer.default_local_dir",
+    "trainer.validation_data_dir",
+    "trainer.rollout_data_dir",
+    "trainer.experiment_name",
+    "trainer.project_name",
+    "actor_rollout_ref.rollout.agent.agent_loop_config_path",
+    "actor_rollout_ref.rollout.prometheus",
+    "actor_rollout_ref.rollout.trace",
+    # What is said and kept. How long a run is and what it is evaluated on is the plan's.
+    "trainer.logger",
+    "trainer.save_freq",
+    "trainer.max_actor_ckpt_to_keep",
+    "trainer.resume_mode",
+    "global_profiler",
+    # Environment, processes, threads, polling, memory.
+    "ray_kwargs",
+    "transfer_queue",
+    "reward.num_workers",
+    "data.dataloader_num_workers",
+    "actor_rollout_ref.rollout.agent.num_workers",
+    "actor_rollout_ref.rollout.max_num_seqs",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.checkpoint_engine",
+    "trainer.v1.sampler.sampler_kwargs.poll_interval",
+    # Packing.
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.actor.use_dynamic_bsz",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
+    "actor_rollout_ref.ref.log_prob_use_dynamic_bsz",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
+    "iapo.max_tokens_per_micro_batch",
+    "iapo.share_log_prob_forward",
+    # Kernels: the same numbers, to rounding.
+    "actor_rollout_ref.model.override_config.attn_implementation",
+    "actor_rollout_ref.actor.use_torch_compile",
+    "actor_rollout_ref.actor.fsdp_config.use_torch_compile",
+    "actor_rollout_ref.ref.use_torch_compile",
+    "actor_rollout_ref.ref.fsdp_config.use_torch_compile",
+    "actor_rollout_ref.rollout.enforce_eager",
+    "actor_rollout_ref.rollout.free_cache_engine",
+    "actor_rollout_ref.rollout.enable_sleep_mode",
+    # No run of the table has these.
+    "critic",
+    "distillation",
+)
+
+
+def fingerprint(config: Mapping, settings: Mapping, places: Mapping[str, str]) -> str:
+    """A hash of what changes a run's result and of how it is evaluated.
+
+    Args:
+        config: a resolved configuration.
+        settings: of the evaluation.
+        places: names for folders, which may be elsewhere on another machine.
+    """
+    text = json.dumps([changes_result(config), settings], sort_keys=True)
+    for folder, name in places.items():
+        text = text.replace(folder, name)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changes_result(config: Mapping) -> dict[str, object]:
+    """The keys of a resolved configuration that change a result and aren't at their documented default."""
+    defaults = documented_defaults(json.dumps(sorted(_targets(config).items())))
+    return {
+        key: value
+        for key, value in by_dotted_key(config).items()
+        if not _is_in(key, WITHOUT_EFFECT) and not (key in defaults and defaults[key] == value)
+    }
+
+
+def _is_in(key: str, sections: tuple[str, ...]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _targets(config: Mapping) -> dict[str, str]:
+    return {name: section["_target_"] for name, section in (config.get("methods") or {}).items()}
+
+
+@cache
+def documented_defaults(targets: str) -> dict[str, object]:
+    """By dotted key: verl's own configuration, `IapoConfig`, and the knobs of the methods in `targets`, JSON."""
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        verl = OmegaConf.to_container(compose("ppo_trainer"), resolve=True)
+    ours = {"iapo": asdict(IapoConfig()), "methods": {}}
+    for name, target in json.loads(targets):
+        knobs = fields(get_class(target))
+        ours["methods"][name] = {knob.name: knob.default for knob in knobs if knob.default is not MISSING}
+    return by_dotted_key(verl) | by_dotted_key(ours)

@@ -1,0 +1,118 @@
+"""What a record of the method table depends on, and that the committed records are those of today's runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("verl")
+
+from benchmarks import reproduce_table as rt
+from benchmarks.fingerprint import changes_result, fingerprint
+from benchmarks.plan import resolved_config
+from benchmarks.table import Table
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
+
+
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    """The table over a copy of the committed records."""
+    folder = tmp_path_factory.mktemp("table")
+    shutil.copytree(RESULTS / "records", folder / "records")
+    shutil.copy(RESULTS / "settings.json", folder)
+    plan = rt.make_plan(rt.parse(["--out", str(folder)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IAPO_DATA_DIR", str(folder / "data"))
+        rt.open_folder(plan)
+        yield Table(plan)
+
+
+def test_every_needed_run_of_the_table_has_a_committed_record(committed):
+    assert not committed.wanted()
+    assert committed.done() == committed.planned() == 106
+
+
+@pytest.fixture(scope="module")
+def config(committed):
+    plan = committed.plan
+    return yaml.load(resolved_config(plan.job("gfpo", 4, 0)), Loader=yaml.CSafeLoader)
+
+
+def changed(config: dict, **values) -> dict:
+    """A copy with other values: section__key=value."""
+    copy = json.loads(json.dumps(config))
+    for name, value in values.items():
+        *path, key = name.split("__")
+        node = copy
+        for part in path:
+            node = node[part]
+        node[key] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"run_dir": "/elsewhere"},
+        {"actor_rollout_ref__actor__ppo_max_token_len_per_gpu": 4096},
+        {"trainer__v1__sampler__sampler_kwargs__poll_interval": 0.01},
+        {"ray_kwargs__ray_init__runtime_env__env_vars": {"OMP_NUM_THREADS": "2"}},
+        {"reward__num_workers": 2},
+        {"iapo__share_log_prob_forward": False},
+        # Keys that a later version adds, at their default.
+        {"methods__gfpo__adaptive": None},
+        {"iapo__stride": 1},
+        {"actor_rollout_ref__actor__clip_ratio": 0.2},
+    ],
+)
+def test_what_does_not_change_a_result_is_left_out(config, values):
+    assert fingerprint(changed(config, **values), {}, {}) == fingerprint(config, {}, {})
+
+
+@pytest.mark.parametrize("name", ["iapo__stride", "methods__gfpo__adaptive", "actor_rollout_ref__actor__clip_ratio"])
+def test_a_key_at_its_documented_default_may_be_missing(config, name):
+    without = changed(config, **{name: None})
+    *path, key = name.split("__")
+    node = without
+    for part in path:
+        node = node[part]
+    del node[key]
+    assert fingerprint(without, {}, {}) == fingerprint(config, {}, {})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"seed": 1},
+        {"iapo__rho": 0.5},
+        {"iapo__stride": 2},
+        {"methods__gfpo__k": 2},
+        {"methods__gfpo___target_": "iapo.methods.dler.Dler"},
+        {"actor_rollout_ref__actor__clip_ratio": 0.3},
+        {"actor_rollout_ref__actor__optim__lr": 1e-5},
+        {"actor_rollout_ref__rollout__n": 4},
+        {"data__train_batch_size": 8},
+    ],
+)
+def test_what_changes_a_result_counts(config, values):
+    assert fingerprint(changed(config, **values), {}, {}) != fingerprint(config, {}, {})
+
+
+def test_the_evaluation_counts_and_places_do_not(config):
+    here, there = (changed(config, data__train_files=f"{folder}/train.parquet") for folder in ("/one", "/another"))
+    assert (
+        fingerprint(here, {}, {"/one": "OUT"})
+        == fingerprint(there, {}, {"/another": "OUT"})
+        != fingerprint(here, {}, {})
+    )
+    assert fingerprint(config, {"samples": 8}, {}) != fingerprint(config, {"samples": 4}, {})
+
+
+def test_only_differences_from_the_defaults_are_named(config):
+    names = changes_result(config)
+    assert {"methods.gfpo._target_", "actor_rollout_ref.rollout.n", "data.train_batch_size"} <= names.keys()
+    assert len(names) < 100
