@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import iapo
 from benchmarks.measure import machine, table
-from iapo import verbose_arithmetic
 from iapo.advantage import masked_zscore
 from iapo.information import exit_entropies, information_gain
-from iapo.packing import Completion, probe_positions
-from iapo.region import final_answer, reasoning_length, step_ends
-from iapo.tiny_model import prompt_ids
+from iapo.probe.packing import Completion, probe_positions
+from iapo.probe.text import final_answer, reasoning_length, step_ends
+from iapo.tasks import verbose_arithmetic
+from iapo.tasks.tiny_model import prompt_ids
 
 TINY = Path(iapo.__file__).parent / "assets" / "tiny"
 PROBE, END, EXIT = "</think>\n<answer>", "</answer>", "</think>"

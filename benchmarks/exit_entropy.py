@@ -19,7 +19,6 @@ import transformers
 from benchmarks.flex_attention import by_flex_attention
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import interleaved, machine, peak_mib, table
-from iapo.cascade import KeysAndValues
 from iapo.information import (
     MAX_TOKENS,
     default_max_tokens,
@@ -28,7 +27,8 @@ from iapo.information import (
     exit_entropy_naive,
     forward_to_share,
 )
-from iapo.packing import Completion, Place, places_of_sequences, probe_forwards, probe_positions
+from iapo.probe.attention import KeysAndValues
+from iapo.probe.packing import Completion, Place, places_of_sequences, probe_forwards, probe_positions
 
 SHAPES = {
     "small": dict(

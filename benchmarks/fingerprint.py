@@ -17,7 +17,7 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from iapo.config import IapoConfig
-from iapo.provenance import by_dotted_key
+from iapo.launch.provenance import by_dotted_key
 
 # Keys, and sections, that don't change a result.
 WITHOUT_EFFECT = (

@@ -10,21 +10,21 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from iapo import cascade
+from iapo.probe import attention
 
 # A kernel for every length of a forward: with lengths left open, torch 2.13 makes code for a CPU that doesn't compile.
 torch._dynamo.config.recompile_limit = 64
 flex_attention = torch.compile(flex_attention, dynamic=False)
 
 
-class FlexCascade(cascade.Cascade):
+class FlexCascade(attention.Cascade):
     """A `Cascade` whose probes attend by FlexAttention."""
 
     def run(self, token_ids, position_ids, parts, scored, stores=0):
         """As `Cascade.run`."""
         if scored is not None:
             stored = 0 if stores else next(iter(self.stored.values()))[0].shape[1]
-            bounds = torch.stack(cascade.bounds(parts, len(token_ids), stored)).to(token_ids.device)
+            bounds = torch.stack(attention.bounds(parts, len(token_ids), stored)).to(token_ids.device)
 
             def sees(batch, head, query, key):
                 seen = key < 0
@@ -53,5 +53,5 @@ class FlexCascade(cascade.Cascade):
 @contextmanager
 def by_flex_attention():
     """Let the exit-entropy passes inside attend by FlexAttention."""
-    with patch.object(cascade, "Cascade", FlexCascade):
+    with patch.object(attention, "Cascade", FlexCascade):
         yield

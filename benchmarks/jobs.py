@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from iapo.folder_lock import FolderInUse, lock
-from iapo.metrics_file import read_metrics
+from iapo.launch.folder_lock import FolderInUse, lock
+from iapo.metrics.file import read_metrics
 
 # What a run of the embedded model takes at its peak on a CPU, with a margin.
 GIB_PER_JOB = 6.5

@@ -217,12 +217,12 @@ def resolved_config(job: Job) -> str:
     """The text of the config.yaml that a start of this job would write.
 
     Raises:
-        iapo.checks.ConfigError: iapo.train would refuse it.
+        iapo.launch.checks.ConfigError: iapo.train would refuse it.
     """
     from omegaconf import OmegaConf
 
-    from iapo.checks import check
-    from iapo.train import resolve
+    from iapo.launch.checks import check
+    from iapo.launch.compose import resolve
 
     config = resolve(list(job.arguments))
     check(config, files=False)

@@ -33,7 +33,7 @@ from benchmarks.pages import command, markdown, write
 from benchmarks.plan import UNTRAINED, Plan, check_runs, make_plan, resolved_config, write_evaluation_file
 from benchmarks.table import Table, clock, say, write_whole
 from iapo.data import prepare
-from iapo.folder_lock import FolderInUse, lock
+from iapo.launch.folder_lock import FolderInUse, lock
 
 TRAIN = (sys.executable, "-u", "-m", "iapo.train")
 

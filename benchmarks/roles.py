@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.density import PROBE, TINY, sample
 from benchmarks.measure import machine, table
 from iapo.advantage import exploration, masked_zscore, relative_information_rate
-from iapo.evaluation import last_dump, read_samples
 from iapo.information import entropy, exit_entropies
-from iapo.packing import Completion, probe_positions
-from iapo.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS, answer, extract_answer, parse_prompt
+from iapo.probe.packing import Completion, probe_positions
+from iapo.tasks.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS, answer, extract_answer, parse_prompt
+from iapo.tools.evaluate import last_dump, read_samples
 
 ROLES = ("opening marker", "operands", "result", "';' behind it", "repeated addition", "filler words")
 CHOICES = ("goes on", "repeats it", "writes filler")

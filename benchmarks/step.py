@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.measure import machine, table
 from benchmarks.plan import load_methods
-from iapo.metrics_file import read_metrics
+from iapo.metrics.file import read_metrics
 
 VARIANTS = {
     "grpo": ["variant=grpo"],

@@ -16,9 +16,9 @@ import yaml
 from benchmarks.fingerprint import fingerprint
 from benchmarks.jobs import Job, Running
 from benchmarks.plan import REFERENCE, ROOT, UNTRAINED, Method, Plan, resolved_config
-from iapo.evaluation import bootstrap, evaluate, of_prompts, read_prompts, read_samples
-from iapo.folder_lock import FolderInUse, lock
-from iapo.metrics_file import read_metrics
+from iapo.launch.folder_lock import FolderInUse, lock
+from iapo.metrics.file import read_metrics
+from iapo.tools.evaluate import bootstrap, evaluate, of_prompts, read_prompts, read_samples
 
 TOLERANCE = 0.01
 
@@ -36,7 +36,7 @@ def preference(grid: dict, reference: float | None) -> list:
     """The values of a knob in the order in which the rule of `benchmarks.reproduce_table` takes them.
 
     Args:
-        grid: figures of `iapo.evaluation` on the validation split by value.
+        grid: figures of `iapo.tools.evaluate` on the validation split by value.
         reference: GRPO's Pass@1 there; None for GRPO itself.
 
     Returns:

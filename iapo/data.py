@@ -1,6 +1,6 @@
 """Training and test data as verl reads it.
 
-    python -m iapo.data NAME [--source FILE_OR_HUB_ID] [--out DIR] [--seed S]
+    iapo data NAME [--source FILE_OR_HUB_ID] [--out DIR] [--seed S]
 
 writes ``DIR/NAME/train.parquet`` and ``DIR/NAME/test.parquet``, of verbose_arithmetic also ``validation.parquet``, on
 which to choose settings. NAME is one of
@@ -8,7 +8,7 @@ which to choose settings. NAME is one of
 - ``gsm8k``: openai/gsm8k, its own train and test split
 - ``math500``: HuggingFaceH4/MATH-500, split 80/20
 - ``dapo_math_17k``: BytedTsinghua-SIA/DAPO-Math-17k, its first 7,000 distinct questions, split 80/20
-- ``verbose_arithmetic``: generated, see :mod:`iapo.verbose_arithmetic`
+- ``verbose_arithmetic``: generated, see :mod:`iapo.tasks.verbose_arithmetic`
 
 ``--source`` names another hub id, or a local file of the same columns (.parquet, .json, .jsonl); for gsm8k
 a directory that holds ``train*`` and ``test*`` files.
@@ -32,7 +32,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from iapo import verbose_arithmetic
+from iapo.tasks import verbose_arithmetic
 
 INSTRUCTION = (
     "Reason within <think> </think>, then give only the final answer within <answer> </answer>. "
@@ -370,9 +370,7 @@ def _warn_if_set(name: str, **options: object) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 written, 2 nothing written, with the reason in one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m iapo.data", description="Write train.parquet and test.parquet for verl."
-    )
+    parser = argparse.ArgumentParser(prog="iapo data", description="Write train.parquet and test.parquet for verl.")
     parser.add_argument("name", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--source", help="local file or directory, or hub id (default: the original on the hub)")
     out = os.environ.get("IAPO_DATA_DIR", "data")  # where iapo.train looks
@@ -385,9 +383,9 @@ def main(arguments: list[str] | None = None) -> int:
         prepare(options.name, options.out, options.source, options.seed, options.train_size, options.test_size)
         return 0
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"iapo.data: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: out: cannot write to {options.out!r} ({error}); choose another folder", file=sys.stderr)
+        print(f"iapo.data: --out: cannot write to {options.out!r} ({error}); choose another folder", file=sys.stderr)
     return 2
 
 

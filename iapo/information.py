@@ -6,7 +6,7 @@ Shape suffixes used throughout the package:
 Source: "IAPO: Information-Aware Policy Optimization for Token-Efficient Reasoning" (arXiv 2602.19049), the section
 on the early-exit estimate of the conditional entropy, with its two savings: one forward of the whole trajectory
 whose keys and values are kept, and many positions' probes per forward. Unlike the released code, nothing is copied
-per position: the probes are queries of ONE shared copy, see `iapo.cascade`.
+per position: the probes are queries of ONE shared copy, see `iapo.probe.attention`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,14 +15,14 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from iapo.cascade import KeysAndValues, captured_attention, cascade_attention
-from iapo.output_layer import measured_output_layer
-from iapo.packing import Completion, Forward, forwards_of_pack, longest, packs, probe_positions
-from iapo.support import check_model
+from iapo.probe.attention import KeysAndValues, captured_attention, cascade_attention
+from iapo.probe.output_layer import measured_output_layer
+from iapo.probe.packing import Completion, Forward, forwards_of_pack, longest, packs, probe_positions
+from iapo.probe.supported_models import check_model
 
 # Tokens per forward where the caller doesn't say, by device: a CPU's caches like few, a GPU's cores many.
 MAX_TOKENS = {"cpu": 768, "cuda": 16384}
-# Bytes that the tensors of a forward may take then, those of the output layer aside (`iapo.output_layer`).
+# Bytes that the tensors of a forward may take then, those of the output layer aside (`iapo.probe.output_layer`).
 MEMORY_BUDGET = 2 * 2**30
 
 
@@ -107,7 +107,7 @@ def exit_entropies(
 ) -> list[torch.Tensor]:
     """h_0 .. h_{R_i}, on the CPU, of every completion: `exit_entropy` without padding.
 
-    Completions of one prompt share its keys and values. The number of forwards is `iapo.packing.forward_count`.
+    Completions of one prompt share its keys and values. The number of forwards is `iapo.probe.packing.forward_count`.
 
     Raises:
         ValueError: an empty prompt or probe, answers for some completions only, a model that can't be served.
@@ -132,7 +132,7 @@ def forward_to_share(model) -> Iterator[KeysAndValues]:
     """The keys and values of the one forward that runs inside, of packed sequences, for `exit_entropies_after`.
 
     That forward itself, its attention and its logits, are bit for bit what they would be outside. For models that
-    `iapo.cascade.can_capture`.
+    `iapo.probe.attention.can_capture`.
 
     Raises:
         ValueError: as `exit_entropies`, from within the forward.
@@ -157,7 +157,7 @@ def exit_entropies_after(
     """`exit_entropies` where the trajectories' keys and values are there already, by `forward_to_share`.
 
     Args:
-        probes: `iapo.packing.probe_forwards` at the completions' places in that forward.
+        probes: `iapo.probe.packing.probe_forwards` at the completions' places in that forward.
     """
     probed = [torch.zeros(len(completion.positions)) for completion in completions]
     with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:

@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from iapo import data, verbose_arithmetic
+from iapo import data
+from iapo.tasks import verbose_arithmetic
 
 GSM8K_TRAIN = [
     {

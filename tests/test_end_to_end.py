@@ -18,8 +18,8 @@ import pytest
 import torch
 import yaml
 
-from iapo.metrics_file import read_metrics
-from iapo.shared_memory import mapped_segments, remove_unmapped
+from iapo.launch.shared_memory import mapped_segments, remove_unmapped
+from iapo.metrics.file import read_metrics
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

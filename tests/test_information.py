@@ -6,7 +6,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo import cascade, output_layer, packing
 from iapo.information import (
     check_exactness,
     default_max_tokens,
@@ -20,6 +19,7 @@ from iapo.information import (
     information_rate,
     interpolate,
 )
+from iapo.probe import attention, output_layer, packing
 from tests.conftest import CONFIGS, DEVICES, VOCAB, make_batch, make_model
 
 PROBE = [5, 11, 7]
@@ -489,7 +489,7 @@ def test_only_what_takes_tokens_by_themselves_is_limited(models):
     layer = make_model("llama").model.layers[1]
 
     def siblings():
-        return cascade._siblings_by_token(layer, layer.self_attn)
+        return attention._siblings_by_token(layer, layer.self_attn)
 
     mlp = layer.mlp
     assert siblings() == [mlp]
@@ -497,19 +497,19 @@ def test_only_what_takes_tokens_by_themselves_is_limited(models):
     assert siblings() == []
     layer.mlp = Routed(mlp)
     assert siblings() == [layer.mlp]
-    assert cascade._siblings_by_token(mlp, layer.self_attn) == []  # an attention that no layer holds directly
+    assert attention._siblings_by_token(mlp, layer.self_attn) == []  # an attention that no layer holds directly
 
     rows, x = torch.tensor([1, 3]), torch.randn(1, 5, 32)
     expected = mlp(x)
-    result = cascade._limited_to(rows, 5, mlp.forward)(x)
+    result = attention._limited_to(rows, 5, mlp.forward)(x)
     torch.testing.assert_close(result[:, rows], expected[:, rows])
     assert (result[:, [0, 2, 4]] == 0).all()
     for unchanged in (
-        cascade._limited_to(rows, 4, mlp.forward)(x),
-        cascade._limited_to(rows, 5, mlp.forward)(x[0])[None],
+        attention._limited_to(rows, 4, mlp.forward)(x),
+        attention._limited_to(rows, 5, mlp.forward)(x[0])[None],
     ):
         assert torch.equal(unchanged, expected)
-    whole, _ = cascade._limited_to(rows, 5, layer.mlp.forward)(x)
+    whole, _ = attention._limited_to(rows, 5, layer.mlp.forward)(x)
     assert torch.equal(whole, expected)
 
 
@@ -564,13 +564,13 @@ def test_the_model_s_own_attention_with_a_mask_gives_the_same(models, monkeypatc
     expected = exit_entropy_naive(models["qwen2"], *batch, PROBE, answers=answers)
     used = []
 
-    class Watched(cascade.MaskedAttention):
+    class Watched(attention.MaskedAttention):
         def run(self, *arguments, **options):
             used.append(1)
             return super().run(*arguments, **options)
 
     monkeypatch.setattr(model, "_can_set_attn_implementation", lambda: False)
-    monkeypatch.setattr(cascade, "MaskedAttention", Watched)
+    monkeypatch.setattr(attention, "MaskedAttention", Watched)
     for max_tokens in (30, None):
         result = exit_entropy(model, *batch, PROBE, answers=answers, max_tokens=max_tokens)
         torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-6)
@@ -654,13 +654,13 @@ def random_rows(score_answers):
 def test_somebody_else_s_forward_is_shared_and_left_as_it_is(models, family, score_answers):
     model, rows, probe = models[family], random_rows(score_answers), torch.tensor(PROBE)
     name = model.config._attn_implementation
-    function, layer_forward = cascade.ALL_ATTENTION_FUNCTIONS[name], model.get_output_embeddings().forward
+    function, layer_forward = attention.ALL_ATTENTION_FUNCTIONS[name], model.get_output_embeddings().forward
     expected_logits, _ = packed_forward(model, rows)
     with forward_to_share(model) as keys_and_values:
         logits, starts = packed_forward(model, rows)
     assert torch.equal(logits, expected_logits)
     assert model.config._attn_implementation == name and model.get_output_embeddings().forward == layer_forward
-    assert cascade.ALL_ATTENTION_FUNCTIONS[name] is function and not model._forward_hooks
+    assert attention.ALL_ATTENTION_FUNCTIONS[name] is function and not model._forward_hooks
     probes = packing.probe_forwards(rows, packing.places_of_sequences(rows, starts), probe, max_tokens=50)
     result = exit_entropies_after(model, rows, probes, keys_and_values)
     for row, h in zip(rows, result, strict=True):
@@ -706,21 +706,21 @@ def test_shared_and_masked_forwards_equal_the_pass_at_random_shapes(models, rows
 
 
 def test_what_can_t_be_captured_is_known(models, monkeypatch):
-    assert all(cascade.can_capture(model) for model in models.values())
+    assert all(attention.can_capture(model) for model in models.values())
     model = make_model("qwen2")
     model.set_attn_implementation("eager")
-    assert not cascade.can_capture(model)
+    assert not attention.can_capture(model)
     model.set_attn_implementation("sdpa")
     monkeypatch.setattr(model, "_can_set_attn_implementation", lambda: False)
-    assert not cascade.can_capture(model)
+    assert not attention.can_capture(model)
 
 
 def test_a_shared_forward_that_fails_or_changes_its_logits_leaves_the_model_as_it_was(models):
     model, rows = make_model("qwen2"), random_rows(False)
-    function = cascade.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    function = attention.ALL_ATTENTION_FUNCTIONS["sdpa"]
     handle = model.lm_head.register_forward_hook(lambda layer, args, output: output * 2)
     with pytest.raises(ValueError, match="changes its logits after the output layer"), forward_to_share(model):
         packed_forward(model, rows)
     handle.remove()
-    assert cascade.ALL_ATTENTION_FUNCTIONS["sdpa"] is function
+    assert attention.ALL_ATTENTION_FUNCTIONS["sdpa"] is function
     assert torch.equal(packed_forward(model, rows)[0], packed_forward(models["qwen2"], rows)[0])

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import torch
 
-from iapo.metrics_file import MetricsFile, read_metrics
+from iapo.metrics.file import MetricsFile, read_metrics
 
 
 def write(path, resume_step, steps, value=0.0):

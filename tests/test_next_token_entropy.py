@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from iapo.advantage import iapo_advantage
 from iapo.config import IapoConfig
 from iapo.information import information_gain, next_token_entropies
-from iapo.metrics import information_metrics
+from iapo.metrics.training import information_metrics
 from iapo.verl_adapter.estimator import AdvantageInputs
 from iapo.verl_adapter.trainer import IapoTrainer
 

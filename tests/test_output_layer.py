@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo import output_layer
-from iapo.output_layer import MeasuredOutputLayer, entropy_and_log_prob, measured_output_layer
+from iapo.probe import output_layer
+from iapo.probe.output_layer import MeasuredOutputLayer, entropy_and_log_prob, measured_output_layer
 from tests.conftest import DEVICES, make_model
 
 

@@ -2,10 +2,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iapo import packing
-from iapo.cascade import Range
 from iapo.information import exit_entropies
-from iapo.packing import (
+from iapo.probe import packing
+from iapo.probe.attention import Range
+from iapo.probe.packing import (
     Completion,
     Place,
     forward_count,

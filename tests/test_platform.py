@@ -69,8 +69,8 @@ print(os.environ.get("VERL_RAY_JOB_ID"), unique_job_id("01000000"))
 
 
 def test_a_run_is_refused_where_vllm_would_leave_the_plugin_out(monkeypatch):
-    from iapo.checks import ConfigError
-    from iapo.train import check_vllm_plugin
+    from iapo.launch.checks import ConfigError
+    from iapo.launch.machine import check_vllm_plugin
 
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     check_vllm_plugin()
@@ -80,7 +80,7 @@ def test_a_run_is_refused_where_vllm_would_leave_the_plugin_out(monkeypatch):
     with pytest.raises(ConfigError, match="VLLM_PLUGINS: 'other' leaves out 'iapo'"):
         check_vllm_plugin()
     monkeypatch.delenv("VLLM_PLUGINS")
-    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
+    monkeypatch.setattr("iapo.launch.machine.entry_points", lambda **_: ())
     with pytest.raises(ConfigError, match="its vLLM plugin isn't installed"):
         check_vllm_plugin()
 

@@ -15,13 +15,14 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from iapo import provenance, train
-from iapo.checks import ConfigError, check
+from iapo import train
 from iapo.config import IapoConfig
-from iapo.folder_lock import FolderInUse
+from iapo.launch import compose, machine, provenance
+from iapo.launch.checks import ConfigError, check, check_with_verl
+from iapo.launch.folder_lock import FolderInUse, lock_run_dir
 
 VARIANTS = ["grpo", "dapo", "iapo", "iapo_rate"]
-METHODS = sorted({path.stem for path in (train.recipes_dir() / "variant").glob("*.yaml")} - set(VARIANTS))
+METHODS = sorted({path.stem for path in (compose.recipes_dir() / "variant").glob("*.yaml")} - set(VARIANTS))
 MODELS = ["tiny", "qwen2.5-0.5b-instruct", "qwen2.5-1.5b-instruct", "qwen2.5-7b-instruct", "my-org/my-model"]
 DATA = ["verbose_arithmetic", "gsm8k", "math500", "dapo_math_17k", "/some/folder"]
 PLATFORMS = ["cpu", "gpu"]
@@ -38,11 +39,11 @@ def working_directory(tmp_path, monkeypatch):
 
 
 def resolve(*overrides):
-    return train.resolve(list(overrides))
+    return compose.resolve(list(overrides))
 
 
 def test_the_lists_above_are_complete():
-    recipes = train.recipes_dir()
+    recipes = compose.recipes_dir()
     for group, names in (("model", MODELS[:-1] + ["path"]), ("platform", PLATFORMS)):
         assert sorted(names) == sorted(path.stem for path in (recipes / group).glob("*.yaml"))
     assert {path.stem for path in (recipes / "data").glob("*.yaml")} == {*DATA[:-1], "parquet", "iapo_data"}
@@ -52,7 +53,7 @@ def composes(variant, model, data, platform):
     config = resolve(
         f"variant={variant}", f"model={model}", f"data={data}", f"platform={platform}", "trainer.n_gpus_per_node=8"
     )
-    train.check_with_verl(config)
+    check_with_verl(config)
     assert not OmegaConf.missing_keys(config.data) and not OmegaConf.missing_keys(config.iapo)
     assert config.trainer.v1.trainer_mode == "iapo"
     assert config.data.train_files.endswith("train.parquet")
@@ -97,7 +98,7 @@ def test_a_setting_that_a_later_variant_takes_back_is_named():
     with pytest.warns(UserWarning, match=lost):
         resolve("variant=[dr_grpo,dapo]", "platform=cpu")
     # top_entropy builds on dapo.
-    assert [*train.overwritten(["dapo", "top_entropy"]), *train.overwritten(["dapo", "iapo_rate"])] == []
+    assert [*compose.overwritten(["dapo", "top_entropy"]), *compose.overwritten(["dapo", "iapo_rate"])] == []
 
 
 def test_recipes_of_any_form_that_hydra_takes_are_compared(tmp_path, monkeypatch):
@@ -111,9 +112,9 @@ def test_recipes_of_any_form_that_hydra_takes_are_compared(tmp_path, monkeypatch
     }
     for name, text in recipes.items():
         (tmp_path / "variant" / f"{name}.yaml").write_text(text)
-    monkeypatch.setattr(train, "recipes_dir", lambda: tmp_path)
-    assert list(train.overwritten(["b", "c"])) == []
-    assert list(train.overwritten(["b", "d"])) == [
+    monkeypatch.setattr(compose, "recipes_dir", lambda: tmp_path)
+    assert list(compose.overwritten(["b", "c"])) == []
+    assert list(compose.overwritten(["b", "d"])) == [
         "variant: d sets x.y=1, in place of 0.0005 of b; order them as you mean it."
     ]
 
@@ -567,13 +568,13 @@ def test_gpus_that_are_not_there_are_refused(verbose_arithmetic, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     config = resolve("platform=gpu", "trainer.n_gpus_per_node=0", "trainer.nnodes=4")
     with pytest.raises(ConfigError, match="trainer.n_gpus_per_node: 0"):
-        train.check_machine(config)
+        machine.check_machine(config)
 
 
 def test_several_nodes_need_a_ray_cluster(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ConfigError, match="^trainer.nnodes: 2, but RAY_ADDRESS names no Ray cluster; start one"):
-        train.check_machine(resolve("platform=cpu", "trainer.nnodes=2"))
+        machine.check_machine(resolve("platform=cpu", "trainer.nnodes=2"))
 
 
 def test_a_platform_that_is_none_is_refused(capsys):
@@ -587,15 +588,15 @@ def test_data_that_cannot_be_written_is_refused(monkeypatch):
     with pytest.raises(
         ConfigError, match="^IAPO_DATA_DIR: .*/file/verbose_arithmetic .*; set the variable to a folder"
     ):
-        train.prepare_data(resolve("platform=cpu"))
+        compose.prepare_data(resolve("platform=cpu"))
 
 
 def test_a_second_run_in_the_same_folder_is_refused():
-    config = resolve("platform=cpu", "run_dir=r")
-    with train.lock_run_dir(config):
+    folder = Path("r").absolute()
+    with lock_run_dir(folder):
         with pytest.raises(FolderInUse, match=rf"/r is in use by .* alive \(process {os.getpid()} on .*\); wait"):
-            train.lock_run_dir(config)
-    train.lock_run_dir(config).close()
+            lock_run_dir(folder)
+    lock_run_dir(folder).close()
 
 
 def test_a_file_system_without_locks_warns(monkeypatch):
@@ -604,19 +605,19 @@ def test_a_file_system_without_locks_warns(monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", flock)
     with pytest.warns(UserWarning, match="^run_dir: .*/r can't be locked .*not supported.*; start no second run in it"):
-        with train.lock_run_dir(resolve("platform=cpu", "run_dir=r")):
+        with lock_run_dir(Path("r").absolute()):
             pass
 
 
 def test_a_ray_cluster_that_does_not_answer_is_refused(free_port):
     with pytest.raises(ConfigError, match=f"^RAY_ADDRESS: nothing answers at 127.0.0.1:{free_port} .*refused"):
-        train.check_ray_answers(f"127.0.0.1:{free_port}")
+        machine.check_ray_answers(f"127.0.0.1:{free_port}")
     with pytest.raises(ConfigError, match="^RAY_ADDRESS: nothing answers at localhost:99999 "):
-        train.check_ray_answers("localhost:99999")
+        machine.check_ray_answers("localhost:99999")
     with socket.create_server(("127.0.0.1", 0)) as server:
-        train.check_ray_answers(f"127.0.0.1:{server.getsockname()[1]}")
+        machine.check_ray_answers(f"127.0.0.1:{server.getsockname()[1]}")
     for elsewhere in ("", "auto", "ray://head:10001"):
-        train.check_ray_answers(elsewhere)
+        machine.check_ray_answers(elsewhere)
 
 
 def test_a_missing_plugin_is_loud(verbose_arithmetic):

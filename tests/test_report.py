@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from iapo.console import ProgressConsole
-from iapo.metrics_file import MetricsFile
-from iapo.report import Validation, draw, table, validations
+from iapo.metrics.console import ProgressConsole
+from iapo.metrics.file import MetricsFile
+from iapo.tools.report import Validation, draw, table, validations
 
 
 def held_out(accuracy, tokens, rate=None):
@@ -35,7 +35,7 @@ def test_validations_and_table_by_hand(tmp_path):
 
 
 def test_several_data_sources_count_equally():
-    from iapo.report import validation
+    from iapo.tools.report import validation
 
     data = held_out(0.8, 50.0) | {"val-core/math/acc/mean@1": 0.4, "val-aux/math/response_length/mean@1": 100.0}
     assert validation(3, data) == Validation(3, 0.6000000000000001, 75.0, None)
@@ -47,7 +47,7 @@ def test_picture_and_command(tmp_path):
     picture = tmp_path / "p.png"
     draw({"a": validations(tmp_path / "a")}, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    command = [sys.executable, "-m", "iapo.report"]
+    command = [sys.executable, "-m", "iapo.tools.report"]
     good = subprocess.run([*command, tmp_path / "a"], capture_output=True, text=True)
     assert good.returncode == 0 and "-20.0%" in good.stdout
     (tmp_path / "d").mkdir()
@@ -65,7 +65,7 @@ def test_picture_and_command(tmp_path):
 @pytest.mark.parametrize("name", ["no/folder.png", "picture.foo"])
 def test_a_picture_that_cannot_be_written_gets_one_line(tmp_path, name):
     make_run(tmp_path, (0, held_out(0.8, 50.0)), (2, held_out(0.79, 40.0)))
-    command = [sys.executable, "-m", "iapo.report", tmp_path, "--picture", tmp_path / name]
+    command = [sys.executable, "-m", "iapo.tools.report", tmp_path, "--picture", tmp_path / name]
     bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1
     assert bad.stderr.startswith(f"iapo.report: --picture: {tmp_path / name} can't be written (")

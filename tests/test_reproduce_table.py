@@ -24,8 +24,8 @@ from benchmarks import jobs, pareto
 from benchmarks import reproduce_table as rt
 from benchmarks.plan import UNTRAINED, Method, Plan, load_methods, resolved_config
 from benchmarks.table import COMPLETION_S, START_S, Table, preference
-from iapo.evaluation import read_prompts
-from iapo.folder_lock import FolderInUse, lock
+from iapo.launch.folder_lock import FolderInUse, lock
+from iapo.tools.evaluate import read_prompts
 
 ROOT = Path(__file__).parent.parent
 FAKE_TRAIN = [sys.executable, "-u", str(ROOT / "tests/fake_train.py")]
@@ -81,7 +81,7 @@ def reproduce(tmp_path, monkeypatch, *arguments, **script):
 def test_every_run_of_the_real_table_is_accepted_and_starts_from_the_recipes_default(tmp_path, method):
     from omegaconf import OmegaConf
 
-    from iapo.train import resolve
+    from iapo.launch.compose import resolve
 
     assert method.why and 1 <= len(method.values) <= 4 and len(set(method.values)) == len(method.values)
     plan = Plan(METHODS, 4, 2, (0,), tmp_path)

@@ -5,7 +5,7 @@ import time
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
-from iapo.shared_memory import removes_own_segments
+from iapo.launch.shared_memory import removes_own_segments
 
 # Makes a segment, says its name, and is killed before it can remove it; no resource tracker cleans up after it.
 LEAK = """

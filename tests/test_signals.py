@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from iapo.signals import recorded_signals
+from iapo.launch.signals import recorded_signals
 
 
 def test_a_signal_is_recorded_whatever_handler_is_installed():

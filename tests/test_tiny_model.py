@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import iapo
-from iapo import tiny_model
-from iapo import verbose_arithmetic as task
+from iapo.tasks import tiny_model
+from iapo.tasks import verbose_arithmetic as task
 
 ASSETS = Path(iapo.__file__).parent / "assets" / "tiny"
 PROBE = "</think>\n<answer>"

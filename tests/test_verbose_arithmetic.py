@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from iapo import verbose_arithmetic as task
+from iapo.tasks import verbose_arithmetic as task
 
 NUMBERS = (12, 34, 5, 78)
 MINIMAL = "<think>12+34=46;46+5=51;51+78=129;</think>\n<answer>129</answer>"

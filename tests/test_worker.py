@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from iapo.config import IapoConfig
 from iapo.information import exit_entropy_naive
-from iapo.packing import Completion, probe_positions
+from iapo.probe.packing import Completion, probe_positions
 from tests.conftest import VOCAB, make_model
 
 CONFIG = IapoConfig(alpha=1.0, max_tokens_per_micro_batch=40, exit_marker="Z", probe="pq")

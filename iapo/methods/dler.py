@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from iapo.advantage import masked_zscore
-from iapo.methods import Batch, Method, number
+from iapo.methods.base import Batch, Method, number
 
 
 @dataclass

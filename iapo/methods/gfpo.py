@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from iapo.methods import Batch, Method, choice, number
+from iapo.methods.base import Batch, Method, choice, number
 
 
 @dataclass

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from iapo.methods import Batch
+from iapo.methods.base import Batch
 from iapo.methods.gtpo import Gtpo
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from iapo.methods import Batch, Method, choice, number
+from iapo.methods.base import Batch, Method, choice, number
 
 # A standard deviation of shaped rewards, which are around 1, up to which they count as equal.
 NO_VARIANCE = 1e-6

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from iapo.methods import Batch, Method, number
+from iapo.methods.base import Batch, Method, number
 
 LEVELS = ("easy", "medium", "hard")
 

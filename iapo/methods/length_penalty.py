@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from iapo.methods import Batch, Method, choice, number
+from iapo.methods.base import Batch, Method, choice, number
 
 
 @dataclass

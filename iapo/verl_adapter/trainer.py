@@ -19,11 +19,11 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils.debug import marked_timer
 
 from iapo.config import IapoConfig
-from iapo.console import ProgressConsole
 from iapo.information import next_token_entropies
 from iapo.methods import load_states, make_methods, save_states
-from iapo.metrics import information_metrics, method_metrics, reward_metrics
-from iapo.metrics_file import MetricsFile
+from iapo.metrics.console import ProgressConsole
+from iapo.metrics.file import MetricsFile
+from iapo.metrics.training import information_metrics, method_metrics, reward_metrics
 from iapo.verl_adapter.estimator import AdvantageInputs, bind
 from iapo.verl_adapter.reward_manager import eos_token_ids
 from iapo.verl_adapter.worker import INPUT_FIELDS, OUTPUT_FIELDS, IapoWorker, region_length

@@ -5,7 +5,7 @@ Each work-around says what breaks without it and when it can go.
 
 import os
 
-from iapo.shared_memory import RUN_ID
+from iapo.launch.shared_memory import RUN_ID
 
 ENTRY_POINT = "iapo"
 # Where verl's vLLM server tells its workers the id that is part of the name of the socket for new weights.

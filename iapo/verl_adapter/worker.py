@@ -19,7 +19,6 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from iapo.cascade import can_capture
 from iapo.config import IapoConfig
 from iapo.information import (
     check_exactness,
@@ -28,9 +27,10 @@ from iapo.information import (
     exit_entropies_after,
     forward_to_share,
 )
-from iapo.packing import Completion, forward_count, longest, places_of_sequences, probe_forwards, probe_positions
-from iapo.region import final_answer, reasoning_length, step_ends
-from iapo.support import check_model
+from iapo.probe.attention import can_capture
+from iapo.probe.packing import Completion, forward_count, longest, places_of_sequences, probe_forwards, probe_positions
+from iapo.probe.supported_models import check_model
+from iapo.probe.text import final_answer, reasoning_length, step_ends
 from iapo.verl_adapter.vllm_plugin import unique_job_id
 
 # What the pass reads from TransferQueue and what it writes back, as jagged tensors.
@@ -236,7 +236,7 @@ def output_fields(work: Work, values: dict[int, torch.Tensor], data: TensorDict)
 
 
 def region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer, ends: set[int]) -> int:
-    """Response tokens that are probed: `iapo.region`, never the token that ends the completion."""
+    """Response tokens that are probed: `iapo.probe.text`, never the token that ends the completion."""
     length = int(mask.sum())
     if length and int(response[length - 1]) in ends:
         length -= 1

@@ -11,8 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import agg_loss
 
+from iapo.launch.compose import recipes_dir, resolve
 from iapo.methods import HOOKS, OPTIONAL, acts_by, make_methods
-from iapo.train import recipes_dir, resolve
 from tests.methods.batches import make_batch, make_rows, row_lists, step
 
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from iapo.launch.compose import recipes_dir, register_resolvers
 from iapo.methods.s_grpo import SGrpo
-from iapo.train import recipes_dir, register_resolvers
 from tests.methods.batches import Row, make_batch, row_lists, step
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 from verl.utils.config import omega_conf_to_dataclass
 
-from iapo.train import resolve
+from iapo.launch.compose import resolve
 from iapo.verl_adapter.estimator import grpo
 from tests.methods.batches import Row, grpo_naive, make_batch, row_lists
 

@@ -1,6 +1,6 @@
 """The embedded model: a Qwen2 of 0.6 million parameters, fine-tuned on verbose arithmetic on a CPU.
 
-    python -m iapo.tiny_model --out DIR [--steps N] [--seed S]
+    python -m iapo.tasks.tiny_model --out DIR [--steps N] [--seed S]
 
 writes tokenizer and model, then prints an evaluation by sampling at temperature 1. The number of steps is
 chosen so that the model reasons in the right form but still errs: reinforcement learning has accuracy to gain
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import Qwen2Tokenizer
 from transformers.tokenization_utils_base import AddedToken
 
-from iapo import verbose_arithmetic as task
+from iapo.tasks import verbose_arithmetic as task
 
 # Qwen's own names: verl's Qwen chat handling looks up "<|im_end|>", and Qwen2Tokenizer adds "<|endoftext|>",
 # its default unknown token, to a vocabulary that lacks it.
@@ -184,7 +184,7 @@ def evaluate(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m iapo.tiny_model", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m iapo.tasks.tiny_model", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="directory for the tokenizer and the model")
     parser.add_argument(
         "--steps", type=int, default=STEPS, help=f"optimiser steps, at most {SCHEDULE} (default {STEPS})"

@@ -5,9 +5,11 @@ Each check returns a list of problems, one line each: field, value, fix.
 
 import inspect
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -16,8 +18,8 @@ from yaml import YAMLError
 
 from iapo.config import IapoConfig
 from iapo.data import NAMES
+from iapo.launch.provenance import differences, saved_config, tracker_file
 from iapo.methods import acts_by, conflicts, load_states, make_methods
-from iapo.provenance import differences, saved_config, tracker_file
 
 
 class ConfigError(ValueError):
@@ -45,6 +47,18 @@ def check(config: DictConfig, files: bool = True) -> None:
         raise ConfigError("\n".join(problems))
     for line in _without_effect(config, iapo):
         warnings.warn(line, stacklevel=2)
+
+
+def check_with_verl(config) -> None:
+    """verl's own validation of a resolved configuration."""
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    try:
+        with redirect_stdout(sys.stderr):  # a dry run prints nothing but the configuration
+            validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    except (AssertionError, ValueError, TypeError) as error:
+        raise ConfigError(f"verl: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 # verl finds these wrong only after Ray and vLLM have started, if at all: field, type, smallest value.
@@ -331,7 +345,7 @@ def _reward(config: DictConfig) -> Iterator[str]:
 def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     from transformers import AutoConfig, AutoTokenizer
 
-    from iapo.support import unsupported
+    from iapo.probe.supported_models import unsupported
 
     path = config.actor_rollout_ref.model.path
     if os.path.isabs(path) and not os.path.isdir(path):

@@ -1,6 +1,10 @@
 """One process at a time in a folder."""
 
 import fcntl
+import os
+import socket
+import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -29,3 +33,19 @@ def lock(path: Path) -> IO:
             f"{path.parent} is in use by a run that is still alive{who and f' ({who})'}; wait for it or stop it."
         ) from None
     return file
+
+
+def lock_run_dir(run_dir: Path) -> AbstractContextManager:
+    """No second run in the same folder at the same time, whose files would mix; held by this process alone.
+
+    Raises:
+        FolderInUse: there is one.
+    """
+    try:
+        file = lock(run_dir / "run.lock")
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        return file
+    except OSError as error:  # some network file systems
+        warnings.warn(f"run_dir: {run_dir} can't be locked ({error}); start no second run in it.", stacklevel=2)
+        return nullcontext()

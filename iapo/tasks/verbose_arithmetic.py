@@ -11,7 +11,7 @@ that carries no information about the answer: filler words, or the same addition
     <answer>129</answer>
 
 A model fine-tuned on such traces stands in for a verbose reasoner. Lengths are in tokens of the vocabulary of
-:mod:`iapo.tiny_model`: a marker or a filler word is one token, as is every other character, and EOS counts.
+:mod:`iapo.tasks.tiny_model`: a marker or a filler word is one token, as is every other character, and EOS counts.
 
 Every function is pure; randomness comes only from the ``random.Random`` that the caller passes.
 """

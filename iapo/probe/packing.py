@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from iapo.cascade import Part, Range
+from iapo.probe.attention import Part, Range
 
 # Largest queries x keys of a block whose keys are masked, half of them, as a share of the squared tokens per forward,
 # and in any case: a larger one makes fewer calls and more work in vain. Tried on a CPU with 768 tokens only.

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo import verbose_arithmetic
 from iapo.data import prepare
-from iapo.evaluation import (
+from iapo.tasks import verbose_arithmetic
+from iapo.tools.evaluate import (
     Sample,
     bootstrap,
     evaluate,
@@ -186,7 +186,7 @@ def test_bad_dumps_give_one_line(tmp_path, capsys, text, message):
     (tmp_path / "0.jsonl").write_text(text)
     assert main([str(tmp_path / "0.jsonl")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("iapo.evaluation: ") and message in line
+    assert line.startswith("iapo.evaluate: ") and message in line
 
 
 def test_other_bad_input_gives_one_line(tmp_path, capsys):
@@ -207,4 +207,4 @@ def test_other_bad_input_gives_one_line(tmp_path, capsys):
     ):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("iapo.evaluation: ") and message in line, line
+        assert line.startswith("iapo.evaluate: ") and message in line, line

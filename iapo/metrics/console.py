@@ -3,7 +3,7 @@
 import sys
 import time
 
-from iapo.report import validation
+from iapo.tools.report import validation
 
 
 class ProgressConsole:

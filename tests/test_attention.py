@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iapo import cascade
-from iapo.cascade import (
+from iapo.probe import attention
+from iapo.probe.attention import (
     Range,
     _attend_own,
     _attend_shared,
@@ -134,7 +134,7 @@ def test_the_gpu_kernels_equal_the_naive_attention(dtype, size):
         (_attend_own, (q, own, own, 303, 0.1, None)),
     ):
         result = function(*arguments)
-        with patch.object(cascade, "attend", attend_naive):
+        with patch.object(attention, "attend", attend_naive):
             expected = function(*arguments)
         torch.testing.assert_close(result[0].float(), expected[0], atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(result[1], expected[1], atol=1e-3, rtol=1e-4)
@@ -144,7 +144,7 @@ def test_the_gpu_kernels_equal_the_naive_attention(dtype, size):
 def test_the_calls_of_the_gpu_kernels_fit_their_signatures(monkeypatch, dtype):
     """By torch's own shape functions, without a GPU: not what the kernels compute."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    with FakeTensorMode(), patch.object(cascade, "attend_naive", side_effect=AssertionError("not a kernel")):
+    with FakeTensorMode(), patch.object(attention, "attend_naive", side_effect=AssertionError("not a kernel")):
         shapes = (12, 300, 64), (2, 100, 64), (2, 300, 64), (300, 100)
         q, k, own, mask = (torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes)
         for out, lse in (

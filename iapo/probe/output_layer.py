@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
-from iapo.cascade import replaced_forward
+from iapo.probe.attention import replaced_forward
 
 # Float32 numbers of one tensor, logits or weights, at a time (64 MB, of which about four exist), and rows of an output
 # layer whose weight can't be sliced.

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo.region import final_answer, reasoning_length, step_ends
+from iapo.probe.text import final_answer, reasoning_length, step_ends
 
 MARKER = "</think>"
 

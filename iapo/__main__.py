@@ -1,0 +1,50 @@
+"""The command: iapo train|data|evaluate|report ...
+
+    iapo train       train a model; iapo train --dry-run ... shows the configuration
+    iapo data        prepare a data set
+    iapo evaluate    accuracy and length of a run's validation completions, with intervals
+    iapo report      a run before and after training, as a table and a picture
+
+Each has a page of its own: iapo COMMAND --help. python -m iapo is the same command.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+COMMANDS = {
+    "train": "iapo.train",
+    "data": "iapo.data",
+    "evaluate": "iapo.tools.evaluate",
+    "report": "iapo.tools.report",
+}
+
+
+def main() -> None:
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__)
+    elif name not in COMMANDS:
+        print(f"iapo: command: {name!r} must be one of {', '.join(COMMANDS)}; see iapo --help", file=sys.stderr)
+        sys.exit(2)
+    else:  # imported only now: each command loads what it needs and no more
+        run(name, importlib.import_module(COMMANDS[name]).main, arguments)
+
+
+def run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> None:
+    """End this process with the exit status of a command."""
+    try:
+        status = command(arguments)
+    except KeyboardInterrupt:
+        print(f"iapo.{name}: interrupted", file=sys.stderr)
+        status = 130
+    if status > 128:  # where a stop met Ray's start, the interpreter's own end may crash
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""From the command line to one resolved configuration: the recipes, composed by Hydra."""
+
+import difflib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from iapo.data import prepare
+from iapo.launch.checks import ConfigError, check, check_numbers, check_with_verl
+from iapo.launch.machine import CPU_ENVIRONMENT, check_machine, gpu_count
+from iapo.launch.provenance import by_dotted_key
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def checked_config(overrides: list[str], files: bool = True) -> DictConfig:
+    """The configuration that a command line asks for, after every check that is possible before Ray starts.
+
+    Args:
+        files: also make the embedded data, and look at machine, data, model and run folder.
+
+    Raises:
+        ConfigError: everything that is wrong, a line each.
+    """
+    config = resolve(overrides)
+    if files:
+        prepare_data(config)
+        check_machine(config)
+    check(config, files=files)
+    check_with_verl(config)
+    return config
+
+
+def resolve(overrides: list[str]) -> DictConfig:
+    """Compose the recipes with `overrides`, resolve every interpolation, name the run and its folder.
+
+    Raises:
+        ConfigError: an unknown recipe, an unknown key, a value of the wrong form.
+    """
+    register_resolvers()
+    try:
+        expanded = [part for override in overrides for part in expand(override)]
+        variants = chosen_variants(expanded)
+        variant = "+".join(variants)
+        with initialize_config_dir(str(recipes_dir()), version_base=None):
+            config = compose("run", overrides=expanded, return_hydra_config=True)
+        for line in overwritten(variants) if len(variants) > 1 else ():
+            warnings.warn(line, stacklevel=2)
+        choices = config.hydra.runtime.choices
+        with open_dict(config):
+            del config["hydra"]
+            model = Path(config.actor_rollout_ref.model.path).name if choices.model == "path" else choices.model
+            files = config.data.train_files
+            first = files if isinstance(files, str) or not files else files[0]
+            data = Path(str(first)).parent.name if choices.data == "parquet" else choices.data
+            config.trainer.experiment_name = config.trainer.experiment_name or f"{variant}-{model}-{data}"
+            config.run_dir = os.path.abspath(config.run_dir or Path("runs") / config.trainer.experiment_name)
+            environment = {"TENSORBOARD_DIR": f"{config.run_dir}/tensorboard"}
+            if config.trainer.device == "cpu":
+                environment |= CPU_ENVIRONMENT
+            config.ray_kwargs.ray_init.runtime_env.env_vars = environment
+            if os.environ.get("RAY_ADDRESS"):  # Ray refuses resources for a cluster that is running already
+                config.ray_kwargs.ray_init.num_cpus = None
+                config.ray_kwargs.ray_init.num_gpus = None
+        if wrong := [line for line in check_numbers(config) if line.startswith("data.")]:
+            raise ConfigError("\n".join(wrong))  # other keys are computed from these
+        OmegaConf.resolve(config)
+        return config
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(str(error), getattr(error, "override", None))) from None
+
+
+def chosen_variants(overrides: list[str]) -> list[str]:
+    """The recipes of variant=..., which Hydra's list of choices leaves out where there are several.
+
+    Raises:
+        ConfigError: one that isn't there, or twice.
+    """
+    given = [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]
+    if not given:
+        return ["iapo_rate"]
+    value = given[-1].strip("'\"")
+    listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    names = [name.strip() for name in listed.split(",")]
+    known = sorted(path.stem for path in (recipes_dir() / "variant").glob("*.yaml"))
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"variant: {name!r} must be one of {', '.join(known)}, or several as [iapo_rate,gfpo].")
+        if names.count(name) > 1:
+            raise ConfigError(f"variant: {value} names {name} twice; name it once.")
+    return names
+
+
+def overwritten(variants: list[str]) -> Iterator[str]:
+    """What an earlier recipe of variant=[...] sets and a later one sets otherwise, one line each."""
+    settings: dict[str, tuple[str, object]] = {}
+    for name in variants:
+        for key, value in settings_of(name).items():
+            before, old = settings.get(key, (name, value))
+            if old != value:
+                yield f"variant: {name} sets {key}={value}, in place of {old} of {before}; order them as you mean it."
+            settings[key] = (name, value)
+
+
+def settings_of(variant: str) -> dict[str, object]:
+    """The values of a recipe by dotted key, nothing resolved, those of the variants that it builds on included."""
+    recipe = OmegaConf.to_container(OmegaConf.load(recipes_dir() / "variant" / f"{variant}.yaml"))
+    bases = [base.removeprefix("/variant/") for base in recipe.pop("defaults", []) if isinstance(base, str)]
+    settings = {}
+    for base in bases:
+        if (recipes_dir() / "variant" / f"{base}.yaml").is_file():  # not _self_
+            settings |= settings_of(base)
+    return settings | by_dotted_key(recipe)
+
+
+def explain(hydra_error: str, override: str | None = None) -> str:
+    """One line with the field, the value and the fix from what Hydra says, of an override that it can't read."""
+    if unknown := re.match("Could not override '(.*)'", hydra_error):
+        with initialize_config_dir(str(recipes_dir()), version_base=None):
+            known = list(flat(compose("run")))
+        section, _, name = unknown[1].rpartition(".")
+        beside = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+        likely = [f"{section}.{key}".lstrip(".") for key in difflib.get_close_matches(name, beside, n=1)]
+        likely += [key for key in known if key.endswith(f".{name}")]
+        return f"{unknown[1]}: unknown key; " + (f"did you mean {likely[0]}?" if likely else "--dry-run lists all.")
+    # What follows, where Hydra looked or that it could start several runs, doesn't help.
+    text = " ".join(re.split("Config search path|See https|3. To sweep", hydra_error)[0].split())
+    if override and override not in text:
+        text = f"{override}: {text}"
+    if override or "expecting" in text or "parsing override" in text:
+        text += " (an argument is key=value; a value with spaces or any of ,:=()[]{} is quoted twice: 'key=\"a, b\"')"
+    return text
+
+
+def flat(node, prefix: str = "") -> Iterator[str]:
+    """The dotted names of every key, without resolving anything."""
+    for key in node:
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            yield from flat(child, f"{prefix}{key}.")
+
+
+def register_resolvers() -> None:
+    """The interpolations of the recipes."""
+    resolvers = {
+        "iapo.asset": lambda name: str(PACKAGE / "assets" / name),
+        "iapo.recipe": lambda name: str(recipes_dir() / name),
+        "iapo.dataset": lambda name: str(data_dir() / name),
+        "iapo.part": lambda length, share: int(Fraction(str(share)) * int(length)),
+        "iapo.pack": lambda tokens, prompt, response: max(int(tokens), int(prompt) + int(response)),
+        "iapo.gpu_count": gpu_count,
+    }
+    for name, function in resolvers.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def data_dir() -> Path:
+    return Path(os.environ.get("IAPO_DATA_DIR", "data")).absolute()
+
+
+def recipes_dir() -> Path:
+    """recipes/ beside the package in a checkout, inside it in an installed wheel."""
+    installed = PACKAGE / "recipes"
+    return installed if installed.is_dir() else PACKAGE.parent / "recipes"
+
+
+def expand(override: str) -> list[str]:
+    """model= and data= also take a path or a hub name: whatever is no recipe and is a folder or holds a slash."""
+    key, _, value = override.partition("=")
+    if key not in ("model", "data") or (recipes_dir() / key / f"{value}.yaml").is_file():
+        return [override]
+    if "/" not in value and not Path(value).is_dir():
+        return [override]
+    local = os.path.abspath(os.path.expanduser(value))
+    if key == "data":
+        return ["data=parquet", f"data.train_files='{local}/train.parquet'", f"data.val_files='{local}/test.parquet'"]
+    return ["model=path", f"actor_rollout_ref.model.path='{local if os.path.isdir(local) else value}'"]
+
+
+def prepare_data(config) -> None:
+    """Generate the embedded data set if this run uses it and it isn't there yet."""
+    folder = data_dir() / "verbose_arithmetic"
+    if Path(str(config.data.train_files)).parent == folder and not (folder / "test.parquet").is_file():
+        try:
+            prepare("verbose_arithmetic", data_dir())
+        except OSError as error:
+            raise ConfigError(
+                f"IAPO_DATA_DIR: the data can't be written to {folder} ({error.strerror}); set the variable to a "
+                "folder that can be written to."
+            ) from None

@@ -1,0 +1,90 @@
+"""What this machine has, and whether a run can start on it."""
+
+import os
+import re
+import socket
+from importlib.metadata import entry_points
+
+import torch
+
+from iapo.launch.checks import ConfigError
+from iapo.verl_adapter.vllm_plugin import ENTRY_POINT
+
+# What platform=cpu needs in the environment of every process, before verl is imported.
+CPU_ENVIRONMENT = {
+    "VERL_PLATFORM": "cpu",
+    "VERL_ENGINE_DEVICE": "cuda",  # verl's own switch: it has no engine for "cpu" and runs the one for "cuda"
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TQ_NUM_THREADS": "1",
+}
+
+
+def choose_platform(overrides: list[str]) -> str:
+    """The last platform=... of the command line, else what the machine has."""
+    for override in reversed(overrides):
+        if override.startswith("platform="):
+            return override.removeprefix("platform=")
+    return "gpu" if gpu_count() else "cpu"
+
+
+def gpu_count() -> int:
+    return torch.cuda.device_count()
+
+
+def check_machine(config) -> None:
+    """The platform is usable: verl loaded this package's plugin, whose failure it hides; GPUs and Ray are there."""
+    from verl.plugin.platform import PlatformRegistry
+    from verl.utils.device import auto_set_device
+
+    known = os.environ.get("RAY_ADDRESS") or config.ray_kwargs.ray_init.get("address")
+    if config.trainer.nnodes > 1 and not known:
+        raise ConfigError(
+            f"trainer.nnodes: {config.trainer.nnodes}, but RAY_ADDRESS names no Ray cluster; start one on the nodes, "
+            "as scripts/slurm/iapo.sbatch does, and set RAY_ADDRESS=auto, or use trainer.nnodes=1."
+        )
+    if config.trainer.device == "cpu":
+        if PlatformRegistry.get("cpu") is None:
+            raise ConfigError(
+                "platform: 'cpu', but verl didn't load this package's plugin (entry point verl.plugins); install the "
+                "package with pip install -e '.[cpu]' and leave VERL_USE_EXTERNAL_PLUGINS unset."
+            )
+    else:
+        most = gpu_count() if config.trainer.nnodes == 1 else 1024
+        if not 1 <= config.trainer.n_gpus_per_node <= most:
+            raise ConfigError(
+                f"trainer.n_gpus_per_node: {config.trainer.n_gpus_per_node}, but this machine has {gpu_count()} usable "
+                f"GPU(s); {f'set it to between 1 and {most}' if most else 'run on one with GPUs'}, or use platform=cpu "
+                "model=tiny."
+            )
+    check_vllm_plugin()
+    check_ray_answers(os.environ.get("RAY_ADDRESS", ""))
+    auto_set_device(config)
+
+
+def check_vllm_plugin() -> None:
+    """vLLM will load this package's plugin, without which the trainer waits for ever to hand over its first weights."""
+    from iapo.launch.checks import ConfigError
+
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and ENTRY_POINT not in allowed.split(","):
+        raise ConfigError(f"VLLM_PLUGINS: '{allowed}' leaves out '{ENTRY_POINT}', which iapo needs; add or unset it.")
+    plugins = list(entry_points(group="vllm.general_plugins", name=ENTRY_POINT))
+    try:
+        plugins[0].load()  # vLLM swallows what goes wrong here
+    except (IndexError, ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"iapo: its vLLM plugin isn't installed ({error!r}); install the package as it is now: pip install -e ."
+        ) from None
+
+
+def check_ray_answers(address: str) -> None:
+    """Ray itself would try for minutes to reach a cluster at host:port that isn't there."""
+    if not (match := re.fullmatch(r"([\w.-]+):(\d+)", address)):
+        return  # none, or "auto", "local", ray://...
+    try:
+        socket.create_connection((match[1], int(match[2])), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        reason = f"RAY_ADDRESS: nothing answers at {address} ({error})"
+        raise ConfigError(f"{reason}; start Ray there, or unset the variable.") from None
