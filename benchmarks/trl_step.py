@@ -1,8 +1,9 @@
 """A training step of TRL's GRPOTrainer on the embedded task: python -m benchmarks.trl_step --prompts TRAIN.parquet
 
 The prompts are what `python -m iapo.data verbose_arithmetic --out DIR` writes. All else is as in `python -m iapo.train
-variant=grpo platform=cpu model=tiny data=verbose_arithmetic`, except that TRL generates by transformers, where verl has
-vLLM. One line of JSON says how long steps took, and with which settings and versions.
+variant=grpo platform=cpu model=tiny data=verbose_arithmetic`, but for two things. TRL generates by transformers, where
+verl has vLLM. And it has no forward for the old log-probabilities: with one update per generation they are the new
+ones. One line of JSON says how long steps took, and with which settings and versions.
 
 TRL wants a newer transformers than verl allows, so it gets an environment of its own, in a temporary folder or in
 --venv. There this file runs as a script with --here, and finds nothing of this repository to import.
@@ -74,6 +75,8 @@ def run_trl(
         command += ["--prompts", str(Path(prompts_file).resolve()), "--model", str(Path(model_dir).resolve())]
         command += ["--threads", str(threads), "--per-device", str(per_device)]
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        # Threads that spin while they wait make a step ten times as long where another process has one of the cores.
+        environment["OMP_WAIT_POLICY"] = "passive"
         return parse_result(watched(command, f"timing {steps} steps of TRL", environment))
 
 
@@ -282,6 +285,15 @@ def summary(steps: list[Mapping[str, float]], logs: list[Mapping[str, float]]) -
     }
 
 
+def cpu_seconds_of_others() -> float | None:
+    """What all other processes have used of this machine's cores; None where it isn't Linux."""
+    if sys.platform != "linux":
+        return None
+    user, nice, system, _idle, _iowait, *interrupts_and_stolen = Path("/proc/stat").read_text().split()[1:9]
+    used = sum(map(int, (user, nice, system, *interrupts_and_stolen))) / os.sysconf("SC_CLK_TCK")
+    return used - sum(os.times()[:2])
+
+
 def train(steps: int, prompts_file: Path, model_dir: Path, threads: int, per_device: int) -> dict:
     """Train by TRL in this very process: `summary`, settings and versions."""
     import pyarrow.parquet
@@ -290,7 +302,7 @@ def train(steps: int, prompts_file: Path, model_dir: Path, threads: int, per_dev
     from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    watch, logs = Stopwatch(), []
+    watch, step_logs = Stopwatch(), []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -302,7 +314,6 @@ def train(steps: int, prompts_file: Path, model_dir: Path, threads: int, per_dev
         def on_log(self, *_, logs: dict, **__):
             step_logs.append(dict(logs))
 
-    step_logs = logs
     arguments = config_arguments(steps, per_device)
     rows = pyarrow.parquet.read_table(prompts_file, columns=["prompt", "reward_model"]).to_pylist()
     with tempfile.TemporaryDirectory() as folder:
@@ -321,11 +332,15 @@ def train(steps: int, prompts_file: Path, model_dir: Path, threads: int, per_dev
         trainer.compute_loss = watch.timed("loss", trainer.compute_loss)
         trainer.accelerator.backward = watch.timed("backward", trainer.accelerator.backward)
         torch.set_num_threads(threads)  # after all that might set it
+        start, others = time.perf_counter(), cpu_seconds_of_others()
         trainer.train()
+        seconds = time.perf_counter() - start
+        cores = None if others is None else max(cpu_seconds_of_others() - others, 0.0) / seconds
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl")}
     return {
-        **summary(watch.steps, [log for log in logs if "reward" in log]),
-        "settings": settings(arguments, model_dir.name, torch.get_num_threads(), str(trainer.args.optim)),
+        **summary(watch.steps, [log for log in step_logs if "reward" in log]),
+        "cores_busy_with_others": None if cores is None else round(cores, 2),
+        "settings": settings(arguments, model_dir.name, torch.get_num_threads(), trainer.args.optim.value),
         "versions": {"python": platform.python_version(), **versions},
     }
 

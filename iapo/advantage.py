@@ -1,4 +1,4 @@
-"""Token-level, information-aware advantages. Pure torch; `iapo.verl_adapter.estimator` registers them with verl.
+"""Token-level, information-aware advantages. Pure torch; `iapo.step` calls them once per training step.
 
     A[i,t] = GRPO(r_i)                                    group-normalised outcome
            + alpha * norm(s[i,t]; s[i,:])                 informativeness
@@ -36,6 +36,35 @@ def masked_zscore(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-6) -
     centred = torch.where(mask, values - values.sum(-1, keepdim=True) / count, 0.0)
     std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
     return torch.where(std > eps, centred / std.clamp(min=eps), 0.0)
+
+
+def grpo_advantage(
+    rewards: torch.Tensor, response_mask: torch.Tensor, group: torch.Tensor, divide_by_std: bool = True
+) -> torch.Tensor:
+    """A_i = (r_i - mean r) / (std r + 1e-6) over the completions of i's group, on every token of completion i.
+
+    GRPO (arXiv 2402.03300, section 4.1), with the sample standard deviation; bit for bit verl's
+    `compute_grpo_outcome_advantage`.
+
+    Args:
+        rewards: (B,).
+        response_mask: (B, T).
+        group: (B,) number of the prompt that a completion answers.
+        divide_by_std: False leaves the division out (Dr. GRPO, arXiv 2503.20783, section 3.2).
+
+    Returns:
+        (B, T), 0 outside of the mask. A completion that is alone in its group keeps its reward, as in verl: its mean
+        counts as 0 and its standard deviation as 1. Groups of equal rewards get 0.
+    """
+    advantage_B = rewards.clone()
+    for number in group.unique():
+        rows = (group == number).nonzero().flatten()
+        rewards_G = rewards[rows]
+        alone = len(rows) == 1
+        centred_G = rewards_G - (torch.tensor(0.0) if alone else rewards_G.mean())
+        std = torch.tensor(1.0) if alone else rewards_G.std()
+        advantage_B[rows] = centred_G / (std + 1e-6) if divide_by_std else centred_G
+    return advantage_B[:, None] * response_mask
 
 
 def informativeness(exit_entropy: torch.Tensor, region_mask: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,6 @@ import sys
 import warnings
 from pathlib import Path
 
-from iapo.launch.checks import ConfigError
-from iapo.launch.folder_lock import FolderInUse
-from iapo.launch.machine import CPU_ENVIRONMENT, choose_platform
-from iapo.tools.report import print_table
-
 
 def main(arguments: list[str]) -> int:
     """Exit status: 0 trained, 1 failed, 2 wrong configuration (nothing was started or written), 130/143 stopped."""
@@ -32,6 +27,12 @@ def main(arguments: list[str]) -> int:
     unknown = [argument for argument in arguments if argument.startswith("-") and argument != "--dry-run"]
     if unknown:
         return refuse(f"{unknown[0]}: unknown option; known are --dry-run and --help")
+    # Imported only now: a Ctrl-C during these seconds gets its one line, too.
+    from iapo.launch.checks import ConfigError
+    from iapo.launch.folder_lock import FolderInUse
+    from iapo.launch.machine import CPU_ENVIRONMENT, choose_platform
+    from iapo.tools.report import print_table
+
     overrides = [argument for argument in arguments if argument != "--dry-run"]
     platform = choose_platform(overrides)
     if platform not in ("cpu", "gpu"):
@@ -41,9 +42,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("verl.plugin.platform.platform_manager").addFilter(lambda r: r.levelno > logging.INFO)
     if platform == "cpu":
         os.environ.update(CPU_ENVIRONMENT)
-    # These import verl, which looks at the environment.
     from iapo.launch.compose import checked_config
-    from iapo.launch.run import run
 
     try:
         config = checked_config([f"platform={platform}", *overrides], files=not dry_run)
@@ -52,6 +51,8 @@ def main(arguments: list[str]) -> int:
 
             print(OmegaConf.to_yaml(config))
             return 0
+        from iapo.launch.run import run  # imports verl's trainer, which needs the platform that was checked
+
         status = run(config)
     except ConfigError as error:
         return refuse(str(error))

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from iapo.advantage import (
     advantage_shares,
     exploration,
+    grpo_advantage,
     iapo_advantage,
     informativeness,
     masked_zscore,
@@ -252,3 +254,20 @@ def test_advantage_shares_by_hand():
 def test_config_errors_name_field_value_and_fix(change, message):
     with pytest.raises(ValueError, match=message):
         IapoConfig.from_mapping(change)
+
+
+@given(
+    groups=st.lists(st.integers(0, 4), min_size=1, max_size=20),
+    seed=st.integers(0, 10**6),
+    by_std=st.booleans(),
+)
+def test_grpo_is_verls_bit_for_bit(groups, seed, by_std):
+    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.rand(len(groups), generator=generator) * 3 - 1.5
+    mask = (torch.arange(4) < torch.randint(0, 5, (len(groups), 1), generator=generator)).long()
+    rewards_BT = torch.cat([rewards[:, None], torch.zeros(len(groups), 3)], 1)
+    expected, _ = core_algos.compute_grpo_outcome_advantage(
+        rewards_BT, mask, np.array(groups), norm_adv_by_std_in_grpo=by_std
+    )
+    assert torch.equal(grpo_advantage(rewards, mask, torch.tensor(groups), by_std), expected)

@@ -10,6 +10,7 @@ from tensordict import TensorDict
 
 from iapo.config import IapoConfig
 from iapo.methods.gfpo import Gfpo
+from iapo.step import StepInputs
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_zero_weights_equal_grpo_bit_for_bit(verl_v1, by_std):
     for name in ("grpo", "iapo"):
         data, keys = batch(DataProto)
         data.batch["response_mask"][1] = 0  # no padding: verl's rejection sampling took all its tokens
-        with estimator.bind(estimator.AdvantageInputs(IapoConfig())):
+        with estimator.bind(StepInputs(IapoConfig())):
             result = compute(data, keys, name, norm_adv_by_std_in_grpo=by_std, config=config)
         results.append(result.batch)
     assert results[0]["advantages"].abs().sum() > 0
@@ -62,7 +63,7 @@ def test_the_outcome_by_hand(verl_v1, by_std, scale):
     rewards = torch.tensor([[0.0, 1.5], [-0.5, 0.0], [0.5, 0.0]])
     mask = torch.tensor([[1, 1], [1, 0], [1, 0]])
     config = OmegaConf.create({"norm_adv_by_std_in_grpo": by_std})
-    with estimator.bind(estimator.AdvantageInputs(IapoConfig())):
+    with estimator.bind(StepInputs(IapoConfig())):
         advantages, _ = estimator.compute_iapo_advantage(rewards, mask, ["a", "a", "alone"], config)
     # 1 above and below their mean; one alone keeps its reward, in verl, which happens where other rollouts failed.
     expected = torch.tensor([[1 / scale, 1 / scale], [-1 / scale, 0], [0.5, 0]])
@@ -74,20 +75,20 @@ def test_terms_reach_the_advantage_and_padding_rows_get_none(verl_v1):
     data, keys = batch(DataProto)
     mask = data.batch["response_mask"]
     B, T = mask.shape
-    inputs = estimator.AdvantageInputs(
+    inputs = StepInputs(
         IapoConfig(alpha=0.3, rho=0.1),
         exit_entropy=torch.rand(B, T + 1, generator=torch.Generator().manual_seed(1)),
         region_mask=torch.ones(B, T),  # wider than the response: the estimator cuts it
         correct=torch.ones(B),
     )
-    with estimator.bind(inputs):
+    with estimator.bind(inputs) as carrier:
         advantages = compute(data, keys, "iapo", config=OmegaConf.create({})).batch["advantages"]
-    assert list(inputs.terms) == ["outcome", "informativeness", "information_rate"]
-    torch.testing.assert_close(advantages, sum(inputs.terms.values()))
+    assert list(carrier.result.terms) == ["outcome", "informativeness", "information_rate"]
+    torch.testing.assert_close(advantages, sum(carrier.result.terms.values()))
     assert (advantages[mask == 0] == 0).all()
     # Zero-sum over each completion's tokens, and over each group's completions.
-    torch.testing.assert_close(inputs.terms["informativeness"].sum(1), torch.zeros(B), atol=1e-5, rtol=0)
-    rate_B = inputs.terms["information_rate"][:, 0]
+    torch.testing.assert_close(carrier.result.terms["informativeness"].sum(1), torch.zeros(B), atol=1e-5, rtol=0)
+    rate_B = carrier.result.terms["information_rate"][:, 0]
     for uid in set(keys_uid := [key.split("_")[0] for key in keys]):
         rows = [i for i, other in enumerate(keys_uid) if other == uid]
         assert rate_B[rows].sum().abs() < 1e-6
@@ -105,17 +106,17 @@ def test_methods_see_no_padding_and_what_they_drop_leaves_the_loss(verl_v1):
     DataProto, compute, estimator = verl_v1
     data, keys = batch(DataProto)
     mask = data.batch["response_mask"]
-    inputs = estimator.AdvantageInputs(IapoConfig(), {"gfpo": Gfpo(k=2)}, correct=torch.ones(len(mask)) > 0)
-    with estimator.bind(inputs):
+    inputs = StepInputs(IapoConfig(), {"gfpo": Gfpo(k=2)}, correct=torch.ones(len(mask)) > 0)
+    with estimator.bind(inputs) as carrier:
         advantages = compute(data, keys, "iapo", config=OmegaConf.create({})).batch["advantages"]
     lengths = mask.sum(1)
     kept = set()
     for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]):
         kept |= set(sorted(rows, key=lambda i: lengths[i])[:2])
-    assert set(inputs.loss_mask.any(1).nonzero().flatten().tolist()) == kept
-    assert torch.equal(inputs.loss_mask, mask * inputs.loss_mask.any(1, keepdim=True))
-    assert not advantages[inputs.loss_mask == 0].any() and advantages.any()
-    torch.testing.assert_close(inputs.terms["outcome"], advantages)
+    assert set(carrier.result.loss_mask.any(1).nonzero().flatten().tolist()) == kept
+    assert torch.equal(carrier.result.loss_mask, mask * carrier.result.loss_mask.any(1, keepdim=True))
+    assert not advantages[carrier.result.loss_mask == 0].any() and advantages.any()
+    torch.testing.assert_close(carrier.result.terms["outcome"], advantages)
 
 
 @given(seed=st.integers(0, 10**6), k=st.integers(2, 4))
@@ -127,13 +128,13 @@ def test_the_information_rate_compares_the_kept_completions_alone(verl_v1, seed,
     exit_entropy = torch.rand(len(mask), mask.shape[1] + 1, generator=generator)
     correct = torch.rand(len(mask), generator=generator) > 0.3
     config = IapoConfig(rho=0.7)
-    inputs = estimator.AdvantageInputs(config, {"gfpo": Gfpo(k=k)}, exit_entropy=exit_entropy, correct=correct)
-    with estimator.bind(inputs):
+    inputs = StepInputs(config, {"gfpo": Gfpo(k=k)}, exit_entropy=exit_entropy, correct=correct)
+    with estimator.bind(inputs) as carrier:
         advantages = compute(data, keys, "iapo", config=OmegaConf.create({})).batch["advantages"]
-    rows = inputs.loss_mask.any(1)
+    rows = carrier.result.loss_mask.any(1)
     assert [rows[uids == uid].sum() for uid in ("u0", "u1", "u2", "pad")] == [k, k, min(k, 3), 0]
     kept = DataProto(batch=data.batch[rows], non_tensor_batch={"uid": uids[rows.numpy()]})
-    alone = estimator.AdvantageInputs(config, exit_entropy=exit_entropy[rows], correct=correct[rows])
+    alone = StepInputs(config, exit_entropy=exit_entropy[rows], correct=correct[rows])
     with estimator.bind(alone):
         expected = compute(
             kept, [key for key, row in zip(keys, rows, strict=True) if row], "iapo", config=OmegaConf.create({})

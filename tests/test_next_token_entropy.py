@@ -1,5 +1,6 @@
 """iapo.score=next_token_entropy, the paper's ablation: gains from the entropies that verl computes anyway."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from iapo.advantage import iapo_advantage
 from iapo.config import IapoConfig
 from iapo.information import information_gain, next_token_entropies
 from iapo.metrics.training import information_metrics
-from iapo.verl_adapter.estimator import AdvantageInputs
+from iapo.step import StepAdvantage, StepInputs
 from iapo.verl_adapter.trainer import IapoTrainer
 
 NE = IapoConfig(alpha=0.5, score="next_token_entropy")
@@ -65,7 +66,7 @@ LETTERS = {1: "a", 2: "b", 3: "</think>", 4: "c", 5: "<eos>"}
 
 
 @pytest.mark.parametrize("region,lengths", [("reasoning", [2, 3, 0]), ("response", [4, 3, 0])])
-def test_the_trainer_takes_them_from_verl_without_a_pass(monkeypatch, region, lengths):
+def test_the_trainer_takes_them_from_verl_without_a_pass(region, lengths):
     rows = {
         "responses": jagged([[1, 2, 3, 4, 5], [1, 2, 1], [1, 1]]),  # ended, cut, verl's padding
         "response_mask": jagged([[1, 1, 1, 1, 1], [1, 1, 1], [0, 0]]),
@@ -77,27 +78,25 @@ def test_the_trainer_takes_them_from_verl_without_a_pass(monkeypatch, region, le
     trainer.tokenizer = SimpleNamespace(
         eos_token_id=5, decode=lambda ids, **_: "".join(LETTERS[int(token)] for token in ids)
     )
-    fetched = []
-    monkeypatch.setattr(trainer, "_fetch", lambda _, fields: fetched.extend(fields) or {f: rows[f] for f in fields})
-    inputs = trainer._advantage_inputs(SimpleNamespace(keys=["a", "b", "c"], partition_id="train"))
-    assert sorted(fetched) == ["entropy", "response_mask", "responses"]
-    assert inputs.region_mask.sum(1).tolist() == lengths and inputs.probe_tokens == 0
+    assert trainer._advantage_fields == ["entropy", "response_mask", "responses"]
+    inputs = trainer._step_inputs(rows)
+    assert inputs.region_mask.sum(1).tolist() == lengths
     expected = [[2.0, 0.5, 1.0, 0.2, 0.1, 0.1], [0.3, 0.2, 0.1, 0.1, 0.1, 0.1], [7.0] * 6]
     torch.testing.assert_close(inputs.exit_entropy, torch.tensor(expected))
 
 
 def test_metrics_have_gains_but_no_exit_entropies():
     mask = torch.tensor([[1, 1, 1]])
-    inputs = AdvantageInputs(NE, exit_entropy=torch.tensor([[2.0, 0.5, 1.0, 1.0]]), region_mask=mask)
-    inputs.terms = {"outcome": torch.ones(1, 3)}
-    metrics = information_metrics(inputs, mask, seconds=None)
+    inputs = StepInputs(NE, exit_entropy=torch.tensor([[2.0, 0.5, 1.0, 1.0]]), region_mask=mask)
+    result = StepAdvantage(torch.ones(1, 3), mask, {"outcome": torch.ones(1, 3)})
+    metrics = information_metrics(inputs, result, mask)
     assert metrics == {
         "iapo/advantage_share/outcome": 1.0,
         "iapo/information_gain/mean": pytest.approx(1 / 3),
         "iapo/information_gain/std": pytest.approx((2.5 / 3 - 1 / 9) ** 0.5),
     }
-    inputs.config = IapoConfig(alpha=0.5)
-    assert information_metrics(inputs, mask, seconds=None)["iapo/exit_entropy/start"] == 2.0
+    inputs = replace(inputs, config=IapoConfig(alpha=0.5))
+    assert information_metrics(inputs, result, mask)["iapo/exit_entropy/start"] == 2.0
 
 
 def test_no_probe_pass_is_needed():

@@ -6,10 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from iapo.config import IapoConfig
-from iapo.verl_adapter.trainer import MAX_REFILLS, NO_COMPLETION, IapoTrainer, pad_with_last
+from iapo.verl_adapter.replay_buffer import NO_COMPLETION, IapoReplayBuffer, NoCompletion
+from iapo.verl_adapter.trainer import MAX_REFILLS, IapoTrainer, order_rows, pad_with_last
 
 
 def test_dynamic_sampling_that_finds_no_mixed_group_stops_with_the_reason(monkeypatch):
@@ -25,6 +28,22 @@ def test_dynamic_sampling_that_finds_no_mixed_group_stops_with_the_reason(monkey
     assert sum(drawn) == MAX_REFILLS * 4  # the refused ones were not drawn
 
 
+def make_buffer(on_batch, poll_interval=None):
+    verls = ReplayBuffer(
+        "sync", {}, None, "drop", {}, refill_fn=lambda n: n, filter_groups_metric="acc", train_batch_size=4
+    )
+    return verls, IapoReplayBuffer(verls, on_batch, poll_interval)
+
+
+def test_the_buffer_is_verls_with_its_arguments():
+    verls, ours = make_buffer(print, poll_interval=0.1)
+    own = {"poll_interval", "on_batch"}
+    assert {k: v for k, v in vars(ours).items() if k not in own} == {
+        k: v for k, v in vars(verls).items() if k not in own
+    }
+    assert (verls.poll_interval, ours.poll_interval, make_buffer(print)[1].poll_interval) == (2.0, 0.1, 2.0)
+
+
 @pytest.mark.parametrize(
     "verls,ours",
     [
@@ -33,16 +52,24 @@ def test_dynamic_sampling_that_finds_no_mixed_group_stops_with_the_reason(monkey
     ],
 )
 def test_a_step_whose_rollouts_all_failed_stops_with_the_reason(monkeypatch, verls, ours):
-    def sample(**_):
+    def sample(self, **_):
         raise RuntimeError(verls)
 
-    buffer = SimpleNamespace(sample=sample, poll_interval=1)
-    monkeypatch.setattr(PPOTrainerSync, "_build_replay_buffer", lambda self: buffer)
-    trainer = object.__new__(IapoTrainer)
-    trainer.config = OmegaConf.create({"trainer": {"v1": {"sampler": {"sampler_kwargs": {}}}}})
-    trainer.global_steps = 7
+    monkeypatch.setattr(ReplayBuffer, "sample", sample)
+    buffer = make_buffer(lambda *_: pytest.fail("there is no batch"))[1]
     with pytest.raises(RuntimeError, match=ours):
-        trainer._build_replay_buffer().sample(global_steps=7, partition_id="train", batch_size=4)
+        buffer.sample(global_steps=7, partition_id="train", batch_size=4)
+
+
+def test_every_batch_is_shown_and_an_empty_one_stops_the_run(monkeypatch):
+    batches = [KVBatchMeta(keys=["a_0_0"], tags=[{}], partition_id="train"), KVBatchMeta(keys=[], tags=[])]
+    monkeypatch.setattr(ReplayBuffer, "sample", lambda self, **_: (batches.pop(0), {"x": 1}))
+    shown = []
+    buffer = make_buffer(lambda *arguments: shown.append(arguments))[1]
+    batch, metrics = buffer.sample(global_steps=7, partition_id="train", batch_size=4)
+    assert shown == [(batch, {"x": 1}, 4)]
+    with pytest.raises(NoCompletion, match="none of the 4 prompts of step 8"):
+        buffer.sample(global_steps=8, partition_id="val", batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +84,6 @@ def test_exit_entropies_come_with_old_log_probs_if_verl_computes_any(monkeypatch
         return batch
 
     monkeypatch.setattr(PPOTrainerSync, "_compute_old_log_prob", compute_old_log_prob)
-    seconds = {"exit_entropy_seconds": torch.tensor([0.5, 2.0])}  # of two ranks, side by side
-    monkeypatch.setattr(IapoTrainer, "_fetch", staticmethod(lambda batch, fields: {f: seconds[f] for f in fields}))
     trainer = object.__new__(IapoTrainer)
     correction = {} if bypass is None else {"rollout_correction": {"bypass_mode": bypass}}
     trainer.config = OmegaConf.create({"algorithm": {"adv_estimator": "iapo", **correction}})
@@ -67,7 +92,6 @@ def test_exit_entropies_come_with_old_log_probs_if_verl_computes_any(monkeypatch
     assert trainer._compute_old_log_prob(batch, {}) is batch
     assert requests == ([{"iapo": asdict(trainer.iapo)}] if shares else [{}])
     assert batch.extra_info == {}  # reference log-probs may be the same worker's
-    assert trainer.timing_raw == ({"exit_entropy": 2.0} if shares else {})
     trainer.iapo = IapoConfig(share_log_prob_forward=False, **weights)
     assert not trainer._shares_forward
 
@@ -75,3 +99,11 @@ def test_exit_entropies_come_with_old_log_probs_if_verl_computes_any(monkeypatch
 def test_jagged_rows_go_on_with_their_last_value():
     rows = torch.nested.as_nested_tensor([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], layout=torch.jagged)
     assert pad_with_last(rows).tolist() == [[3.0, 1.0], [2.0, 2.0]]
+
+
+def test_rows_are_ordered_by_prompt_and_rollout():
+    keys = ["u_1_0", "v_0_0", "u_0_0", "w_10_0", "w_9_0"]
+    batch = KVBatchMeta(keys=keys, tags=[{"n": n} for n in range(5)], partition_id="train")
+    order_rows(batch, ["7", "3", "7", "5", "5"])
+    assert batch.keys == ["v_0_0", "w_9_0", "w_10_0", "u_0_0", "u_1_0"]
+    assert [tag["n"] for tag in batch.tags] == [1, 4, 3, 2, 0]

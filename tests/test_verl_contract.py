@@ -67,7 +67,7 @@ def test_replay_buffer_sample():
 def test_a_step_without_any_completion_raises_what_the_trainer_looks_for():
     from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-    from iapo.verl_adapter.trainer import NO_COMPLETION
+    from iapo.verl_adapter.replay_buffer import NO_COMPLETION
 
     assert NO_COMPLETION in inspect.getsource(inspect.unwrap(ReplayBuffer.sample))
 

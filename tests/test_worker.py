@@ -48,15 +48,27 @@ class Tokenizer:
         return "".join(self.letters.get(int(i), "x") for i in ids)
 
 
-def make_worker(model, **engine):
+def make_worker(model):
+    """`IapoWorker` over an engine that is verl's but for its set-up."""
+    from iapo.verl_adapter.engine import IapoEngine
     from iapo.verl_adapter.worker import IapoWorker
 
+    class Engine(IapoEngine):
+        _autocast_dtype = torch.float32
+
+        def __init__(self):
+            generation_config = SimpleNamespace(eos_token_id=[EOS, OTHER_EOS])
+            self.module = model
+            self.model_config = SimpleNamespace(tokenizer=Tokenizer(), generation_config=generation_config)
+
+        def eval_mode(self):
+            return nullcontext()
+
+        def get_data_parallel_group(self):
+            return torch.distributed.group.WORLD
+
     worker = object.__new__(IapoWorker)
-    generation_config = SimpleNamespace(eos_token_id=[EOS, OTHER_EOS])
-    worker.actor = SimpleNamespace(
-        model_config=SimpleNamespace(tokenizer=Tokenizer(), generation_config=generation_config),
-        engine=SimpleNamespace(module=model, **engine),
-    )
+    worker.actor = SimpleNamespace(engine=Engine())
     return worker
 
 
@@ -123,7 +135,7 @@ def run_rank(rank, folder):
     import torch.distributed as dist
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    from iapo.verl_adapter.worker import OUTPUT_FIELDS
+    from iapo.verl_adapter.engine import OUTPUT_FIELDS
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     forwards = []
@@ -132,14 +144,9 @@ def run_rank(rank, folder):
         assert isinstance(model.get_output_embeddings(), (FSDPModule, FullyShardedDataParallel)) == own_unit
         # Like flash attention it takes no 4-D mask of ours and must be switched for the pass.
         model.set_attn_implementation("flex_attention")
-        worker = make_worker(
-            model,
-            eval_mode=nullcontext,
-            get_data_parallel_group=lambda: dist.group.WORLD,
-            _autocast_dtype=torch.float32,
-        )
+        worker = make_worker(model)
         model.register_forward_pre_hook(lambda _, __, kw: forwards.append(kw["input_ids"].numel()), with_kwargs=True)
-        worker._work(make_data(make_rows("some padding", rank)))  # compares with plain forwards, once
+        worker.compute_exit_entropy(make_data(make_rows("some padding", rank)))  # compares with plain forwards, once
         assert len(forwards) > 10
         for batch in ROWS:
             forwards.clear()
@@ -186,17 +193,17 @@ def test_two_ranks_equal_the_naive_reference(results, wrapping, batch):
 
 
 def test_probes_stand_at_boundaries_and_score_the_completions_own_answer():
-    worker = make_worker(make_model("qwen2"))
+    engine = make_worker(make_model("qwen2")).actor.engine
     #         x  x  .  x  x  x  x  x  x  Z  p   q   1   2   e   EOS
     tokens = [1, 2, 15, 3, 4, 6, 7, 8, 9, Z, 5, 11, 12, 13, 14, EOS]
     response, mask = torch.tensor(tokens), torch.ones(len(tokens), dtype=torch.long)
     settings = dict(exit_marker="Z", probe="pq", answer_end="e", probe_at="boundaries", max_gap=4)
     config = IapoConfig(score="answer_logprob", **settings)
     prompt = torch.tensor([7])
-    row = worker._completion(prompt, response, mask, config)
+    row = engine.completion(prompt, response, mask, config)
     assert row.positions.tolist() == [0, 3, 6, 9]
     assert row.answer.tolist() == [12, 13]
     for score in ("first_token_entropy", "next_token_entropy"):  # the latter has the pass in validation only
-        assert worker._completion(prompt, response, mask, IapoConfig(score=score, **settings)).answer is None
-    truncated = worker._completion(prompt, response[:14], mask[:14], config)
+        assert engine.completion(prompt, response, mask, IapoConfig(score=score, **settings)).answer is None
+    truncated = engine.completion(prompt, response[:14], mask[:14], config)
     assert truncated.answer.tolist() == [] and truncated.positions.tolist() == [0, 3, 6, 9]

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from iapo.data import prepare
 from iapo.launch.checks import ConfigError, check, check_numbers, check_with_verl
-from iapo.launch.machine import CPU_ENVIRONMENT, check_machine, gpu_count
+from iapo.launch.machine import CPU_ENVIRONMENT, ENGINE_VENDOR, check_machine, gpu_count
 from iapo.launch.provenance import by_dotted_key
 
 PACKAGE = Path(__file__).parent.parent
@@ -63,7 +63,7 @@ def resolve(overrides: list[str]) -> DictConfig:
             data = Path(str(first)).parent.name if choices.data == "parquet" else choices.data
             config.trainer.experiment_name = config.trainer.experiment_name or f"{variant}-{model}-{data}"
             config.run_dir = os.path.abspath(config.run_dir or Path("runs") / config.trainer.experiment_name)
-            environment = {"TENSORBOARD_DIR": f"{config.run_dir}/tensorboard"}
+            environment = {"TENSORBOARD_DIR": f"{config.run_dir}/tensorboard", "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
             if config.trainer.device == "cpu":
                 environment |= CPU_ENVIRONMENT
             config.ray_kwargs.ray_init.runtime_env.env_vars = environment

@@ -4,20 +4,25 @@ import torch
 
 from iapo.advantage import advantage_shares
 from iapo.information import information_gain, information_rate
+from iapo.methods.base import Method
+from iapo.step import StepAdvantage, StepInputs
 
 
-def information_metrics(inputs, response_mask: torch.Tensor, seconds: float | None) -> dict:
+def information_metrics(
+    inputs: StepInputs, result: StepAdvantage, response_mask: torch.Tensor, probe_tokens: int = 0, seconds: float = 0.0
+) -> dict[str, float]:
     """Exit entropies, gains, rate and each term's share of the advantage, over completions with at least one token.
 
     Of next-token entropies only the gains: verl has their mean, and there is no rate.
 
     Args:
-        inputs: `AdvantageInputs` after the estimator ran.
         response_mask: (B, T); rows of zeros are verl's padding.
-        seconds: wall time of the exit-entropy pass; None without one.
+        probe_tokens: that the exit-entropy pass pushed through the model, trajectories not counted.
+        seconds: wall time of that pass; 0 without one.
     """
-    metrics = {f"iapo/advantage_share/{k}": v for k, v in advantage_shares(inputs.terms, response_mask).items()}
-    if inputs.exit_entropy is None:
+    shares = advantage_shares(result.terms, response_mask)
+    metrics = {f"iapo/advantage_share/{name}": share for name, share in shares.items()}
+    if inputs.exit_entropy is None or inputs.region_mask is None:
         return metrics
     real = response_mask.bool().any(1)
     h, region = inputs.exit_entropy[real], inputs.region_mask[real]
@@ -33,24 +38,23 @@ def information_metrics(inputs, response_mask: torch.Tensor, seconds: float | No
             "iapo/information_rate": information_rate(h, response_mask[real]).mean().item(),
         }
     if seconds:
-        metrics["iapo/probe_tokens_per_second"] = inputs.probe_tokens / seconds
+        metrics["iapo/probe_tokens_per_second"] = probe_tokens / seconds
     return metrics
 
 
-def method_metrics(methods: dict, inputs, response_mask: torch.Tensor) -> dict:
+def method_metrics(methods: dict[str, Method], result: StepAdvantage, response_mask: torch.Tensor) -> dict[str, float]:
     """What the methods did to the step, and the numbers that they learned; nothing without methods.
 
     Args:
         methods: by name.
-        inputs: `AdvantageInputs` after the estimator ran.
         response_mask: (B, T).
     """
     if not methods:
         return {}
     real = response_mask.bool().any(1)
     metrics = {
-        "iapo/method/completions_kept": inputs.loss_mask[real].bool().any(1).float().mean().item(),
-        "iapo/method/tokens_kept": inputs.loss_mask.sum().item() / response_mask.sum().item(),
+        "iapo/method/completions_kept": result.loss_mask[real].bool().any(1).float().mean().item(),
+        "iapo/method/tokens_kept": result.loss_mask.sum().item() / response_mask.sum().item(),
     }
     for name, method in methods.items():
         numbers = {k: v for k, v in method.state_dict().items() if isinstance(v, int | float)}

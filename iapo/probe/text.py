@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from iapo.config import IapoConfig
+
 # What a reasoning step ends with; after the last of them only white space may follow in the same token.
 STEP_ENDS = (".", "!", "?", ";", "。", "！", "？", "；")
 
@@ -50,3 +52,31 @@ def final_answer(text: str, probe: str, end: str) -> str:
     _, found, rest = text.rpartition(probe)
     answer, closed, _ = rest.partition(end)
     return answer if found and closed else ""
+
+
+def region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer, ends: set[int]) -> int:
+    """Response tokens that are probed: `iapo.probe.text`, never the token that ends the completion."""
+    length = int(mask.sum())
+    if length and int(response[length - 1]) in ends:
+        length -= 1
+    if config.region == "response" or length == 0:
+        return length
+    return min(length, reasoning_length(response.tolist(), lambda ids: decode(tokenizer, ids), config.exit_marker))
+
+
+def answer_ids(tokenizer, probe: str, answer: str) -> torch.Tensor:
+    """The tokens of `answer` as they stand behind the probe; some tokenizers write a text's first word otherwise."""
+    before, both = (tokenizer.encode(text, add_special_tokens=False) for text in (probe, probe + answer))
+    alone = both[: len(before)] == before
+    ids = both[len(before) :] if alone else tokenizer.encode(answer, add_special_tokens=False)
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def decode(tokenizer, ids) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def end_tokens(tokenizer, generation_config) -> set[int]:
+    """Every token that ends a completion: the tokenizer's and those of the generation config, one or a list."""
+    listed = getattr(generation_config, "eos_token_id", None)
+    return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}

@@ -20,19 +20,20 @@ from verl.utils.debug import marked_timer
 
 from iapo.config import IapoConfig
 from iapo.information import next_token_entropies
-from iapo.methods import load_states, make_methods, save_states
+from iapo.methods import acts_by, load_states, make_methods, save_states
 from iapo.metrics.console import ProgressConsole
 from iapo.metrics.file import MetricsFile
 from iapo.metrics.training import information_metrics, method_metrics, reward_metrics
-from iapo.verl_adapter.estimator import AdvantageInputs, bind
+from iapo.probe.text import region_length
+from iapo.step import StepAdvantage, StepInputs
+from iapo.verl_adapter.engine import INPUT_FIELDS, OUTPUT_FIELDS
+from iapo.verl_adapter.estimator import bind
+from iapo.verl_adapter.replay_buffer import IapoReplayBuffer
 from iapo.verl_adapter.reward_manager import eos_token_ids
-from iapo.verl_adapter.worker import INPUT_FIELDS, OUTPUT_FIELDS, IapoWorker, region_length
+from iapo.verl_adapter.worker import IapoWorker
 
 # Batches of prompts that dynamic sampling may draw for one step before the run is stopped.
 MAX_REFILLS = 100
-
-# What verl's replay buffer says when every rollout of a training step failed.
-NO_COMPLETION = "Sync replay buffer selected terminal groups with no materializable trajectories."
 
 
 @register_trainer("iapo")
@@ -44,8 +45,9 @@ class IapoTrainer(PPOTrainerSync):
             config.trainer.v1.trainer_mode = "sync"
         self.iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
         self.methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
-        self._loss_mask: torch.Tensor | None = None  # of the step at hand, (B, T); None: the response mask
+        self._result: StepAdvantage | None = None  # of the step at hand, from its advantage to its update
         self._refilled = 0  # prompts that dynamic sampling drew for the step at hand
+        self._resumed_step = 0  # last step of the checkpoint that this run resumes from
         super().__init__(config)
 
     # -- wiring -------------------------------------------------------------------------------------------------
@@ -56,29 +58,13 @@ class IapoTrainer(PPOTrainerSync):
             if self.mapping[role] == "global_pool" and "Actor" in role.name:
                 self.role_worker_mapping[role] = ray.remote(IapoWorker)
 
-    def _build_replay_buffer(self):
-        """verl's buffer, with every sampled batch checked, and measured if it is a validation batch."""
-        buffer = super()._build_replay_buffer()
-        sampler_kwargs = self.config.trainer.v1.sampler.sampler_kwargs
-        buffer.poll_interval = sampler_kwargs.get("poll_interval", buffer.poll_interval)
-        sample = buffer.sample
+    def _build_replay_buffer(self) -> IapoReplayBuffer:
+        poll_interval = self.config.trainer.v1.sampler.sampler_kwargs.get("poll_interval")
+        return IapoReplayBuffer(super()._build_replay_buffer(), self._on_batch, poll_interval)
 
-        def checked_sample(*, global_steps, partition_id, batch_size):
-            self._refilled = 0
-            try:
-                batch, metrics = sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
-            except RuntimeError as error:
-                if NO_COMPLETION not in str(error):
-                    raise
-                raise self._no_completion(batch_size) from error
-            self._check_rollouts(batch, metrics, batch_size)
-            self._order_rows(batch)
-            if partition_id == "val" and self.iapo.validation_information:
-                self._record_validation_information(batch)
-            return batch, metrics
-
-        buffer.sample = checked_sample
-        return buffer
+    def on_sample_begin(self):
+        super().on_sample_begin()
+        self._refilled = 0
 
     def _add_prompts_to_generate(self, num_prompts: int) -> int:
         """verl's refill of groups that dynamic sampling dropped; it would go on for ever if none is ever mixed."""
@@ -91,18 +77,22 @@ class IapoTrainer(PPOTrainerSync):
             )
         return super()._add_prompts_to_generate(num_prompts)
 
-    @property
-    def logger(self):
-        return self._logger
+    def on_validate_begin(self):
+        super().on_validate_begin()
+        self._attach_loggers()
 
-    @logger.setter
-    def logger(self, tracking):
-        # verl's own file logger truncates its file, so a resumed run would lose its history; its console logger prints
-        # a hundred numbers a step.
-        tracking.logger["file"] = MetricsFile(Path(self.config.run_dir) / "metrics.jsonl", self.global_steps)
-        if "console" in tracking.logger:
-            tracking.logger["console"] = ProgressConsole(self.total_training_steps)
-        self._logger = tracking
+    def on_train_begin(self):
+        super().on_train_begin()
+        self._attach_loggers()
+
+    def _attach_loggers(self) -> None:
+        """Before anything is logged: verl's own file logger truncates its file, so a resumed run would lose its
+        history, and its console logger prints a hundred numbers a step."""
+        if isinstance(self.logger.logger.get("file"), MetricsFile):
+            return
+        self.logger.logger["file"] = MetricsFile(Path(self.config.run_dir) / "metrics.jsonl", self._resumed_step)
+        if "console" in self.logger.logger:
+            self.logger.logger["console"] = ProgressConsole(self.total_training_steps)
 
     # -- the step -----------------------------------------------------------------------------------------------
 
@@ -112,14 +102,31 @@ class IapoTrainer(PPOTrainerSync):
         bypass = OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode")
         return self.iapo.share_log_prob_forward and self.iapo.needs_exit_entropy and not bypass
 
+    def _on_batch(self, batch: KVBatchMeta, metrics: dict, prompts: int) -> None:
+        """Every sampled batch, for training or validation, in order and checked."""
+        fields = ["index", "extra_fields"]
+        training = batch.partition_id == "train"
+        data = self._fetch(batch, fields)
+        infos = reward_infos(data)
+        errors = [info["reward_error"] for info in infos if info.get("reward_error")]
+        if errors:
+            raise RuntimeError(
+                f"reward: the reward function raised on {len(errors)} of {len(batch)} completions of step "
+                f"{self.global_steps}, first: {errors[0]}. Fix the function; its traceback is in the log above."
+            )
+        if training:
+            expected = prompts * self.config.actor_rollout_ref.rollout.n
+            metrics["iapo/rollout_failures"] = expected - len(batch)
+        order_rows(batch, data["index"])
+        if not training and self.iapo.validation_information:
+            self._record_validation_information(batch)
+
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if not self._shares_forward:
             return super()._compute_old_log_prob(batch, metrics)
         batch.extra_info["iapo"] = asdict(self.iapo)
         result = super()._compute_old_log_prob(batch, metrics)
         result.extra_info.pop("iapo", None)  # reference log-probs may be computed by the same worker
-        seconds = self._fetch(result, ["exit_entropy_seconds"])["exit_entropy_seconds"].max().item()
-        self.timing_raw["exit_entropy"] = self.timing_raw.get("exit_entropy", 0.0) + seconds
         return result
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -133,20 +140,27 @@ class IapoTrainer(PPOTrainerSync):
         if self.iapo.needs_exit_entropy and not self._shares_forward:
             with marked_timer("exit_entropy", self.timing_raw, color="purple"):
                 self._run_exit_entropy(batch)
-        with bind(self._advantage_inputs(batch)) as inputs:
+        data = self._fetch(batch, self._advantage_fields)
+        if "exit_entropy_seconds" in data:
+            seconds = data["exit_entropy_seconds"].max().item()
+            self.timing_raw["exit_entropy"] = self.timing_raw.get("exit_entropy", 0.0) + seconds
+        inputs = self._step_inputs(data)
+        with bind(inputs) as carrier:
             batch = super()._compute_advantage(batch, metrics)
-        response_mask = self._fetch(batch, ["response_mask"])["response_mask"].to_padded_tensor(0)
-        metrics.update(information_metrics(inputs, response_mask, self.timing_raw.get("exit_entropy")))
-        metrics.update(method_metrics(self.methods, inputs, response_mask))
-        self._loss_mask = None if torch.equal(inputs.loss_mask, response_mask) else inputs.loss_mask
+        self._result = carrier.result
+        response_mask = data["response_mask"].to_padded_tensor(0)
+        probe_tokens = int(data["probe_tokens"].values().sum()) if "probe_tokens" in data else 0
+        seconds = self.timing_raw.get("exit_entropy", 0.0)
+        metrics.update(information_metrics(inputs, self._result, response_mask, probe_tokens, seconds))
+        metrics.update(method_metrics(self.methods, self._result, response_mask))
         return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's, with the loss over the tokens that the methods leave; its metrics still count all of them."""
-        if self._loss_mask is None:
+        if not any({"keep_completions", "loss_mask"} & set(acts_by(method)) for method in self.methods.values()):
             return super()._update_actor(batch, metrics)
         before = self._fetch(batch, ["response_mask", "loss_mask"])
-        rows = zip(self._loss_mask, before["response_mask"].unbind(), strict=True)
+        rows = zip(self._result.loss_mask, before["response_mask"].unbind(), strict=True)
         mask = torch.nested.as_nested_tensor([new[: len(old)].to(old.dtype) for new, old in rows], layout=torch.jagged)
         self._put(batch, response_mask=mask, loss_mask=mask)
         batch = super()._update_actor(batch, metrics)
@@ -164,6 +178,7 @@ class IapoTrainer(PPOTrainerSync):
 
     def _load_checkpoint(self):
         result = super()._load_checkpoint()
+        self._resumed_step = self.global_steps
         if self.global_steps and self.methods:
             mode = self.config.trainer.resume_mode
             folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
@@ -174,7 +189,8 @@ class IapoTrainer(PPOTrainerSync):
     def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         real = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
-        metrics.update(reward_metrics(self._reward_infos(real, batch.partition_id)))
+        rows = KVBatchMeta(keys=real, tags=[{}] * len(real), partition_id=batch.partition_id)
+        metrics.update(reward_metrics(reward_infos(self._fetch(rows, ["extra_fields"]))))
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -189,34 +205,39 @@ class IapoTrainer(PPOTrainerSync):
         )
         self.actor_rollout_wg.compute_exit_entropy(request)
 
-    def _advantage_inputs(self, batch: KVBatchMeta) -> AdvantageInputs:
-        inputs = AdvantageInputs(self.iapo, self.methods, self.global_steps)
+    @cached_property
+    def _advantage_fields(self) -> list[str]:
+        """What the advantage stage reads from TransferQueue, besides what verl's own part of it does."""
         needs = {name for method in self.methods.values() for name in method.needs}
+        fields = {"response_mask"}
         if self.iapo.needs_exit_entropy:
-            data = self._fetch(batch, OUTPUT_FIELDS)
-            inputs.exit_entropy = pad_with_last(data["exit_entropy"])
-            inputs.region_mask = data["region_mask"].to_padded_tensor(0)
-            inputs.probe_tokens = int(data["probe_tokens"].sum())
+            fields |= {*OUTPUT_FIELDS, *(["exit_entropy_seconds"] if self._shares_forward else [])}
         if self.iapo.needs_next_token_entropy:
-            inputs.exit_entropy, inputs.region_mask = self._next_token_entropies(batch)
+            fields |= {"responses", "entropy"}
         if self.iapo.beta > 0:
-            inputs.old_log_probs = self._fetch(batch, ["old_log_probs"])["old_log_probs"].to_padded_tensor(0.0)
-        for name, field in (("tokens", "responses"), ("entropy", "entropy")):
-            if name in needs:
-                setattr(inputs, name, self._fetch(batch, [field])[field].to_padded_tensor(0))
-        infos = self._reward_infos(batch.keys, batch.partition_id) if needs or self.iapo.needs_correctness else []
+            fields.add("old_log_probs")
+        fields |= {field for name, field in (("tokens", "responses"), ("entropy", "entropy")) if name in needs}
         if self.iapo.needs_correctness or "correct" in needs:
-            if any("acc" not in info for info in infos):
-                raise ValueError(
-                    "reward: the reward function returns no 'acc' (1 if the answer is right, else 0), which iapo.beta, "
-                    "iapo.rho, iapo.gate=correct and most methods need; return it or set them to 0, 0, 'all' and none."
-                )
-            inputs.correct = torch.tensor([float(info["acc"]) for info in infos]) > 0.5
-        return inputs
+            fields.add("extra_fields")
+        return sorted(fields)
 
-    def _next_token_entropies(self, batch: KVBatchMeta) -> tuple[torch.Tensor, torch.Tensor]:
+    def _step_inputs(self, data: TensorDict) -> StepInputs:
+        """From the fields that were fetched, which are those that something needs."""
+        fields: dict[str, torch.Tensor] = {}
+        if "exit_entropy" in data:
+            fields["exit_entropy"] = pad_with_last(data["exit_entropy"])
+            fields["region_mask"] = data["region_mask"].to_padded_tensor(0)
+        elif self.iapo.needs_next_token_entropy:
+            fields["exit_entropy"], fields["region_mask"] = self._next_token_entropies(data)
+        for name, field in (("tokens", "responses"), ("entropy", "entropy"), ("old_log_probs", "old_log_probs")):
+            if field in data:
+                fields[name] = data[field].to_padded_tensor(0)
+        if "extra_fields" in data:
+            fields["correct"] = correctness(reward_infos(data))
+        return StepInputs(self.iapo, self.methods, self.global_steps, **fields)
+
+    def _next_token_entropies(self, data: TensorDict) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T + 1) entropies of verl's old log-probs and (B, T) region, in place of the probe pass's."""
-        data = self._fetch(batch, ["responses", "response_mask", "entropy"])
         rows = zip(data["responses"].unbind(), data["response_mask"].unbind(), strict=True)
         lengths = [region_length(ids, mask, self.iapo, self.tokenizer, self._end_tokens) for ids, mask in rows]
         mask_BT = data["response_mask"].to_padded_tensor(0)
@@ -241,39 +262,6 @@ class IapoTrainer(PPOTrainerSync):
             extra_fields.append(NonTensorData(extra))
         self._put(batch, extra_fields=NonTensorStack(*extra_fields))
 
-    def _check_rollouts(self, batch: KVBatchMeta, metrics: dict, prompts: int) -> None:
-        """Stop with one clear line where verl would go on with missing rollouts or hide a raising reward."""
-        if len(batch) == 0:
-            raise self._no_completion(prompts)
-        errors = [
-            info["reward_error"]
-            for info in self._reward_infos(batch.keys, batch.partition_id)
-            if info.get("reward_error")
-        ]
-        if errors:
-            raise RuntimeError(
-                f"reward: the reward function raised on {len(errors)} of {len(batch)} completions of step "
-                f"{self.global_steps}, first: {errors[0]}. Fix the function; its traceback is in the log above."
-            )
-        if batch.partition_id == "train":
-            expected = prompts * self.config.actor_rollout_ref.rollout.n
-            metrics["iapo/rollout_failures"] = expected - len(batch)
-
-    def _no_completion(self, prompts: int) -> RuntimeError:
-        return RuntimeError(
-            f"rollout: none of the {prompts} prompts of step {self.global_steps} gave a completion; the first error is "
-            "in the log above, from AgentLoopWorkerTQ."
-        )
-
-    def _order_rows(self, batch: KVBatchMeta) -> None:
-        """By prompt and rollout number: the buffer's own order is that of random ids, which would change rounding."""
-        index = [str(getattr(i, "data", i)) for i in self._fetch(batch, ["index"])["index"]]
-        batch.reorder(sorted(range(len(batch)), key=lambda i: (index[i], int(batch.keys[i].split("_")[1]))))
-
-    def _reward_infos(self, keys: list[str], partition_id: str) -> list[dict]:
-        data = self._fetch(KVBatchMeta(keys=keys, tags=[{}] * len(keys), partition_id=partition_id), ["extra_fields"])
-        return [getattr(extra, "data", extra).get("reward_extra_info", {}) for extra in data["extra_fields"]]
-
     @staticmethod
     def _fetch(batch: KVBatchMeta, fields: list[str]) -> TensorDict:
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
@@ -293,3 +281,28 @@ def pad_with_last(nested: torch.Tensor) -> torch.Tensor:
     rows = nested.unbind()
     width = max(len(row) for row in rows)
     return torch.stack([torch.cat([row, row[-1].expand(width - len(row))]) for row in rows])
+
+
+def reward_infos(data: TensorDict) -> list[dict]:
+    """What the reward function returned for each row, from TransferQueue's `extra_fields`."""
+    return [getattr(extra, "data", extra).get("reward_extra_info", {}) for extra in data["extra_fields"]]
+
+
+def correctness(infos: list[dict]) -> torch.Tensor:
+    """(B,) bool, by the reward's `acc`: the correctness signal, not the sign of a shaped reward.
+
+    Raises:
+        ValueError: the reward function returns none.
+    """
+    if any("acc" not in info for info in infos):
+        raise ValueError(
+            "reward: the reward function returns no 'acc' (1 if the answer is right, else 0), which iapo.beta, "
+            "iapo.rho, iapo.gate=correct and most methods need; return it or set them to 0, 0, 'all' and none."
+        )
+    return torch.tensor([float(info["acc"]) for info in infos]) > 0.5
+
+
+def order_rows(batch: KVBatchMeta, index) -> None:
+    """By prompt and rollout number: the buffer's own order is that of random ids, which would change rounding."""
+    prompts = [str(getattr(i, "data", i)) for i in index]
+    batch.reorder(sorted(range(len(batch)), key=lambda i: (prompts[i], int(batch.keys[i].split("_")[1]))))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from iapo.config import IapoConfig
 from iapo.methods import Batch
-from iapo.verl_adapter.estimator import AdvantageInputs, bind, compute_iapo_advantage
+from iapo.step import StepInputs, step_advantage
 
 
 class Row(NamedTuple):
@@ -87,17 +87,8 @@ def grpo_naive(groups, rewards, by_std=True) -> list[float]:
 
 
 def step(method, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) advantages and loss mask that verl's estimator makes of a batch with this method."""
-    inputs = AdvantageInputs(
-        IapoConfig(),
-        {"method": method},
-        batch.step,
-        correct=batch.correct,
-        tokens=batch.tokens,
-        entropy=batch.entropy,
-    )
-    rewards_BT = torch.zeros(batch.response_mask.shape)
-    rewards_BT[:, 0] = batch.rewards
-    with bind(inputs):
-        advantages, _ = compute_iapo_advantage(rewards_BT, batch.response_mask, batch.group.tolist())
-    return advantages, inputs.loss_mask
+    """(B, T) advantages and loss mask of a batch with this method."""
+    needed = {"correct": batch.correct, "tokens": batch.tokens, "entropy": batch.entropy}
+    inputs = StepInputs(IapoConfig(), {"method": method}, batch.step, **needed)
+    result = step_advantage(batch.rewards, batch.response_mask, batch.group.tolist(), inputs)
+    return result.advantages, result.loss_mask

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 from verl.utils.config import omega_conf_to_dataclass
 
+from iapo.advantage import grpo_advantage
 from iapo.launch.compose import resolve
-from iapo.verl_adapter.estimator import grpo
 from tests.methods.batches import Row, grpo_naive, make_batch, row_lists
 
 LONGEST = 256
@@ -66,7 +66,8 @@ def verl_loss(name, batch, log_ratios_BT, *parts):
         global_batch_size=len(batch.rewards),
         loss_scale_factor=actor.loss_scale_factor,
     )
-    advantages = grpo(batch, config.algorithm.norm_adv_by_std_in_grpo)
+    by_std = config.algorithm.norm_adv_by_std_in_grpo
+    advantages = grpo_advantage(batch.rewards, batch.response_mask, batch.group, by_std)
     columns = (torch.zeros(log_ratios_BT.shape), log_ratios_BT, advantages, batch.response_mask)
     losses = (compute_policy_loss_vanilla(*(x[part] for x in columns), actor.loss_agg_mode, actor)[0] for part in parts)
     return sum(loss.item() for loss in losses)

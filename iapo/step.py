@@ -1,0 +1,117 @@
+"""One training step's advantages, from outcome rewards to what the loss is over. Pure torch, no verl.
+
+    rewards -> select -> completions that train -> outcome advantage + terms of `iapo.advantage` -> weigh -> result
+
+The methods of `iapo.methods` act by `select` and `weigh`, and one of them may have an outcome advantage of its own.
+`iapo.verl_adapter.estimator` carries the result to verl. Shape suffixes as in `iapo.information`.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from iapo.advantage import grpo_advantage, iapo_advantage
+from iapo.config import IapoConfig
+from iapo.methods.base import OPTIONAL, Batch, Method, acts_by, select, weigh
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What the terms and methods of a step read, beyond rewards, mask and groups. None where none of them needs it.
+
+    Attributes:
+        config: weights of the terms.
+        methods: by name.
+        step: of training, from 1.
+        divide_by_std: whether GRPO's advantage is divided by the standard deviation of its group (Dr. GRPO's isn't).
+        exit_entropy: (B, T + 1) in nats.
+        region_mask: (B, T) the tokens whose information was measured.
+        old_log_probs: (B, T) of the sampled tokens under the policy that sampled them.
+        correct: (B,) bool, the answer is right.
+        tokens: (B, T) response token ids.
+        entropy: (B, T) next-token entropies of the old policy, in nats.
+    """
+
+    config: IapoConfig
+    methods: dict[str, Method] = field(default_factory=dict)
+    step: int = 1
+    divide_by_std: bool = True
+    exit_entropy: torch.Tensor | None = None
+    region_mask: torch.Tensor | None = None
+    old_log_probs: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepAdvantage:
+    """The result of `step_advantage`.
+
+    Attributes:
+        advantages: (B, T), 0 outside of `loss_mask`.
+        loss_mask: (B, T) 1 on the tokens that the loss is over.
+        terms: (B, T) each weighted term by its name, before methods weigh or mask it.
+    """
+
+    advantages: torch.Tensor
+    loss_mask: torch.Tensor
+    terms: dict[str, torch.Tensor]
+
+
+def step_advantage(
+    rewards: torch.Tensor, response_mask: torch.Tensor, group: Sequence[Hashable], inputs: StepInputs
+) -> StepAdvantage:
+    """The advantages of a step's completions, the tokens that train, and the terms that the advantages are made of.
+
+    With all weights 0 and no methods this is GRPO, bit for bit verl's. Rows without a token are verl's padding. Methods
+    never see them, and their result is 0.
+
+    Args:
+        rewards: (B,) outcome rewards.
+        response_mask: (B, T).
+        group: B values, equal for the completions of one prompt.
+        inputs: what terms and methods need.
+
+    Raises:
+        ValueError: an input that a non-zero weight needs is missing.
+    """
+    methods = list(inputs.methods.values())
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(group))}
+    everything = Batch(
+        group=torch.tensor([numbers[name] for name in group]),
+        rewards=rewards,
+        response_mask=response_mask,
+        step=inputs.step,
+        **{name: getattr(inputs, name) for name in OPTIONAL},
+    )
+    real_B = response_mask.bool().any(1) if methods else torch.ones(len(rewards), dtype=torch.bool)
+    batch, kept = select(methods, everything.rows(real_B))
+    rows = real_B.nonzero().flatten()[kept]
+
+    def of_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x[rows]
+
+    own = next((method.outcome_advantage for method in methods if "outcome_advantage" in acts_by(method)), None)
+    outcome = (
+        own(batch) if own else grpo_advantage(batch.rewards, batch.response_mask, batch.group, inputs.divide_by_std)
+    )
+    advantages, terms = iapo_advantage(
+        outcome,
+        batch.response_mask,
+        inputs.config,
+        index=batch.group.tolist(),
+        exit_entropy=of_rows(inputs.exit_entropy),
+        region_mask=None if inputs.region_mask is None else of_rows(inputs.region_mask * response_mask),
+        old_log_probs=of_rows(inputs.old_log_probs),
+        correct=of_rows(inputs.correct),
+    )
+    advantages, loss_mask = weigh(methods, batch, advantages)
+
+    def in_place(x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(response_mask.shape).index_copy(0, rows, x)
+
+    return StepAdvantage(
+        in_place(advantages), in_place(loss_mask), {name: in_place(term) for name, term in terms.items()}
+    )
