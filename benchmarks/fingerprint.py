@@ -33,6 +33,7 @@ WITHOUT_EFFECT = (
     "actor_rollout_ref.rollout.trace",
     # What is said and kept. How long a run is and what it is evaluated on is the plan's.
     "trainer.logger",
+    "actor_rollout_ref.rollout.calculate_log_probs",
     "trainer.save_freq",
     "trainer.max_actor_ckpt_to_keep",
     "trainer.resume_mode",
@@ -46,6 +47,7 @@ WITHOUT_EFFECT = (
     "actor_rollout_ref.rollout.max_num_seqs",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.checkpoint_engine",
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend",
     "trainer.v1.sampler.sampler_kwargs.poll_interval",
     # Packing.
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",

@@ -33,6 +33,7 @@ PROMPTS, GROUP, MAX_COMPLETION = 16, 8, 128
 MARKERS = ("<think>", "</think>", "<answer>", "</answer>")
 PARTS = ("generate", "reference", "loss", "backward")
 INTERVAL_S = 20
+BUSY = 0.1  # cores that others use
 
 
 class TrlError(RuntimeError):
@@ -52,6 +53,7 @@ def run_trl(
     venv: Path | None = None,
     threads: int = 2,
     per_device: int = PROMPTS * GROUP,
+    passive: bool = False,
 ) -> dict:
     """What `train` returns, run in an environment that has TRL.
 
@@ -62,6 +64,8 @@ def run_trl(
         venv: where the environment is, or is made and kept; None means a temporary one.
         threads: of torch.
         per_device: completions per forward and backward of the loss.
+        passive: threads sleep while they wait for each other. That is a quarter slower. But by default they spin, and
+            then a step takes ten times as long and more where other processes want the cores.
 
     Raises:
         TrlError: the installation or the training failed.
@@ -75,9 +79,13 @@ def run_trl(
         command += ["--prompts", str(Path(prompts_file).resolve()), "--model", str(Path(model_dir).resolve())]
         command += ["--threads", str(threads), "--per-device", str(per_device)]
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        # Threads that spin while they wait make a step ten times as long where another process has one of the cores.
-        environment["OMP_WAIT_POLICY"] = "passive"
-        return parse_result(watched(command, f"timing {steps} steps of TRL", environment))
+        if passive:
+            environment["OMP_WAIT_POLICY"] = "passive"
+        result = parse_result(watched(command, f"timing {steps} steps of TRL", environment))
+    if (result["cores_busy_with_others"] or 0.0) > BUSY and not passive:
+        others = f"other processes kept {result['cores_busy_with_others']} cores busy"
+        print(f"trl_step: {others}, so TRL's times mean nothing; try again, or with --passive", file=sys.stderr)
+    return result
 
 
 def prepare(venv: Path) -> Path:
@@ -240,6 +248,7 @@ def settings(arguments: Mapping, model: str, threads: int, optimiser: str) -> di
         "dtype": a["model_init_kwargs"]["dtype"],
         "attention": a["model_init_kwargs"]["attn_implementation"],
         "threads": threads,
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "kl": a["beta"],
         "optimiser": {"name": optimiser, "schedule": a["lr_scheduler_type"], "warmup_steps": a["warmup_steps"], **adam},
         "loss_type": a["loss_type"],
@@ -352,6 +361,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="default: 6; the first one only warms up")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--per-device", type=int, default=PROMPTS * GROUP, help="completions per forward of the loss")
+    parser.add_argument("--passive", action="store_true", help="for a busy machine: waiting threads don't spin")
     parser.add_argument("--venv", type=Path, metavar="DIR", help="an environment to use again, made if it isn't there")
     parser.add_argument("--here", action="store_true", help="train in this Python, which has TRL")
     options = parser.parse_args(arguments)
@@ -372,7 +382,8 @@ def main(arguments: list[str] | None = None) -> None:
             result = train(options.steps, options.prompts, options.model, **common)
     else:
         try:
-            result = run_trl(options.steps, options.prompts, options.model, venv=options.venv, **common)
+            common |= {"venv": options.venv, "passive": options.passive}
+            result = run_trl(options.steps, options.prompts, options.model, **common)
         except TrlError as error:
             raise SystemExit(f"benchmarks.trl_step: {error}") from error
     print(json.dumps(result))

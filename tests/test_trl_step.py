@@ -136,16 +136,17 @@ def test_the_result_is_the_last_line():
             trl_step.parse_result(output)
 
 
-def test_an_environment_with_trl_is_used_again(tmp_path, prompts, monkeypatch):
+@pytest.mark.parametrize("passive", [False, True])
+def test_an_environment_with_trl_is_used_again(tmp_path, prompts, monkeypatch, capsys, passive):
     commands = []
 
     def fake(command, what, environment=None):
         commands.append((command, environment))
-        return json.dumps({"seconds": [2.0, 1.0]})
+        return json.dumps({"seconds": [2.0, 1.0], "cores_busy_with_others": 0.5})
 
     monkeypatch.setattr(trl_step, "watched", fake)
     monkeypatch.setattr(trl_step, "has_trl", lambda python: True)
-    assert trl_step.measure(2, prompts, venv=tmp_path, threads=3, per_device=64) == [2.0, 1.0]
+    assert trl_step.measure(2, prompts, venv=tmp_path, threads=3, per_device=64, passive=passive) == [2.0, 1.0]
     [(command, environment)] = commands
     assert command[:3] == [str(tmp_path / "bin" / "python"), "-I", trl_step.__file__]
     options = trl_step.parse_arguments(command[3:])
@@ -153,6 +154,8 @@ def test_an_environment_with_trl_is_used_again(tmp_path, prompts, monkeypatch):
     assert (options.steps, options.threads, options.per_device) == (2, 3, 64)
     assert (options.prompts, options.model) == (prompts, trl_step.TINY)
     assert environment["OMP_NUM_THREADS"] == "3"
+    assert environment.get("OMP_WAIT_POLICY") == ("passive" if passive else None)
+    assert ("other processes kept 0.5 cores busy" in capsys.readouterr().err) == (not passive)
 
 
 def test_torch_may_come_from_elsewhere_but_trl_must_come(tmp_path, monkeypatch):

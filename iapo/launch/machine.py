@@ -19,6 +19,7 @@ CPU_ENVIRONMENT = {
     "VERL_ENGINE_DEVICE": "cuda",  # verl's own switch: it has no engine for "cpu" and runs the one for "cuda"
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "OMP_NUM_THREADS": "1",
+    "GOMP_SPINCOUNT": "0",  # threads that wait leave their core to other processes
     "TOKENIZERS_PARALLELISM": "false",
     "TQ_NUM_THREADS": "1",
 }

@@ -1,4 +1,4 @@
-"""Rollouts that can be repeated: verl's single-turn agent loop with a seed per completion.
+"""Rollouts that can be repeated: verl's single-turn agent loop with a seed per completion, which comes back whole.
 
 vLLM draws from one generator in the order in which requests happen to arrive, so two runs with the same seed differ,
 and a resumed run can't continue the stream. A seed per request makes a completion depend on the policy only. It costs
@@ -21,7 +21,16 @@ class SeededSingleTurnAgentLoop(SingleTurnAgentLoop):
             kwargs["index"],
             kwargs["session_id"],
         )
-        return await super().run(sampling_params | {"seed": seed}, **kwargs)
+        return await super().run(sampling_params | {"seed": seed, **self._as_a_whole}, **kwargs)
+
+    @property
+    def _as_a_whole(self) -> dict:
+        """verl reads the last output only; vLLM's default is one after every token."""
+        if self.rollout_config.name != "vllm":
+            return {}
+        from vllm.sampling_params import RequestOutputKind
+
+        return {"output_kind": RequestOutputKind.FINAL_ONLY}
 
 
 def request_seed(*identity) -> int:

@@ -18,11 +18,25 @@ def requested() -> bool:
     return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
+def use_all_cores(ranks: int) -> None:
+    """Threads for the training in this process, by default one: generation waits while it trains.
+
+    Only sensible with GOMP_SPINCOUNT=0, which `iapo train` sets: else threads that wait for work keep the cores of
+    other processes busy, and a step takes several times as long.
+    """
+    if requested():
+        import torch
+
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // ranks, 1))
+
+
 def register() -> None:
     """Register the platform `cpu` and apply the work-arounds that it needs in this process."""
     import psutil
     import torch
     from verl.plugin.platform import PlatformBase, PlatformRegistry
+
+    import iapo.verl_adapter.packed_attention  # noqa: F401, for model.override_config.attn_implementation
 
     class CpuDeviceId(str):
         """verl uses a device id both as x.to(id) and inside f"{device_name}:{id}"."""

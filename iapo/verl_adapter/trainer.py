@@ -3,6 +3,8 @@
 With `iapo.share_log_prob_forward` the pass goes with the old log-probs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import ray
 import torch
 import transfer_queue as tq
-from omegaconf import OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
 from transfer_queue import KVBatchMeta
@@ -20,17 +22,24 @@ from verl.utils.debug import marked_timer
 
 from iapo.config import IapoConfig
 from iapo.information import next_token_entropies
-from iapo.methods import acts_by, load_states, make_methods, save_states
+from iapo.methods import Method, acts_by, load_states, make_methods, save_states
 from iapo.metrics.console import ProgressConsole
 from iapo.metrics.file import MetricsFile
 from iapo.metrics.training import information_metrics, method_metrics, reward_metrics
 from iapo.probe.text import region_length
 from iapo.step import StepAdvantage, StepInputs
-from iapo.verl_adapter.engine import INPUT_FIELDS, OUTPUT_FIELDS
+from iapo.verl_adapter.engine import INPUT_FIELDS, OUTPUT_FIELDS, jagged
 from iapo.verl_adapter.estimator import bind
 from iapo.verl_adapter.replay_buffer import IapoReplayBuffer
 from iapo.verl_adapter.reward_manager import eos_token_ids
 from iapo.verl_adapter.worker import IapoWorker
+
+# What verl's log-probs and its loss read, and the pass. verl leaves out those that aren't there.
+LOG_PROB_FIELDS = ["prompts", "responses", "response_mask", "loss_mask", "input_ids", "position_ids"]
+UPDATE_FIELDS = [
+    *LOG_PROB_FIELDS,
+    *("advantages", "old_log_probs", "ref_log_prob", "rollout_log_probs", "rollout_is_weights"),
+]
 
 # Batches of prompts that dynamic sampling may draw for one step before the run is stopped.
 MAX_REFILLS = 100
@@ -43,8 +52,12 @@ class IapoTrainer(PPOTrainerSync):
         # silently select the asynchronous behaviour.
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"
+        self.config = config
         self.iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
         self.methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
+        if self._skips_old_log_prob:  # entropies come with old log-probs otherwise
+            with open_dict(config):
+                config.actor_rollout_ref.actor.calculate_entropy = True
         self._result: StepAdvantage | None = None  # of the step at hand, from its advantage to its update
         self._refilled = 0  # prompts that dynamic sampling drew for the step at hand
         self._resumed_step = 0  # last step of the checkpoint that this run resumes from
@@ -121,13 +134,24 @@ class IapoTrainer(PPOTrainerSync):
         if not training and self.iapo.validation_information:
             self._record_validation_information(batch)
 
+    @cached_property
+    def _skips_old_log_prob(self) -> bool:
+        """Whether the update's own log-probs can stand in for old ones: see `needs_old_log_probs`."""
+        return not needs_old_log_probs(self.config, self.iapo, self.methods)
+
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        if not self._shares_forward:
-            return super()._compute_old_log_prob(batch, metrics)
-        batch.extra_info["iapo"] = asdict(self.iapo)
-        result = super()._compute_old_log_prob(batch, metrics)
+        if self._skips_old_log_prob:
+            return batch
+        if self._shares_forward:
+            batch.extra_info["iapo"] = asdict(self.iapo)
+        with self._reads(batch, LOG_PROB_FIELDS):
+            result = super()._compute_old_log_prob(batch, metrics)
         result.extra_info.pop("iapo", None)  # reference log-probs may be computed by the same worker
         return result
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._reads(batch, LOG_PROB_FIELDS):
+            return super()._compute_ref_log_prob(batch, metrics)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if any(key.rsplit("_", 1)[-1] != "0" for key in batch.keys):
@@ -157,15 +181,32 @@ class IapoTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's, with the loss over the tokens that the methods leave; its metrics still count all of them."""
-        if not any({"keep_completions", "loss_mask"} & set(acts_by(method)) for method in self.methods.values()):
-            return super()._update_actor(batch, metrics)
-        before = self._fetch(batch, ["response_mask", "loss_mask"])
-        rows = zip(self._result.loss_mask, before["response_mask"].unbind(), strict=True)
-        mask = torch.nested.as_nested_tensor([new[: len(old)].to(old.dtype) for new, old in rows], layout=torch.jagged)
-        self._put(batch, response_mask=mask, loss_mask=mask)
-        batch = super()._update_actor(batch, metrics)
-        self._put(batch, **before)
+        narrow = any({"keep_completions", "loss_mask"} & set(acts_by(method)) for method in self.methods.values())
+        if narrow:
+            before = self._fetch(batch, ["response_mask", "loss_mask"])
+            rows = zip(self._result.loss_mask, before["response_mask"].unbind(), strict=True)
+            mask = jagged([new[: len(old)].to(old.dtype) for new, old in rows])
+            self._put(batch, response_mask=mask, loss_mask=mask)
+        with self._reads(batch, UPDATE_FIELDS):
+            batch = super()._update_actor(batch, metrics)
+        if narrow:
+            self._put(batch, **before)
+        if self._skips_old_log_prob:
+            metrics["actor/entropy"] = metrics["actor/entropy_loss"]
         return batch
+
+    @contextmanager
+    def _reads(self, batch: KVBatchMeta, fields: list[str]) -> Iterator[None]:
+        """Let the workers fetch these fields only: the others, texts and dictionaries, cost more than the tensors.
+
+        Of models with other inputs than text, or with routes to replay, everything is fetched.
+        """
+        if self.processor is None and not self.config.actor_rollout_ref.rollout.enable_rollout_routing_replay:
+            batch.fields = fields
+        try:
+            yield
+        finally:
+            batch.fields = None
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -306,3 +347,24 @@ def order_rows(batch: KVBatchMeta, index) -> None:
     """By prompt and rollout number: the buffer's own order is that of random ids, which would change rounding."""
     prompts = [str(getattr(i, "data", i)) for i in index]
     batch.reorder(sorted(range(len(batch)), key=lambda i: (prompts[i], int(batch.keys[i].split("_")[1]))))
+
+
+def needs_old_log_probs(config: DictConfig, iapo: IapoConfig, methods: dict[str, Method]) -> bool:
+    """Whether a forward for old log-probs says more than the update's own forward of the same policy.
+
+    It doesn't where a batch makes one update, so that the old policy is the one that is updated and all ratios are 1,
+    and where nothing else reads its log-probs, entropies, keys or values: no term, no method, no probe, no penalty in
+    the reward, no comparison with the rollout's log-probs.
+    """
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    several_updates = actor.ppo_epochs > 1 or actor.ppo_mini_batch_size < config.data.train_batch_size
+    return (
+        several_updates
+        or iapo.beta > 0
+        or iapo.needs_exit_entropy
+        or iapo.needs_next_token_entropy
+        or any("entropy" in method.needs for method in methods.values())
+        or algorithm.use_kl_in_reward
+        or config.actor_rollout_ref.rollout.calculate_log_probs
+        or bool(OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode"))
+    )

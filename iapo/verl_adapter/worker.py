@@ -1,5 +1,8 @@
 """The Ray worker: verl's actor worker, with remote access to the exit-entropy pass of `iapo.verl_adapter.engine`."""
 
+from collections.abc import Callable
+from functools import partial
+
 import ray
 import torch
 from tensordict import TensorDict
@@ -7,8 +10,10 @@ from verl.single_controller.base.decorator import Dispatch, make_nd_compute_data
 from verl.utils.debug.performance import simple_timer
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker
+from verl.workers.utils.padding import response_from_nested
 
 import iapo.verl_adapter.engine  # noqa: F401, registers the engine
+from iapo.verl_adapter import cpu
 from iapo.verl_adapter.vllm_plugin import unique_job_id
 
 
@@ -16,6 +21,9 @@ class IapoWorker(ActorRolloutRefWorker):
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def init_model(self):
         super().init_model()
+        if self.actor is not None:
+            self.actor.set_loss_fn(partial(loss_of_own_policy, self.loss_fn))
+            cpu.use_all_cores(self.world_size)
         if handle := getattr(self.rollout, "zmq_handle", None):  # vLLM's
             job_id = ray.get_runtime_context().get_job_id()
             self.rollout.zmq_handle = handle.replace(job_id, unique_job_id(job_id))
@@ -60,3 +68,11 @@ class IapoWorker(ActorRolloutRefWorker):
             seconds = timing["exit_entropy"]
         output["exit_entropy_seconds"] = torch.full((len(data),), seconds)
         return output
+
+
+def loss_of_own_policy(loss_fn: Callable, model_output: dict, data: TensorDict, dp_group=None):
+    """verl's loss. Where no old log-probs came along, the old policy is the one at hand: every ratio is exactly 1."""
+    if "old_log_probs" not in data:
+        own = model_output["log_probs"].detach()
+        data["old_log_probs"] = response_from_nested(own, data["response_mask"])
+    return loss_fn(model_output=model_output, data=data, dp_group=dp_group)
