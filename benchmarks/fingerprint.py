@@ -44,6 +44,7 @@ WITHOUT_EFFECT = (
     "reward.num_workers",
     "data.dataloader_num_workers",
     "actor_rollout_ref.rollout.agent.num_workers",
+    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
     "actor_rollout_ref.rollout.max_num_seqs",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.checkpoint_engine",

@@ -1,18 +1,28 @@
 """What the trainer adds to verl's, without a cluster; the step itself is tested in test_end_to_end.py."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.tensordict_utils import assign_non_tensor
+from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import response_from_nested
 
 from iapo.config import IapoConfig
+from iapo.launch.compose import resolve
+from iapo.methods import make_methods
 from iapo.verl_adapter.replay_buffer import NO_COMPLETION, IapoReplayBuffer, NoCompletion
-from iapo.verl_adapter.trainer import MAX_REFILLS, IapoTrainer, order_rows, pad_with_last
+from iapo.verl_adapter.trainer import MAX_REFILLS, IapoTrainer, needs_old_log_probs, order_rows, pad_with_last
+from iapo.verl_adapter.worker import loss_of_own_policy
 
 
 def test_dynamic_sampling_that_finds_no_mixed_group_stops_with_the_reason(monkeypatch):
@@ -87,6 +97,8 @@ def test_exit_entropies_come_with_old_log_probs_if_verl_computes_any(monkeypatch
     trainer = object.__new__(IapoTrainer)
     correction = {} if bypass is None else {"rollout_correction": {"bypass_mode": bypass}}
     trainer.config = OmegaConf.create({"algorithm": {"adv_estimator": "iapo", **correction}})
+    trainer._skips_old_log_prob = False
+    monkeypatch.setattr(IapoTrainer, "_reads", lambda *_: nullcontext())
     trainer.iapo, trainer.timing_raw = IapoConfig(share_log_prob_forward=True, **weights), {}
     batch = SimpleNamespace(extra_info={})
     assert trainer._compute_old_log_prob(batch, {}) is batch
@@ -107,3 +119,64 @@ def test_rows_are_ordered_by_prompt_and_rollout():
     order_rows(batch, ["7", "3", "7", "5", "5"])
     assert batch.keys == ["v_0_0", "w_9_0", "w_10_0", "u_0_0", "u_1_0"]
     assert [tag["n"] for tag in batch.tags] == [1, 4, 3, 2, 0]
+
+
+@pytest.mark.parametrize(
+    "overrides,needed",
+    [
+        # One update by GRPO, and nothing else that reads them.
+        (["variant=grpo"], False),
+        (["variant=dr_grpo"], False),
+        (["variant=length_penalty"], False),
+        (["variant=dapo"], False),
+        (["variant=iapo", "iapo.alpha=0", "iapo.beta=0"], False),
+        # Terms, methods and probes that do.
+        (["variant=iapo"], True),
+        (["variant=iapo_rate"], True),
+        (["variant=iapo_ne", "iapo.beta=0"], True),
+        (["variant=iapo", "iapo.alpha=0"], True),
+        (["variant=gtpo"], True),
+        (["variant=top_entropy"], True),
+        # Several updates, and verl's own readers.
+        (["variant=grpo", "actor_rollout_ref.actor.ppo_mini_batch_size=8"], True),
+        (["variant=grpo", "actor_rollout_ref.actor.ppo_epochs=2"], True),
+        (["variant=grpo", "actor_rollout_ref.rollout.calculate_log_probs=true"], True),
+        (["variant=grpo", "algorithm.use_kl_in_reward=true"], True),
+    ],
+)
+def test_old_log_probs_are_left_out_where_nothing_reads_them(overrides, needed):
+    config = resolve(["platform=cpu", "model=tiny", *overrides])
+    iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo))
+    methods = make_methods(OmegaConf.to_container(config.methods))
+    assert needs_old_log_probs(config, iapo, methods) == needed
+
+
+def jagged_of(*rows):
+    return torch.nested.as_nested_tensor([torch.tensor(row) for row in rows], layout=torch.jagged)
+
+
+def test_without_old_log_probs_the_loss_is_that_of_the_policy_itself():
+    """Value and gradient of verl's loss, with the old policy's log-probs and without them."""
+    config = resolve(["platform=cpu", "model=tiny", "variant=grpo"])
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    log_probs = [[-0.3, -1.2, -0.7, -0.1], [-2.0, -0.4, -0.9]]
+    results = []
+    for own in (False, True):
+        leaves = [torch.tensor(row, requires_grad=True) for row in log_probs]
+        output = {"log_probs": torch.nested.as_nested_tensor(leaves, layout=torch.jagged)}
+        mask = jagged_of([1, 1], [1])
+        fields = {
+            "prompts": jagged_of([1, 2], [1, 2]),
+            "responses": jagged_of([3, 4], [5]),
+            "response_mask": mask,
+            "advantages": jagged_of([0.5, -1.0], [2.0]),
+            "ref_log_prob": jagged_of([-1.0, -0.5], [-0.2]),
+        }
+        if not own:
+            fields["old_log_probs"] = response_from_nested(output["log_probs"].detach(), mask)
+        data = TensorDict(fields, batch_size=2)
+        numbers = dict(dp_size=1, batch_num_tokens=3, global_batch_size=2, max_response_len=2)
+        assign_non_tensor(data, **numbers)
+        loss, _ = loss_of_own_policy(partial(ppo_loss, config=actor), output, data)
+        results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    assert all(map(torch.equal, *results)) and any(gradient.any() for gradient in results[0][1:])

@@ -18,6 +18,8 @@ CPU_ENVIRONMENT = {
     "VERL_PLATFORM": "cpu",
     "VERL_ENGINE_DEVICE": "cuda",  # verl's own switch: it has no engine for "cpu" and runs the one for "cuda"
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else vLLM puts the model into a process of its own, see platform/cpu.yaml
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its one thread stays on one core, whoever else is there
     "OMP_NUM_THREADS": "1",
     "GOMP_SPINCOUNT": "0",  # threads that wait leave their core to other processes
     "TOKENIZERS_PARALLELISM": "false",
