@@ -1,21 +1,29 @@
-"""The time of a training step on the embedded task, and the share of the exit-entropy pass: python -m benchmarks.step
+"""The time of a training step on the embedded task: python -m benchmarks.step [--rows] [--against DIR] [--trl]
 
---rows takes the rows of table.yaml instead, each at the first of its values, and grpo last once more: the two tell how
-far the machine drifted.
+By default the forms of the exit-entropy pass and its share of the step. --rows takes the rows of table.yaml instead,
+each at the first of its values, and grpo last once more: the two tell how far the machine drifted.
 
-Trains a few steps of each variant on the real stack, one after the other, and prints the medians of verl's own timers
-without the first step, which warms up. Later steps of the same run differ, so runs are compared by their shares.
+--against compares this checkout with the one in DIR, by grpo and iapo_rate. --trl adds TRL's GRPOTrainer on the same
+model and prompts, see `benchmarks.trl_step`. Runs that are compared take turns, --rounds times each, so that a busy time
+of the machine hits all alike. Only the ratios carry over to other machines.
+
+Trains a few steps of each on the real stack and prints the medians of verl's own timers, without the first step, which
+warms up.
 """
 
 import argparse
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks import trl_step
 from benchmarks.measure import machine, table
-from benchmarks.plan import load_methods
+from benchmarks.plan import ROOT, load_methods
+from iapo.data import prepare
 from iapo.metrics.file import read_metrics
 
 VARIANTS = {
@@ -25,6 +33,8 @@ VARIANTS = {
     "iapo, boundaries": ["variant=iapo", "iapo.probe_at=boundaries", "iapo.share_log_prob_forward=false"],
     "iapo, boundaries, shared": ["variant=iapo", "iapo.probe_at=boundaries", "iapo.share_log_prob_forward=true"],
 }
+COMPARED = {"grpo": ["variant=grpo"], "iapo_rate": ["variant=iapo_rate"]}
+PARTS = ("step", "gen", "old_log_prob", "ref", "update_actor", "exit_entropy")
 
 
 def rows_of_table() -> dict[str, list[str]]:
@@ -33,60 +43,109 @@ def rows_of_table() -> dict[str, list[str]]:
     return rows | {"grpo, again": rows["grpo"]}
 
 
-def run(overrides: list[str], steps: int, folder: Path) -> list[dict]:
-    """Metrics of steps 2, 3, ..."""
-    command = [sys.executable, "-m", "iapo.train", *overrides, f"run_dir={folder}"]
+def run(overrides: list[str], steps: int, folder: Path, checkout: Path = ROOT) -> list[dict]:
+    """Metrics of steps 2, 3, ... of a run of a checkout's code.
+
+    Raises:
+        SystemExit: the run failed; with the end of its log.
+    """
+    command = [sys.executable, "-m", "iapo.train", "platform=cpu", *overrides, f"run_dir={folder}"]
     command += [f"trainer.total_training_steps={steps}", "trainer.test_freq=-1", "trainer.save_freq=-1"]
     command += ["trainer.val_before_train=false"]
+    environment = os.environ | {"PYTHONPATH": str(checkout), "IAPO_DATA_DIR": str(folder.parent / "data")}
     with folder.with_suffix(".log").open("w") as log:
-        result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
+        result = subprocess.run(command, cwd=checkout, env=environment, stdout=log, stderr=subprocess.STDOUT)
     if result.returncode:
         lines = folder.with_suffix(".log").read_text().splitlines()
         raise SystemExit("\n".join(lines[-20:]))
     return [metrics for step, metrics in read_metrics(folder / "metrics.jsonl") if step > 1]
 
 
+def median(steps: Iterable[dict], key: str) -> float:
+    return statistics.median(metrics.get(key, 0.0) for metrics in steps)
+
+
+def parts_table(runs: dict[str, list[dict]]) -> str:
+    """One row per run: seconds of a step and of its parts, and the share of the pass."""
+    header = ["seconds of a step", *PARTS, f"/ {next(iter(runs))}", "share of the pass", "probe tok/s"]
+    first_s = median(next(iter(runs.values())), "timing_s/step")
+    rows = []
+    for name, steps in runs.items():
+        share = statistics.median(m.get("timing_s/exit_entropy", 0.0) / m["timing_s/step"] for m in steps)
+        rows.append(
+            [
+                name,
+                *(f"{median(steps, f'timing_s/{part}'):.2f}" for part in PARTS),
+                f"{median(steps, 'timing_s/step') / first_s:.2f}",
+                f"{100 * share:.1f}%",
+                f"{median(steps, 'iapo/probe_tokens_per_second'):,.0f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def compare(options: argparse.Namespace, folder: Path) -> str:
+    """Both checkouts, and TRL, by turns: medians over all steps of all rounds, and their ratios."""
+    sides = {"this build": ROOT} | ({"the other": options.against.resolve()} if options.against else {})
+    runs: dict[str, list[dict]] = {f"{variant}, {side}": [] for variant in COMPARED for side in sides}
+    trl: list[float] = []
+    settings = None
+    for number in range(options.rounds):
+        for variant, overrides in COMPARED.items():
+            for side, checkout in sides.items():
+                say(f"round {number + 1}/{options.rounds}: {variant}, {side}")
+                place = folder / f"{number}-{variant}-{side.replace(' ', '-')}"
+                runs[f"{variant}, {side}"] += run([*overrides, *options.overrides], options.steps, place, checkout)
+        if options.trl:
+            say(f"round {number + 1}/{options.rounds}: TRL")
+            prompts = folder / "data" / "verbose_arithmetic" / "train.parquet"
+            result = trl_step.run_trl(options.steps, prompts, venv=options.venv or folder / "trl")
+            trl += result["seconds"][1:]
+            settings = result["settings"] | result["versions"]
+    lines = [parts_table(runs)]
+    for variant in COMPARED:
+        this_s = median(runs[f"{variant}, this build"], "timing_s/step")
+        if options.against:
+            lines.append(
+                f"{variant}: {this_s / median(runs[f'{variant}, the other'], 'timing_s/step'):.2f} of the other"
+            )
+        if trl:
+            lines.append(f"{variant}: {this_s / statistics.median(trl):.2f} of TRL's {statistics.median(trl):.2f} s")
+    if settings:
+        lines.append("TRL: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+    return "\n\n".join(lines)
+
+
+def say(text: str) -> None:
+    print(f"step: {text}", file=sys.stderr, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rows", action="store_true", help="the rows of table.yaml")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout to compare with")
+    parser.add_argument("--trl", action="store_true", help="TRL's GRPOTrainer, in an environment of its own")
+    parser.add_argument("--venv", type=Path, help="keep TRL's environment here; default: a temporary folder")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each that is compared, by turns; default 2")
     parser.add_argument("overrides", nargs="*", help="passed on to iapo.train")
     options = parser.parse_args(arguments)
-    rows, variants, first_s = [], rows_of_table() if options.rows else VARIANTS, None
-    with tempfile.TemporaryDirectory() as folder:
-        for number, (name, overrides) in enumerate(variants.items()):
-            print(f"{number + 1}/{len(variants)}: {name}", file=sys.stderr, flush=True)
-            steps = run([*overrides, *options.overrides], options.steps, Path(folder) / f"run{number}")
-
-            def median(key, steps=steps):
-                return statistics.median(metrics.get(key, 0.0) for metrics in steps)
-
-            first_s = first_s or median("timing_s/step")
-            share = statistics.median(m.get("timing_s/exit_entropy", 0.0) / m["timing_s/step"] for m in steps)
-            rows.append(
-                [
-                    name,
-                    *(f"{median(f'timing_s/{key}'):.2f}" for key in ("step", "gen", "old_log_prob", "ref")),
-                    *(f"{median(f'timing_s/{key}'):.2f}" for key in ("update_actor", "exit_entropy")),
-                    f"{median('timing_s/step') / first_s:.2f}",
-                    f"{100 * share:.1f}%",
-                    f"{median('iapo/probe_tokens_per_second'):,.0f}",
-                ]
-            )
-    header = [
-        "seconds of a step",
-        "step",
-        "gen",
-        "old_log_prob",
-        "ref",
-        "update",
-        "exit_entropy",
-        f"/ {next(iter(variants))}",
-        "share",
-        "probe tok/s",
-    ]
+    if options.against and not (options.against / "iapo/train.py").is_file():
+        parser.error(f"--against: {options.against} holds no iapo/train.py; give a checkout of this repository")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        prepare("verbose_arithmetic", folder / "data")
+        if options.against or options.trl:
+            result = compare(options, folder)
+        else:
+            variants = rows_of_table() if options.rows else VARIANTS
+            runs = {}
+            for number, (variant, overrides) in enumerate(variants.items()):
+                say(f"{number + 1}/{len(variants)}: {variant}")
+                runs[variant] = run([*overrides, *options.overrides], options.steps, folder / f"run{number}")
+            result = parts_table(runs)
     print(machine("cpu"))
-    print(table(header, rows))
+    print(result)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def test_the_share_of_a_step_is_the_median_of_verls_timers(capsys, monkeypatch):
         {"timing_s/step": s, "timing_s/exit_entropy": e, "timing_s/gen": 4.0} for s, e in ((10, 1), (8, 2), (5, 1))
     ]
     monkeypatch.setattr(
-        step, "run", lambda overrides, count, folder: steps if "variant=iapo" in overrides else steps[:1]
+        step, "run", lambda overrides, count, folder, checkout=None: steps if "variant=iapo" in overrides else steps[:1]
     )
     step.main(["--rows"])
     names = [cells(line)[0] for line in capsys.readouterr().out.splitlines()[3:]]
@@ -213,6 +213,41 @@ def test_the_share_of_a_step_is_the_median_of_verls_timers(capsys, monkeypatch):
         "0.80",
         "20.0%",
     ]
+
+
+def test_builds_and_trl_are_compared_by_the_ratios_of_medians(capsys, monkeypatch, tmp_path):
+    seconds = {"grpo": {True: [2, 3], False: [6, 9]}, "iapo_rate": {True: [4], False: [8]}}
+    started = []
+
+    def run(overrides, count, folder, checkout):
+        name, ours = overrides[0].removeprefix("variant="), checkout == step.ROOT
+        started.append((name, ours, count, overrides[1:]))
+        return [{"timing_s/step": s} for s in seconds[name][ours]]
+
+    def run_trl(steps, prompts, venv):
+        assert prompts.is_file() and venv == tmp_path / "venv"
+        return {"seconds": [99.0, 1.0, 2.0, 3.0][:steps], "settings": {"dtype": "float32"}, "versions": {"trl": "1"}}
+
+    (tmp_path / "iapo").mkdir()
+    (tmp_path / "iapo/train.py").touch()
+    monkeypatch.setattr(step, "run", run)
+    monkeypatch.setattr(step.trl_step, "run_trl", run_trl)
+    arguments = ["--against", str(tmp_path), "--trl", "--venv", str(tmp_path / "venv"), "--steps", "4", "a.b=1"]
+    step.main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        "grpo: 0.33 of the other",
+        "grpo: 1.25 of TRL's 2.00 s",
+        "iapo_rate: 0.50 of the other",
+        "iapo_rate: 2.00 of TRL's 2.00 s",
+        "TRL: dtype float32, trl 1",
+    ):
+        assert line in lines
+    turn = [(name, ours, 4, ["a.b=1"]) for name in ("grpo", "iapo_rate") for ours in (True, False)]
+    assert started == turn * 2
+    with pytest.raises(SystemExit):
+        step.main(["--against", str(tmp_path / "nothing")])
+    assert "holds no iapo/train.py" in capsys.readouterr().err
 
 
 def test_a_table_by_hand():
