@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, fields
 
+from iapo.answer_format import ANSWER_END, EXIT_MARKER, PROBE
+
 GATES = ("all", "correct")
 REGIONS = ("reasoning", "response")
 PLACES = ("stride", "boundaries")
@@ -45,10 +47,10 @@ class IapoConfig:
     rho: float = 0.0
     gate: str = "all"
     region: str = "reasoning"
-    exit_marker: str = "</think>"
-    probe: str = "</think>\n<answer>"
+    exit_marker: str = EXIT_MARKER
+    probe: str = PROBE
     score: str = "first_token_entropy"
-    answer_end: str = "</answer>"
+    answer_end: str = ANSWER_END
     probe_at: str = "stride"
     stride: int = 1
     max_gap: int = 64

@@ -32,11 +32,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from iapo.answer_format import ANSWER, ANSWER_END, EXIT_MARKER, THINK, written
 from iapo.tasks import verbose_arithmetic
 
 INSTRUCTION = (
-    "Reason within <think> </think>, then give only the final answer within <answer> </answer>. "
-    "Your whole reply must have exactly this form:\n<think> ... </think>\n<answer> ... </answer>"
+    f"Reason within {THINK} {EXIT_MARKER}, then give only the final answer within {ANSWER} {ANSWER_END}. "
+    f"Your whole reply must have exactly this form:\n{written(' ... ', ' ... ')}"
 )
 TEST_FRACTION = 0.2
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 4096, 256, 256

@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import iapo
+from iapo.answer_format import PROBE
 from iapo.tasks import tiny_model
 from iapo.tasks import verbose_arithmetic as task
 
 ASSETS = Path(iapo.__file__).parent / "assets" / "tiny"
-PROBE = "</think>\n<answer>"
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import Qwen2Tokenizer
 from transformers.tokenization_utils_base import AddedToken
 
+from iapo.answer_format import MARKERS
 from iapo.tasks import verbose_arithmetic as task
 
 # Qwen's own names: verl's Qwen chat handling looks up "<|im_end|>", and Qwen2Tokenizer adds "<|endoftext|>",
@@ -48,7 +49,7 @@ IGNORED = -100  # the label that the cross entropy leaves out
 def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level tokenizer of 32 tokens; characters outside the vocabulary are dropped."""
     newline_as_byte = {"\n": "Ċ"}  # how byte-level BPE spells the newline
-    words = task.MARKERS + task.REPEAT_WORDS + task.FILLER_WORDS
+    words = MARKERS + task.REPEAT_WORDS + task.FILLER_WORDS
     symbols = [newline_as_byte.get(c, c) for c in task.CHARACTERS]
     vocab = {token: i for i, token in enumerate([PAD, BOS, EOS, *words, *symbols])}
     tokenizer = Qwen2Tokenizer(

@@ -20,10 +20,11 @@ import random
 import re
 from itertools import accumulate
 
+from iapo.answer_format import MARKERS, written
+
 TERMS = 4
 LARGEST = 99
 
-MARKERS = ("<think>", "</think>", "<answer>", "</answer>")
 REPEAT_WORDS = (" wait", " again:")
 FILLER_WORDS = (" hmm", " well", " okay", " so", " now", " then", " let", " me", " see")
 CHARACTERS = "0123456789+=;\n"
@@ -31,7 +32,7 @@ CHARACTERS = "0123456789+=;\n"
 # A filler is this many words. With repeats about ten tokens long, traces average 1.4 times the minimum.
 FEWEST_WORDS, MOST_WORDS = 4, 10
 
-_COMPLETION = re.compile(r"<think>.*</think>\n<answer>(\d+)</answer>", re.DOTALL)
+_COMPLETION = re.compile(written(".*", r"(\d+)"), re.DOTALL)  # the markers have no special characters
 
 
 def sample_problem(rng: random.Random) -> tuple[int, ...]:
@@ -67,7 +68,7 @@ def trace(numbers: tuple[int, ...], rng: random.Random, redundancy: float = 0.5)
         reasoning += addition
         if rng.random() < redundancy:
             reasoning += _redundant_text(addition, rng)
-    return f"<think>{reasoning}</think>\n<answer>{answer(numbers)}</answer>"
+    return written(reasoning, answer(numbers))
 
 
 def minimal_trace(numbers: tuple[int, ...]) -> str:
