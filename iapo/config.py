@@ -1,4 +1,7 @@
-"""The `iapo` section of the configuration: defaults and validation. Imports nothing heavy."""
+"""The `iapo` section of the configuration: defaults and validation. Imports nothing heavy.
+
+The defaults are only here: `iapo.launch.compose` puts them into every configuration.
+"""
 
 import math
 from dataclasses import dataclass, fields
@@ -89,6 +92,11 @@ class IapoConfig:
     def needs_exit_entropy(self) -> bool:
         """Whether a term of the advantage needs the probe pass."""
         return (self.alpha > 0 or self.rho > 0) and self.score != "next_token_entropy"
+
+    @property
+    def probes(self) -> bool:
+        """Whether anything needs the probe pass: a term, or the metric of validation completions."""
+        return self.needs_exit_entropy or self.validation_information
 
     @property
     def needs_next_token_entropy(self) -> bool:
