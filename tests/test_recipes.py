@@ -175,7 +175,7 @@ def test_recipes_of_any_form_that_hydra_takes_are_compared(tmp_path, monkeypatch
     monkeypatch.setattr(compose, "recipes_dir", lambda: tmp_path)
     assert list(compose.overwritten(["b", "c"])) == []
     assert list(compose.overwritten(["b", "d"])) == [
-        "variant: d sets x.y=1, in place of 0.0005 of b; put last the one that you want."
+        "variant: d sets x.y=1, in place of 0.0005 of b; put the one you want last."
     ]
 
 
@@ -537,7 +537,7 @@ def test_epochs_may_decide_when_a_run_ends(verbose_arithmetic):
 
 def test_an_unknown_option_is_refused(capsys):
     assert train.main(["--alpha", "0.1"]) == 2
-    assert capsys.readouterr().err == "iapo.train: --alpha: unknown option; known are --dry-run and --help\n"
+    assert capsys.readouterr().err == "iapo.train: --alpha: unknown option; known are --dry-run and --help.\n"
 
 
 def test_the_embedded_default_passes_every_check(verbose_arithmetic):
@@ -714,7 +714,7 @@ def test_several_nodes_need_a_ray_cluster(monkeypatch):
 
 def test_a_platform_that_is_none_is_refused(capsys):
     assert train.main(["platform=tpu"]) == 2
-    assert capsys.readouterr().err == "iapo.train: platform: tpu must be cpu or gpu\n"
+    assert capsys.readouterr().err == "iapo.train: platform: 'tpu' must be cpu or gpu.\n"
 
 
 def test_data_that_cannot_be_written_is_refused(monkeypatch):

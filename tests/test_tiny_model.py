@@ -174,4 +174,4 @@ def test_the_command_writes_a_loadable_directory_and_repeats_itself(tmp_path, ca
 def test_the_command_refuses_steps_outside_the_schedule(tmp_path, capsys, steps):
     with pytest.raises(SystemExit):
         tiny_model.main(["--out", str(tmp_path), "--steps", steps])
-    assert f"--steps: got {steps}, give 1 to 1500" in capsys.readouterr().err
+    assert f"--steps: {steps} must be from 1 to 1500" in capsys.readouterr().err

@@ -111,7 +111,7 @@ def overwritten(variants: list[str]) -> Iterator[str]:
         for key, value in settings_of(name).items():
             before, old = settings.get(key, (name, value))
             if old != value:
-                yield f"variant: {name} sets {key}={value}, in place of {old} of {before}; put last the one that you want."
+                yield f"variant: {name} sets {key}={value}, in place of {old} of {before}; put the one you want last."
             settings[key] = (name, value)
 
 

@@ -72,10 +72,12 @@ def check_machine(config) -> None:
 
 
 def check_vllm_plugin() -> None:
-    """Refuse a run in which vLLM wouldn't load our plugin: its trainer would wait for ever to send the first weights."""
+    """Refuse a run in which vLLM wouldn't load our plugin; its trainer would wait for ever to send its weights."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and ENTRY_POINT not in allowed.split(","):
-        raise ConfigError(f"VLLM_PLUGINS: '{allowed}' lacks '{ENTRY_POINT}', which iapo needs; add it, or unset the variable.")
+        raise ConfigError(
+            f"VLLM_PLUGINS: '{allowed}' lacks '{ENTRY_POINT}', which iapo needs; add it, or unset the variable."
+        )
     plugins = list(entry_points(group="vllm.general_plugins", name=ENTRY_POINT))
     try:
         plugins[0].load()  # vLLM hides what goes wrong here

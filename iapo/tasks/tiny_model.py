@@ -2,9 +2,8 @@
 
     python -m iapo.tasks.tiny_model --out DIR [--steps N] [--seed S]
 
-writes tokenizer and model, then prints an evaluation by sampling at temperature 1. The number of steps is
-chosen so that the model reasons in the right form but still errs: reinforcement learning has accuracy to gain
-and length to save.
+writes tokenizer and model, then prints an evaluation by sampling at temperature 1. After the default number of steps
+the model reasons in the right form but still makes mistakes: reinforcement learning can gain accuracy and save length.
 
 Shapes: B sequences, L tokens (prompt and completion).
 """
@@ -38,7 +37,7 @@ CHAT_TEMPLATE = (
 )
 
 SCHEDULE = 1500  # steps that the cosine takes to 0
-STEPS = 1120  # training stops here: at the end of the schedule the model errs too rarely to show a gain
+STEPS = 1120  # training stops here; at the end of the schedule the model makes too few mistakes to show a gain
 BATCH = 64
 PEAK_LR = 2e-3
 WARMUP = 100
@@ -99,7 +98,7 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def make_batch(tokenizer: PreTrainedTokenizerBase, rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh problems with traces: ``input_ids_BL`` and ``labels_BL``, right-padded; prompts have no label."""
+    """New problems with traces: `input_ids_BL` and `labels_BL`, right-padded; prompts have no label."""
     rows = []
     for _ in range(size):
         numbers = task.sample_problem(rng)
@@ -147,10 +146,10 @@ def evaluate(
 
     Returns rates in [0, 1] and lengths in tokens, EOS included:
 
-    - ``accuracy``: the form is exact and the answer equals the sum
-    - ``format``: the form is exact and the completion ended by itself
-    - ``truncated``: the completion did not end within the limit
-    - ``tokens``, ``minimum``, ``ratio``: mean length, mean length of the shortest traces, their quotient
+    - `accuracy`: the form is exact and the answer equals the sum
+    - `format`: the form is exact and the completion ended by itself
+    - `truncated`: the completion did not end within the limit
+    - `tokens`, `minimum`, `ratio`: mean length, mean length of the shortest traces, their quotient
     """
     rng = random.Random(seed)
     problems = [task.sample_problem(rng) for _ in range(prompts)]
@@ -194,9 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--eval-prompts", type=int, default=1024, help="held-out prompts (default 1024)")
     options = parser.parse_args(arguments)
     if not 1 <= options.steps <= SCHEDULE:
-        parser.error(f"--steps: got {options.steps}, give 1 to {SCHEDULE}, the length of the schedule")
+        parser.error(f"--steps: {options.steps} must be from 1 to {SCHEDULE}, the length of the schedule")
     if options.eval_prompts < 1:
-        parser.error(f"--eval-prompts: got {options.eval_prompts}, give at least 1")
+        parser.error(f"--eval-prompts: {options.eval_prompts} must be at least 1")
 
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()

@@ -17,13 +17,17 @@ class CpuDeviceId(str):
     def __format__(self, spec):
         return format("0", spec)
 
+
 DEVICE_ID = CpuDeviceId()
+
 
 def nothing(*args, **kwargs):
     return None
 
+
 def zero(*args, **kwargs):
     return 0
+
 
 class CpuModule(types.ModuleType):
     """torch.cpu plus the functions of torch.cuda that verl calls unconditionally."""
@@ -68,6 +72,7 @@ class CpuModule(types.ModuleType):
     manual_seed_all = manual_seed
     set_device = empty_cache = ipc_collect = reset_peak_memory_stats = staticmethod(nothing)
     memory_allocated = memory_reserved = max_memory_allocated = max_memory_reserved = staticmethod(zero)
+
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCpu(PlatformBase):
