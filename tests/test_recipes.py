@@ -93,7 +93,7 @@ def test_a_changed_configuration_is_the_resolved_one(overrides):
 
 def test_the_lists_above_are_complete():
     recipes = compose.recipes_dir()
-    for group, names in (("model", MODELS[:-1] + ["path"]), ("platform", PLATFORMS)):
+    for group, names in (("model", [*MODELS[:-1], "path"]), ("platform", PLATFORMS)):
         assert sorted(names) == sorted(path.stem for path in (recipes / group).glob("*.yaml"))
     assert {path.stem for path in (recipes / "data").glob("*.yaml")} == {*DATA[:-1], "parquet", "iapo_data"}
 
@@ -263,11 +263,11 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["variant=iapo_ne", "iapo.rho=1"], "^iapo.score: 'next_token_entropy' says nothing of the answer"),
         (
             ["variant=iapo_ne", "algorithm.rollout_correction.bypass_mode=true"],
-            "bypass_mode: true gives no next-token entropies, which iapo.score=next_token_entropy needs",
+            "bypass_mode: true gives no next-token entropies for iapo.score=next_token_entropy; set",
         ),
         (
             ["variant=gtpo_trajectory", "algorithm.rollout_correction.bypass_mode=true"],
-            "bypass_mode: true gives no next-token entropies, which gtpo_trajectory needs",
+            "bypass_mode: true gives no next-token entropies for gtpo_trajectory; set",
         ),
         (
             ["variant=[dapo,gtpo]"],
@@ -350,9 +350,9 @@ def test_a_probe_that_does_not_fit_the_rewarded_format_is_refused(probe):
 
 def test_the_ends_of_reasoning_and_answer_have_to_fit_too():
     for iapo, message in (
-        (dict(exit_marker="</reason>"), "^iapo.exit_marker: '</reason>' is not how iapo.probe='</think>.* begins, so"),
-        (dict(probe=" so\n" + FITS), "^iapo.exit_marker: '</think>' is not how iapo.probe=' so.* begins, so"),
-        (dict(score="answer_logprob", answer_end="</a>"), "^iapo.answer_end: '</a>' ends no answer that iapo.reward"),
+        ({"exit_marker": "</reason>"}, "^iapo.exit_marker: '</reason>' is not how iapo.probe='</think>.* begins, so"),
+        ({"probe": " so\n" + FITS}, "^iapo.exit_marker: '</think>' is not how iapo.probe=' so.* begins, so"),
+        ({"score": "answer_logprob", "answer_end": "</a>"}, "^iapo.answer_end: '</a>' ends no answer that iapo.reward"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             check(with_iapo(**iapo), files=False)
@@ -362,14 +362,14 @@ def test_the_ends_of_reasoning_and_answer_have_to_fit_too():
 @pytest.mark.parametrize(
     "iapo",
     [
-        dict(probe="\n " + FITS),
-        dict(probe=FITS + "The answer is "),
-        dict(probe=" so\n" + FITS, exit_marker="so"),
-        dict(probe=" so\n" + FITS, region="response"),
-        dict(score="answer_logprob", answer_end="\n</answer>"),
-        dict(probe="##", rho=0.0, validation_information=False),  # nothing is probed
-        dict(probe="##", rho=0.0, alpha=1.0, score="next_token_entropy", validation_information=False),
-        dict(answer_end="</a>"),  # read by score=answer_logprob alone
+        {"probe": "\n " + FITS},
+        {"probe": FITS + "The answer is "},
+        {"probe": " so\n" + FITS, "exit_marker": "so"},
+        {"probe": " so\n" + FITS, "region": "response"},
+        {"score": "answer_logprob", "answer_end": "\n</answer>"},
+        {"probe": "##", "rho": 0.0, "validation_information": False},  # nothing is probed
+        {"probe": "##", "rho": 0.0, "alpha": 1.0, "score": "next_token_entropy", "validation_information": False},
+        {"answer_end": "</a>"},  # read by score=answer_logprob alone
     ],
 )
 def test_a_probe_that_fits_or_is_not_used_is_not_refused(iapo):
@@ -383,7 +383,9 @@ def test_another_reward_may_want_another_format(verbose_arithmetic):
     config = with_iapo(probe="##", exit_marker="so")
     config.reward.custom_reward_function.path = f"{Path.cwd()}/r.py"
     check(config, files=False)
-    with pytest.raises(ConfigError, match="^iapo.probe: '##' can't be written with the vocabulary of .*/tiny; use oth"):
+    with pytest.raises(
+        ConfigError, match=r"^iapo.probe: '##' can't be written with the vocabulary of .*/tiny; use oth"
+    ):
         check(config)
 
 
@@ -458,21 +460,21 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
     check(changed("data=d", *SHORT, "data.train_batch_size=15", "actor_rollout_ref.rollout.n=2"))
     with pytest.raises(
         ConfigError,
-        match="^data.max_prompt_length: 32 tokens hold only 15 of the 16 prompts of .*train.parquet, 16 are needed;",
+        match=r"^data.max_prompt_length: 32 tokens hold only 15 of the 16 prompts of .*train.parquet, 16 are needed;",
     ):
         check(changed("data=d", *SHORT))
     pq.write_table(pa.table({"prompt": long * 16} | rows), "d/test.parquet")
-    with pytest.raises(ConfigError, match="hold only 0 of the 16 prompts of .*/d/test.parquet, 1 are needed"):
+    with pytest.raises(ConfigError, match=r"hold only 0 of the 16 prompts of .*/d/test.parquet, 1 are needed"):
         check(changed("data=d", *SHORT, "data.train_batch_size=15"))
     check(changed("data=d", *SHORT, "data.filter_overlong_prompts=false"))
     two = f"data.train_files=[{os.getcwd()}/d/train.parquet,{os.getcwd()}/d/train.parquet]"
     pq.write_table(pa.table({"prompt": PROMPT} | rows), "d/test.parquet")
     check(changed("data=d", *SHORT, two, "data.train_batch_size=30"))
-    with pytest.raises(ConfigError, match="^data.train_files: .* has 32 rows, 33 are needed; give more, or lower"):
+    with pytest.raises(ConfigError, match=r"^data.train_files: .* has 32 rows, 33 are needed; give more, or lower"):
         check(changed("data=d", *SHORT, two, "data.train_batch_size=33"))
     check(changed("data=d", *SHORT, "data.train_batch_size=16", "trainer.val_only=true"))
     pq.write_table(pq.read_table("d/test.parquet").slice(0, 0), "d/test.parquet")
-    with pytest.raises(ConfigError, match="^data.val_files: .*/d/test.parquet has 0 rows, 1 are needed; give more"):
+    with pytest.raises(ConfigError, match=r"^data.val_files: .*/d/test.parquet has 0 rows, 1 are needed; give more"):
         check(changed("data=d", *SHORT, "data.train_batch_size=15"))
     template = "{{ raise_exception('no system prompt') }}"
     quoted = f'actor_rollout_ref.model.custom_chat_template="{template}"'
@@ -558,11 +560,11 @@ def test_a_tracker_file_that_names_no_checkpoint_is_refused(verbose_arithmetic):
     tracker = Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
     for content in (b"20", b"", b"ten", b"\xff"):
         tracker.write_bytes(content)
-        with pytest.raises(ConfigError, match="^run_dir: .*names step .*; write 10, the last that is there"):
+        with pytest.raises(ConfigError, match=r"^run_dir: .*names step .*; write 10, the last that is there"):
             check(changed("run_dir=r"))
     for folder in tracker.parent.glob("global_step_*"):
         folder.rmdir()
-    with pytest.raises(ConfigError, match="^run_dir: .*; remove the file to begin anew, or choose another.$"):
+    with pytest.raises(ConfigError, match=r"^run_dir: .*; remove the file to begin anew, or choose another.$"):
         check(changed("run_dir=r"))
 
 
@@ -581,7 +583,7 @@ def test_a_checkpoint_that_was_cut_is_refused_by_its_name(verbose_arithmetic):
 
 def test_checkpoints_of_an_unknown_configuration_are_refused(verbose_arithmetic):
     checkpoint(changed("run_dir=r"), 2)
-    with pytest.raises(ConfigError, match="^run_dir: .*/r holds checkpoints but no config.yaml"):
+    with pytest.raises(ConfigError, match=r"^run_dir: .*/r holds checkpoints but no config.yaml"):
         check(changed("run_dir=r"))
 
 
@@ -590,7 +592,7 @@ def test_a_complete_run_is_not_started_again(verbose_arithmetic):
     provenance.save(config)
     checkpoint(config, 5)
     check(changed("run_dir=r", "trainer.total_training_steps=6"))
-    with pytest.raises(ConfigError, match="^trainer.total_training_steps: 5, .*/r is complete, at step 5"):
+    with pytest.raises(ConfigError, match=r"^trainer.total_training_steps: 5, .*/r is complete, at step 5"):
         check(changed("run_dir=r", "trainer.total_training_steps=5"))
     # What it learned can be validated once more.
     check(changed("run_dir=r", "trainer.total_training_steps=5", "trainer.val_only=true"))
@@ -608,20 +610,20 @@ def test_another_experiment_in_the_same_run_dir_is_refused(verbose_arithmetic):
     for change in ("actor_rollout_ref.actor.optim.lr=1e-5", "iapo.region=response", "actor_rollout_ref.rollout.n=4"):
         with pytest.raises(ConfigError, match=change.split("=")[0]):
             check(changed("run_dir=r", change))
-    with pytest.raises(ConfigError, match="holds a checkpoint made with iapo.rho=1.0, but now it is 0.7"):
+    with pytest.raises(ConfigError, match=r"holds a checkpoint made with iapo.rho=1.0, but now it is 0.7"):
         check(changed("run_dir=r", "iapo.rho=0.7"))
-    with pytest.raises(ConfigError, match="^trainer.resume_mode: 'disable' would write over the run with check.*/r/"):
+    with pytest.raises(ConfigError, match=r"^trainer.resume_mode: 'disable' would write over the run with check.*/r/"):
         check(changed("run_dir=r", "iapo.rho=0.7", "trainer.resume_mode=disable"))
     check(changed("run_dir=other", "trainer.resume_mode=disable"))
-    with pytest.raises(ConfigError, match="^trainer.resume_mode: 'never' must be auto, disable or resume_path.$"):
+    with pytest.raises(ConfigError, match=r"^trainer.resume_mode: 'never' must be auto, disable or resume_path.$"):
         check(changed("run_dir=r", "trainer.resume_mode=never"))
     for unreadable in (b"a: [1", b"\xff\xfe\x00"):
         Path("r/config.yaml").write_bytes(unreadable)
-        with pytest.raises(ConfigError, match="^run_dir: .*/r/config.yaml, .* can't be read") as error:
+        with pytest.raises(ConfigError, match=r"^run_dir: .*/r/config.yaml, .* can't be read") as error:
             check(changed("run_dir=r"))
         assert len(str(error.value).splitlines()) == 1
     Path("r/config.yaml").write_text("")
-    with pytest.raises(ConfigError, match="differs in [0-9]+ more fields; choose another one") as error:
+    with pytest.raises(ConfigError, match=r"differs in [0-9]+ more fields; choose another one") as error:
         check(changed("run_dir=r"))
     assert len(str(error.value).splitlines()) == 6
 
@@ -702,13 +704,13 @@ def test_the_ablation_without_probes_warns_of_nothing():
 def test_gpus_that_are_not_there_are_refused(verbose_arithmetic, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     config = resolve("platform=gpu", "trainer.n_gpus_per_node=0", "trainer.nnodes=4")
-    with pytest.raises(ConfigError, match="trainer.n_gpus_per_node: 0"):
+    with pytest.raises(ConfigError, match=r"trainer.n_gpus_per_node: 0"):
         machine.check_machine(config)
 
 
 def test_several_nodes_need_a_ray_cluster(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ConfigError, match="^trainer.nnodes: 2, but RAY_ADDRESS names no Ray cluster; start one"):
+    with pytest.raises(ConfigError, match=r"^trainer.nnodes: 2, but RAY_ADDRESS names no Ray cluster; start one"):
         machine.check_machine(resolve("platform=cpu", "trainer.nnodes=2"))
 
 
@@ -721,16 +723,16 @@ def test_data_that_cannot_be_written_is_refused(monkeypatch):
     Path("file").touch()
     monkeypatch.setenv("IAPO_DATA_DIR", "file")
     with pytest.raises(
-        ConfigError, match="^IAPO_DATA_DIR: .*/file/verbose_arithmetic .*; set the variable to a folder"
+        ConfigError, match=r"^IAPO_DATA_DIR: .*/file/verbose_arithmetic .*; set the variable to a folder"
     ):
         compose.prepare_data(resolve("platform=cpu"))
 
 
 def test_a_second_run_in_the_same_folder_is_refused():
     folder = Path("r").absolute()
-    with lock_run_dir(folder):
-        with pytest.raises(FolderInUse, match=rf"/r is in use by .* alive \(process {os.getpid()} on .*\); wait"):
-            lock_run_dir(folder)
+    in_use = pytest.raises(FolderInUse, match=rf"/r is in use by .* alive \(process {os.getpid()} on .*\); wait")
+    with lock_run_dir(folder), in_use:
+        lock_run_dir(folder)
     lock_run_dir(folder).close()
 
 
@@ -739,15 +741,15 @@ def test_a_file_system_without_locks_warns(monkeypatch):
         raise OSError(errno.ENOTSUP, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.warns(UserWarning, match="^run_dir: .*/r can't be locked .*not supported.*; start no second run in it"):
-        with lock_run_dir(Path("r").absolute()):
-            pass
+    locked = pytest.warns(UserWarning, match=r"^run_dir: .*/r can't be locked .*not supported.*; start no second run")
+    with locked, lock_run_dir(Path("r").absolute()):
+        pass
 
 
 def test_a_ray_cluster_that_does_not_answer_is_refused(free_port):
     with pytest.raises(ConfigError, match=f"^RAY_ADDRESS: nothing answers at 127.0.0.1:{free_port} .*refused"):
         machine.check_ray_answers(f"127.0.0.1:{free_port}")
-    with pytest.raises(ConfigError, match="^RAY_ADDRESS: nothing answers at localhost:99999 "):
+    with pytest.raises(ConfigError, match=r"^RAY_ADDRESS: nothing answers at localhost:99999 "):
         machine.check_ray_answers("localhost:99999")
     with socket.create_server(("127.0.0.1", 0)) as server:
         machine.check_ray_answers(f"127.0.0.1:{server.getsockname()[1]}")

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from iapo.answer_format import ANSWER_END, PROBE, THINK, format_ok
 from iapo.config import IapoConfig
 from iapo.launch.check_files import file_problems
-from iapo.methods import acts_by, conflicts, make_methods
+from iapo.methods import Method, acts_by, conflicts, make_methods
 
 
 class ConfigError(ValueError):
@@ -37,7 +37,8 @@ def check(config: DictConfig, files: bool = True) -> None:
         raise ConfigError(str(error)) from None
     problems = list(check_numbers(config))
     if not problems:  # the checks below compare them
-        problems += [*_terms(config, iapo), *_methods(config, iapo), *_engine(config, iapo), *_format(config, iapo)]
+        problems += [*_terms(config, iapo), *_trainer(config), *_overlong(config), *_methods(config, iapo)]
+        problems += [*_engine(config, iapo), *_format(config, iapo)]
         if files:
             problems += file_problems(config, iapo)
     if problems:
@@ -105,6 +106,11 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             f"{given}: no effect with algorithm.adv_estimator={estimator}; leave {estimator} out of variant=[...], "
             "set algorithm.adv_estimator=iapo, or set the weights to 0."
         )
+
+
+def _trainer(config: DictConfig) -> Iterator[str]:
+    from verl.utils.tracking import Tracking
+
     mode = config.trainer.v1.trainer_mode
     if mode != "iapo":
         yield f"trainer.v1.trainer_mode: {mode!r} must be 'iapo'; the asynchronous trainers are not supported."
@@ -121,16 +127,24 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         yield (
             f"actor_rollout_ref.actor.ppo_mini_batch_size: {mini_batch} must not exceed data.train_batch_size={batch}."
         )
-    yield from _loggers(config.trainer.logger)
-    overlong = config.reward.reward_kwargs.overlong_buffer_cfg
-    length = config.data.max_response_length
-    if overlong.enable and not (type(overlong.len) in (int, float) and 1 <= overlong.len <= length):
+    known = Tracking.supported_backend
+    chosen = config.trainer.logger
+    for name in [chosen] if isinstance(chosen, str) else chosen or []:
+        if name not in known:
+            yield f"trainer.logger: {name!r} must be one of {', '.join(known)}."
+
+
+def _overlong(config: DictConfig) -> Iterator[str]:
+    overlong, length = config.reward.reward_kwargs.overlong_buffer_cfg, config.data.max_response_length
+    if not overlong.enable:
+        return
+    if not (type(overlong.len) in (int, float) and 1 <= overlong.len <= length):
         yield (
             f"reward.reward_kwargs.overlong_buffer_cfg.len: {overlong.len} must be between 1 and "
             f"data.max_response_length={length}."
         )
     factor = overlong.penalty_factor
-    if overlong.enable and not (type(factor) in (int, float) and 0 <= factor < float("inf")):
+    if not (type(factor) in (int, float) and 0 <= factor < float("inf")):
         yield f"reward.reward_kwargs.overlong_buffer_cfg.penalty_factor: {factor} must be a number of at least 0."
 
 
@@ -140,7 +154,7 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    estimator, overlong = config.algorithm.adv_estimator, config.reward.reward_kwargs.overlong_buffer_cfg.enable
+    estimator = config.algorithm.adv_estimator
     if methods and estimator != "iapo":
         yield (
             f"methods.{next(iter(methods))}: no effect with algorithm.adv_estimator={estimator}; leave {estimator} out "
@@ -149,29 +163,40 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     rollouts, length = config.actor_rollout_ref.rollout.n, config.data.max_response_length
     for name, method in methods.items():
         yield from (f"methods.{name}.{problem}" for problem in method.problems(rollouts, length))
+    yield from conflicts(methods)
+    yield from _ignored_by(config, methods)
+    yield from _correction(config, iapo, methods)
+
+
+def _ignored_by(config: DictConfig, methods: dict[str, Method]) -> Iterator[str]:
+    """Options of verl that a method leaves without effect."""
+    overlong = config.reward.reward_kwargs.overlong_buffer_cfg.enable
+    for name, method in methods.items():
+        hooks = acts_by(method)
         if overlong and "overlong" in method.ignores:
             reason = method.ignores["overlong"]
             yield (
                 f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with {name}: {reason}; set it "
                 "to false, or leave dapo out of variant=[...]."
             )
-    yield from conflicts(methods)
-    hooks = {name: acts_by(method) for name, method in methods.items()}
-    for name, method in methods.items():
         if config.algorithm.use_kl_in_reward and "shape_reward" in method.ignores:
             reason = method.ignores["shape_reward"]
             yield f"algorithm.use_kl_in_reward: true has no effect with {name}: {reason}; set it to false."
-        if not config.algorithm.norm_adv_by_std_in_grpo and "outcome_advantage" in hooks[name]:
+        if not config.algorithm.norm_adv_by_std_in_grpo and "outcome_advantage" in hooks:
             yield (
                 f"algorithm.norm_adv_by_std_in_grpo: false has no effect with {name}, which has an advantage of its "
                 "own; set it to true."
             )
         mode = config.actor_rollout_ref.actor.loss_agg_mode
-        if mode != "token-mean" and {"keep_completions", "loss_mask"} & set(hooks[name]):
+        if mode != "token-mean" and {"keep_completions", "loss_mask"} & set(hooks):
             yield (
                 f"actor_rollout_ref.actor.loss_agg_mode: {mode!r} counts the completions that {name} leaves out; set "
                 "it to token-mean."
             )
+
+
+def _correction(config: DictConfig, iapo: IapoConfig, methods: dict[str, Method]) -> Iterator[str]:
+    """verl's correction of rollouts cuts responses, or computes no old log-probs."""
     correction = config.algorithm.rollout_correction
     if correction and correction.rollout_rs and (methods or not iapo.is_grpo):
         yield (
@@ -182,18 +207,9 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     needing += ["iapo.score=next_token_entropy"] if iapo.needs_next_token_entropy else []
     if needing and correction and correction.bypass_mode:
         yield (
-            "algorithm.rollout_correction.bypass_mode: true gives no next-token entropies, which "
-            f"{' and '.join(needing)} needs; set it to false."
+            "algorithm.rollout_correction.bypass_mode: true gives no next-token entropies for "
+            f"{' and '.join(needing)}; set it to false."
         )
-
-
-def _loggers(chosen) -> Iterator[str]:
-    from verl.utils.tracking import Tracking
-
-    known = Tracking.supported_backend
-    for name in [chosen] if isinstance(chosen, str) else chosen or []:
-        if name not in known:
-            yield f"trainer.logger: {name!r} must be one of {', '.join(known)}."
 
 
 def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:

@@ -49,7 +49,7 @@ def _drop_replaced_lines(path: Path, resume_step: int) -> list[int]:
     """The steps that stay in the file."""
     steps, kept, replaced = [], [], []
     for record, line in _records(path):
-        if 0 < resume_step and record["step"] <= resume_step:
+        if resume_step > 0 and record["step"] <= resume_step:
             steps.append(record["step"])
             kept.append(line)
         else:
