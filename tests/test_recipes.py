@@ -260,7 +260,7 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
             ["variant=iapo", "algorithm.rollout_correction.rollout_rs=token_k1"],
             "^algorithm.rollout_correction.rollout_rs: 'token_k1' cuts tokens out of responses",
         ),
-        (["variant=iapo_ne", "iapo.rho=1"], "^iapo.score: 'next_token_entropy' says nothing of the answer"),
+        (["variant=iapo_ne", "iapo.rho=1"], "^iapo.score: 'next_token_entropy' says nothing about the answer"),
         (
             ["variant=iapo_ne", "algorithm.rollout_correction.bypass_mode=true"],
             "bypass_mode: true gives no next-token entropies for iapo.score=next_token_entropy; set",

@@ -32,7 +32,7 @@ def _paths(config: DictConfig) -> Iterator[str]:
     run_dir = Path(config.run_dir)
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     try:
-        tempfile.TemporaryDirectory(dir=existing).cleanup()  # permissions alone say little to root, or of /proc
+        tempfile.TemporaryDirectory(dir=existing).cleanup()  # permissions say little to root, and about /proc
     except OSError as error:
         yield f"run_dir: {run_dir} can't be made, {existing} can't be written to ({error.strerror}); choose another."
 
@@ -42,7 +42,7 @@ def _reward(config: DictConfig) -> Iterator[str]:
 
     reward = config.reward.custom_reward_function
     if not reward.path:
-        return  # verl has one of its own
+        return  # verl then uses its own
     if not reward.path.startswith("pkg://") and not Path(reward.path.removeprefix("file://")).is_file():
         yield f"reward.custom_reward_function.path: {reward.path} is no file; set a Python file or pkg://module."
         return
@@ -157,8 +157,6 @@ def _prompts(config: DictConfig) -> Iterator[str]:
 def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     from transformers import AutoConfig, AutoTokenizer
 
-    from iapo.probe.supported_models import unsupported
-
     path = config.actor_rollout_ref.model.path
     if os.path.isabs(path) and not os.path.isdir(path):
         yield f"actor_rollout_ref.model.path: {path} is no folder; give one that holds a Hugging Face model."
@@ -176,8 +174,15 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         return
     problems = [*_model_files(config, tokenizer), *_positions(config, model_config)]
     yield from problems
-    if problems or not iapo.probes:
-        return
+    if iapo.probes and not problems:
+        yield from _probing(config, iapo, model_config, tokenizer)
+
+
+def _probing(config: DictConfig, iapo: IapoConfig, model_config, tokenizer) -> Iterator[str]:
+    """The tokenizer can write the probe, and the model can serve the probe pass."""
+    from iapo.probe.supported_models import unsupported
+
+    path = config.actor_rollout_ref.model.path
     probe = tokenizer.encode(iapo.probe, add_special_tokens=False)
     for name in ("probe", "exit_marker"):
         text = getattr(iapo, name)
@@ -243,6 +248,11 @@ def _resume(config: DictConfig) -> Iterator[str]:
         )
         return
     yield from _step_reached(config, tracker)
+    yield from _changed(config)
+
+
+def _changed(config: DictConfig) -> Iterator[str]:
+    """What the run began with and now differs; a resumed run must be the same run."""
     try:
         changed = list(differences(config))
     except (OSError, UnicodeDecodeError, YAMLError) as error:
