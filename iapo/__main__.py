@@ -26,9 +26,9 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(__doc__)
     elif name not in COMMANDS:
-        print(f"iapo: command: {name!r} must be one of {', '.join(COMMANDS)}; see iapo --help", file=sys.stderr)
+        print(f"iapo: command: {name!r} must be one of {', '.join(COMMANDS)}; see iapo --help.", file=sys.stderr)
         sys.exit(2)
-    else:  # imported only now: each command loads what it needs and no more
+    else:  # imported only now, so that a command loads only what it needs
         run(name, importlib.import_module(COMMANDS[name]).main, arguments)
 
 
@@ -39,7 +39,7 @@ def run(name: str, command: Callable[[list[str]], int], arguments: list[str]) ->
     except KeyboardInterrupt:
         print(f"iapo.{name}: interrupted", file=sys.stderr)
         status = 130
-    if status > 128:  # where a stop met Ray's start, the interpreter's own end may crash
+    if status > 128:  # after a stop while Ray started, the interpreter may crash as it ends
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

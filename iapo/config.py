@@ -1,7 +1,12 @@
-"""The `iapo` section of the configuration: defaults and validation. Imports nothing heavy."""
+"""The `iapo` section of the configuration: defaults and validation. Imports nothing heavy.
+
+The defaults are only here: `iapo.launch.compose` puts them into every configuration.
+"""
 
 import math
 from dataclasses import dataclass, fields
+
+from iapo.answer_format import ANSWER_END, EXIT_MARKER, PROBE
 
 GATES = ("all", "correct")
 REGIONS = ("reasoning", "response")
@@ -18,22 +23,22 @@ class IapoConfig:
         beta: weight of the exploration adjustment (paper, >= 0).
         rho: weight of the information-rate term (ours, >= 0).
         gate: completions that get the informativeness term: "all" (paper) or "correct".
-        region: tokens that are probed: "reasoning", those before the first `exit_marker` that the completion wrote,
-            because a probe after it is off-distribution; or "response", all of them (paper).
+        region: tokens that are probed. "reasoning": those before the first `exit_marker` in the completion, because a
+            probe after it is off-distribution. "response": all of them (paper).
         exit_marker: text that ends the reasoning.
         probe: text of the exit probe, appended to a prefix to make the model answer now.
-        score: what is measured after the probe: "first_token_entropy", the entropy of the next token (paper), or
-            "answer_logprob", -log p of the completion's own final answer, all its tokens (its pointwise information).
-            "next_token_entropy" measures nothing after a probe but how uncertain the policy was of each token itself
-            (the paper's ablation, for alpha alone): no probe pass, except that of `validation_information`.
+        score: what is measured after the probe. "first_token_entropy": the entropy of the next token (paper).
+            "answer_logprob": -log p of the completion's own final answer, all its tokens (pointwise information).
+            "next_token_entropy": nothing; the policy's entropy at each token itself takes its place (the paper's
+            ablation, for alpha alone). It needs no probe pass; `validation_information` still makes its own.
         answer_end: text that ends the answer, for `score` "answer_logprob".
-        probe_at: "stride", every `stride`-th position, or "boundaries", where a reasoning step ends. The gain of a
-            segment between two probes is spread evenly over its tokens.
+        probe_at: "stride", every `stride`-th position, or "boundaries", where a reasoning step ends. The tokens
+            between two probes share the gain equally.
         stride: 1 probes every position (paper).
-        max_gap: with "boundaries": no more tokens than this between two probes.
-        max_tokens_per_micro_batch: tokens per forward of the pass, None: what suits the device; speed and memory only.
-        share_log_prob_forward: let the probes read the keys and values of verl's forwards for old log-probs, where it
-            makes them, instead of making one more forward of the trajectories; speed only.
+        max_gap: with "boundaries": at most this many tokens between two probes.
+        max_tokens_per_micro_batch: tokens per forward of the pass; None: what suits the device. Speed and memory only.
+        share_log_prob_forward: let the probes read the keys and values of verl's forwards for old log-probs, if verl
+            makes them, instead of another forward of the trajectories. Speed only.
         validation_information: measure the information rate on validation completions too (one more pass each time).
 
     Raises:
@@ -45,10 +50,10 @@ class IapoConfig:
     rho: float = 0.0
     gate: str = "all"
     region: str = "reasoning"
-    exit_marker: str = "</think>"
-    probe: str = "</think>\n<answer>"
+    exit_marker: str = EXIT_MARKER
+    probe: str = PROBE
     score: str = "first_token_entropy"
-    answer_end: str = "</answer>"
+    answer_end: str = ANSWER_END
     probe_at: str = "stride"
     stride: int = 1
     max_gap: int = 64
@@ -76,7 +81,7 @@ class IapoConfig:
                 raise ValueError(f"iapo.{name}: {value!r} must be a non-empty text.")
         if self.score == "next_token_entropy" and self.rho > 0:
             raise ValueError(
-                f"iapo.score: 'next_token_entropy' says nothing of the answer, so there is no information rate for "
+                f"iapo.score: 'next_token_entropy' says nothing about the answer, so there is no information rate for "
                 f"iapo.rho={self.rho}; set iapo.rho=0 or choose another score."
             )
         for name in ("share_log_prob_forward", "validation_information"):
@@ -87,6 +92,11 @@ class IapoConfig:
     def needs_exit_entropy(self) -> bool:
         """Whether a term of the advantage needs the probe pass."""
         return (self.alpha > 0 or self.rho > 0) and self.score != "next_token_entropy"
+
+    @property
+    def probes(self) -> bool:
+        """Whether anything needs the probe pass: a term, or the metric of validation completions."""
+        return self.needs_exit_entropy or self.validation_information
 
     @property
     def needs_next_token_entropy(self) -> bool:

@@ -2,19 +2,19 @@
 
     iapo data NAME [--source FILE_OR_HUB_ID] [--out DIR] [--seed S]
 
-writes ``DIR/NAME/train.parquet`` and ``DIR/NAME/test.parquet``, of verbose_arithmetic also ``validation.parquet``, on
-which to choose settings. NAME is one of
+writes `DIR/NAME/train.parquet` and `DIR/NAME/test.parquet`. For verbose_arithmetic it also writes
+`validation.parquet`, on which to choose settings. NAME is one of
 
-- ``gsm8k``: openai/gsm8k, its own train and test split
-- ``math500``: HuggingFaceH4/MATH-500, split 80/20
-- ``dapo_math_17k``: BytedTsinghua-SIA/DAPO-Math-17k, its first 7,000 distinct questions, split 80/20
-- ``verbose_arithmetic``: generated, see :mod:`iapo.tasks.verbose_arithmetic`
+- `gsm8k`: openai/gsm8k, its own train and test split
+- `math500`: HuggingFaceH4/MATH-500, split 80/20
+- `dapo_math_17k`: BytedTsinghua-SIA/DAPO-Math-17k, its first 7,000 distinct questions, split 80/20
+- `verbose_arithmetic`: generated, see `iapo.tasks.verbose_arithmetic`
 
-``--source`` names another hub id, or a local file of the same columns (.parquet, .json, .jsonl); for gsm8k
-a directory that holds ``train*`` and ``test*`` files.
+`--source` names another hub id, or a local file with the same columns (.parquet, .json, .jsonl); for gsm8k a
+directory with `train*` and `test*` files.
 
-A question stands once in a split, and never in two: rows are compared by their text with case folded and
-runs of blanks made one blank; the first occurrence is kept, and the test split keeps what both have.
+A question is once in a split, and never in two. Questions are compared without regard to case and to how much white
+space there is. The first occurrence is kept, and the test split keeps what both splits have.
 """
 
 import argparse
@@ -32,11 +32,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from iapo.answer_format import ANSWER, ANSWER_END, EXIT_MARKER, THINK, written
 from iapo.tasks import verbose_arithmetic
 
 INSTRUCTION = (
-    "Reason within <think> </think>, then give only the final answer within <answer> </answer>. "
-    "Your whole reply must have exactly this form:\n<think> ... </think>\n<answer> ... </answer>"
+    f"Reason within {THINK} {EXIT_MARKER}, then give only the final answer within {ANSWER} {ANSWER_END}. "
+    f"Your whole reply must have exactly this form:\n{written(' ... ', ' ... ')}"
 )
 TEST_FRACTION = 0.2
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 4096, 256, 256
@@ -63,10 +64,10 @@ class Example:
 
 
 def parse_gsm8k(row: dict) -> tuple[str, str]:
-    """The answer stands after the last ``####``; thousands separators go: ``#### 1,080`` gives "1080"."""
+    """The answer is after the last `####`; thousands separators are removed: `#### 1,080` gives "1080"."""
     _, marker, final = row["answer"].rpartition("####")
     if not marker:
-        raise ValueError(f"answer has no '####', got {row['answer']!r}")
+        raise ValueError(f"answer: {row['answer']!r} has no '####'")
     return row["question"], re.sub(r"(?<=\d),(?=\d{3})", "", final)
 
 
@@ -78,7 +79,7 @@ def parse_dapo(row: dict) -> tuple[str, str]:
     """The question without the instructions around it: they ask for another answer format."""
     content = row["prompt"][0]["content"]
     if not (content.startswith(DAPO_PREFIX) and content.endswith(DAPO_SUFFIX)):
-        raise ValueError(f"prompt lacks the data set's fixed first and last sentence, got {content!r}")
+        raise ValueError(f"prompt: {content!r} lacks the data set's fixed first and last sentence")
     return content[len(DAPO_PREFIX) : -len(DAPO_SUFFIX)], row["reward_model"]["ground_truth"]
 
 
@@ -86,7 +87,7 @@ def parse_dapo(row: dict) -> tuple[str, str]:
 class Dataset:
     """Where a data set comes from and how its rows are read.
 
-    ``splits`` are the hub's splits: train and test, or a single one that is to be split by us.
+    `splits` are the hub's: train and test, or a single one, which is split here.
     """
 
     hub_id: str
@@ -122,13 +123,13 @@ def read_file(path: Path) -> Iterator[dict]:
         try:
             batches = pq.ParquetFile(path).iter_batches()
         except pa.ArrowInvalid as error:
-            raise ValueError(f"source: {str(path)!r} is not a parquet file ({error}); give an intact one") from error
+            raise ValueError(f"source: {str(path)!r} is no parquet file ({error}); give an intact one.") from error
         for batch in batches:
             yield from batch.to_pylist()
     elif path.suffix == ".json":
         rows = _parse_json(path.read_text(encoding="utf-8"), str(path))
         if not isinstance(rows, list):
-            raise ValueError(f"source: {str(path)!r} holds a {type(rows).__name__}; give a list of rows, or .jsonl")
+            raise ValueError(f"source: {str(path)!r} holds a {type(rows).__name__}; give a list of rows, or .jsonl.")
         yield from rows
     else:
         with path.open(encoding="utf-8") as lines:
@@ -141,7 +142,7 @@ def _parse_json(text: str, where: str) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"source: {where} is not valid JSON ({error}); correct it") from error
+        raise ValueError(f"source: {where} is not valid JSON ({error}); correct it.") from error
 
 
 def read_hub(hub_id: str, dataset: Dataset) -> dict[str, Iterable[dict]]:
@@ -152,8 +153,8 @@ def read_hub(hub_id: str, dataset: Dataset) -> dict[str, Iterable[dict]]:
     except Exception as error:  # the hub client raises a dozen unrelated types; the cause stays attached
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         raise ValueError(
-            f"source: cannot load {hub_id!r} from the hub ({reason}); check the id and the network, "
-            "or give a local file"
+            f"source: {hub_id!r} can't be loaded from the hub ({reason}); check the id and the network, or give a "
+            "local file."
         ) from error
 
 
@@ -164,10 +165,10 @@ def read_source(name: str, source: str | None) -> dict[str, Iterable[dict]]:
     if path is None or (not path.exists() and _is_hub_id(source)):
         return read_hub(source or dataset.hub_id, dataset)
     if not path.exists():
-        raise ValueError(f"source: got {source!r}, which does not exist; give a file, a directory or a hub id")
+        raise ValueError(f"source: {source!r} does not exist; give a file, a directory or a hub id.")
     if len(dataset.splits) == 1:
         if path.suffix not in SUFFIXES or not path.is_file():
-            raise ValueError(f"source: got {source!r}; {name} needs one file of type {', '.join(SUFFIXES)}")
+            raise ValueError(f"source: {source!r} must be one file of type {', '.join(SUFFIXES)} for {name}.")
         return {dataset.splits[0]: read_file(path)}
     return {split: read_file(_split_file(name, path, split)) for split in dataset.splits}
 
@@ -179,39 +180,45 @@ def _is_hub_id(source: str) -> bool:
 def _split_file(name: str, directory: Path, split: str) -> Path:
     if not directory.is_dir():
         raise ValueError(
-            f"source: got the file {str(directory)!r}; {name} needs a directory with one train* and one test* file"
+            f"source: {str(directory)!r} is a file; {name} needs a directory with one train* and one test* file."
         )
     files = sorted(f for f in directory.glob(f"{split}*") if f.suffix in SUFFIXES)
     if len(files) != 1:
         raise ValueError(
-            f"source: got {str(directory)!r} with {len(files)} {split}* files; {name} needs a directory with "
-            f"one train* and one test* file of type {', '.join(SUFFIXES)}"
+            f"source: {str(directory)!r} has {len(files)} {split}* files; {name} needs a directory with one train* "
+            f"and one test* file of type {', '.join(SUFFIXES)}."
         )
     return files[0]
 
 
 def parse_rows(rows: Iterable[dict], dataset: Dataset, where: str) -> Iterator[Example]:
-    """Examples in order. Raises ValueError with the row number, from 0, for a missing or unusable value."""
+    """Examples in order.
+
+    Raises:
+        ValueError: a value is missing or can't be used; it names the row, from 0.
+    """
     for index, row in enumerate(rows):
         present = list(row) if isinstance(row, dict) else type(row).__name__
         for column in dataset.columns:
             if column not in present:
                 raise ValueError(
-                    f"{where}: row {index} has no column {column!r}, it has {present}; "
-                    f"needed are {list(dataset.columns)}"
+                    f"source: {where}, row {index} has no column {column!r} but {present}; give rows with "
+                    f"{list(dataset.columns)}."
                 )
         try:
             question, answer = (_text(value) for value in dataset.parse(row))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"unexpected structure, {error!r}"
-            raise ValueError(f"{where}: row {index} cannot be parsed: {reason}; correct or remove it") from error
+            raise ValueError(
+                f"source: {where}, row {index} can't be parsed ({reason}); correct or remove it."
+            ) from error
         yield Example(question, answer, index)
 
 
 def _text(value: object) -> str:
     text = str(value).strip() if isinstance(value, str | int | float) else ""
     if not text:
-        raise ValueError(f"question or answer is empty or not text, got {value!r}")
+        raise ValueError(f"{value!r} is no question or answer")
     return text
 
 
@@ -279,9 +286,9 @@ class _Counter:
 
 
 def generate_verbose_arithmetic(train_size: int, test_size: int, seed: int) -> dict[str, list[Example]]:
-    """Distinct problems by split. The salt keeps any seed from repeating the stream of the model's fine-tuning.
+    """Distinct problems by split. The salt makes no seed repeat the problems of the model's fine-tuning.
 
-    The validation split is drawn last: the others are what they are without it.
+    The validation split is drawn last, so it changes nothing in the others.
     """
     rng = random.Random(f"verbose_arithmetic data {seed}")
     problems: dict[tuple[int, ...], None] = {}  # an ordered set
@@ -312,7 +319,7 @@ def to_row(example: Example, name: str, split: str, instruction: str) -> dict:
 
 
 def write_parquets(tables: dict[Path, list[dict]]) -> None:
-    """Write all files, or none: complete files are written beside the final ones and then renamed."""
+    """Write all files, or none: complete files are written under other names and then renamed."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in tables}
     try:
         for path, rows in tables.items():
@@ -333,16 +340,24 @@ def prepare(
     train_size: int | None = None,
     test_size: int | None = None,
 ) -> dict[str, Path]:
-    """Write ``out_dir/name/{train,test}.parquet``, and verbose_arithmetic's validation; return the paths by split.
+    """Write `out_dir/name/{train,test}.parquet`, and verbose_arithmetic's validation; return the paths by split.
 
-    ``source`` (default: the hub) applies to the real data sets, ``train_size`` and ``test_size`` (default:
-    4096 and 256) to verbose_arithmetic. An unknown name or unusable data raises ValueError in one line.
+    Args:
+        name: one of `NAMES`.
+        out_dir: made if it does not exist.
+        source: of the real data sets; by default the hub.
+        seed: of the 80/20 split or the generated problems.
+        train_size: of verbose_arithmetic, by default 4096.
+        test_size: of verbose_arithmetic, by default 256.
+
+    Raises:
+        ValueError: an unknown name, an impossible size, or data that can't be used; in one line.
     """
     if name not in NAMES:
-        raise ValueError(f"name: got {name!r}, choose one of {', '.join(NAMES)}")
+        raise ValueError(f"name: {name!r} must be one of {', '.join(NAMES)}.")
     for field, value in (("train_size", train_size), ("test_size", test_size)):
         if value is not None and not 1 <= value <= MOST_GENERATED:
-            raise ValueError(f"{field}: got {value}, give at least 1 and at most {MOST_GENERATED}")
+            raise ValueError(f"{field}: {value} must be from 1 to {MOST_GENERATED}.")
     if name == "verbose_arithmetic":
         _warn_if_set(name, source=source)
         instruction = ""
@@ -355,7 +370,7 @@ def prepare(
     paths = {split: Path(out_dir) / name / f"{split}.parquet" for split in examples}
     for split, rows in examples.items():
         if not rows:
-            raise ValueError(f"source: {source or name!r} leaves no rows for {split}; give a larger one")
+            raise ValueError(f"source: {source or name!r} leaves no rows for {split}; give a larger one.")
     write_parquets({paths[s]: [to_row(e, name, s, instruction) for e in examples[s]] for s in examples})
     for split, path in paths.items():
         print(f"{name}: wrote {len(examples[split])} rows to {path}")
@@ -365,7 +380,7 @@ def prepare(
 def _warn_if_set(name: str, **options: object) -> None:
     for option, value in options.items():
         if value is not None:
-            warnings.warn(f"{option}={value!r} has no effect on {name}", stacklevel=3)
+            warnings.warn(f"{option}={value!r} has no effect on {name}.", stacklevel=3)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -385,7 +400,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"iapo.data: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"iapo.data: --out: cannot write to {options.out!r} ({error}); choose another folder", file=sys.stderr)
+        print(
+            f"iapo.data: --out: {options.out!r} can't be written to ({error}); choose another folder.", file=sys.stderr
+        )
     return 2
 
 

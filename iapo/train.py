@@ -5,7 +5,7 @@ variant   iapo (the paper), iapo_rate (ours), grpo, dapo, or another file of rec
 model     tiny, qwen2.5-0.5b-instruct, qwen2.5-1.5b-instruct, qwen2.5-7b-instruct, or any folder or hub name
 data      verbose_arithmetic, gsm8k, math500, dapo_math_17k, or a folder with train.parquet and test.parquet
 platform  cpu or gpu; by default what the machine has
-key=value any key of recipes/defaults.yaml or of verl, e.g. iapo.alpha=0.05 trainer.total_training_steps=100
+key=value any key that --dry-run shows, e.g. iapo.alpha=0.05 trainer.total_training_steps=100
 
 --dry-run prints the resolved configuration and checks it, but not that data, model and GPUs are there.
 python -m iapo.train is the same command.
@@ -26,8 +26,8 @@ def main(arguments: list[str]) -> int:
     dry_run = "--dry-run" in arguments
     unknown = [argument for argument in arguments if argument.startswith("-") and argument != "--dry-run"]
     if unknown:
-        return refuse(f"{unknown[0]}: unknown option; known are --dry-run and --help")
-    # Imported only now: a Ctrl-C during these seconds gets its one line, too.
+        return refuse(f"{unknown[0]}: unknown option; known are --dry-run and --help.")
+    # Imported only now, so that a Ctrl-C during these seconds gets its one line too.
     from iapo.launch.checks import ConfigError
     from iapo.launch.folder_lock import FolderInUse
     from iapo.launch.machine import CPU_ENVIRONMENT, choose_platform
@@ -36,9 +36,9 @@ def main(arguments: list[str]) -> int:
     overrides = [argument for argument in arguments if argument != "--dry-run"]
     platform = choose_platform(overrides)
     if platform not in ("cpu", "gpu"):
-        return refuse(f"platform: {platform} must be cpu or gpu")
+        return refuse(f"platform: {platform!r} must be cpu or gpu.")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of source code
-    # It tells at every start what is set here.
+    # It would repeat at every start what is set here.
     logging.getLogger("verl.plugin.platform.platform_manager").addFilter(lambda r: r.levelno > logging.INFO)
     if platform == "cpu":
         os.environ.update(CPU_ENVIRONMENT)

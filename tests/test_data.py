@@ -213,7 +213,7 @@ def test_a_failed_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeypa
 
 
 def test_unused_options_warn(tmp_path):
-    with pytest.warns(UserWarning, match="source='x' has no effect on verbose_arithmetic"):
+    with pytest.warns(UserWarning, match="source='x' has no effect on verbose_arithmetic."):
         data.prepare("verbose_arithmetic", tmp_path, source="x", train_size=2, test_size=1)
     source = str(write(tmp_path / "math.jsonl", MATH500))
     with pytest.warns(UserWarning, match="train_size=7 has no effect on math500"):
@@ -230,11 +230,11 @@ def failure(name, out_dir, source=None, **options) -> str:
 
 def test_unknown_name_and_sizes(tmp_path):
     assert failure("gsm9k", tmp_path) == (
-        "name: got 'gsm9k', choose one of gsm8k, math500, dapo_math_17k, verbose_arithmetic"
+        "name: 'gsm9k' must be one of gsm8k, math500, dapo_math_17k, verbose_arithmetic."
     )
     for size in (0, -3, 99_999_999):
         for field in ("train_size", "test_size"):
-            expected = f"{field}: got {size}, give at least 1 and at most 1000000"
+            expected = f"{field}: {size} must be from 1 to 1000000."
             assert failure("verbose_arithmetic", tmp_path, **{field: size}) == expected
 
 
@@ -242,13 +242,13 @@ def test_missing_or_unsuitable_files(tmp_path):
     out = tmp_path / "out"
     line = failure("math500", out, tmp_path / "absent.jsonl")
     assert "absent.jsonl" in line and "does not exist; give a file, a directory or a hub id" in line
-    assert "needs one file of type" in failure("math500", out, write(tmp_path / "math.csv", MATH500))
-    assert "needs one file of type" in failure("math500", out, tmp_path)
+    assert "must be one file of type" in failure("math500", out, write(tmp_path / "math.csv", MATH500))
+    assert "must be one file of type" in failure("math500", out, tmp_path)
     line = failure("gsm8k", out, write(tmp_path / "both.jsonl", GSM8K_TRAIN))
-    assert "got the file" in line and "gsm8k needs a directory with one train* and one test* file" in line
+    assert "both.jsonl' is a file; " in line and "gsm8k needs a directory with one train* and one test* file" in line
     gsm8k_directory(tmp_path / "twice")
     write(tmp_path / "twice" / "test.json", GSM8K_TEST)
-    assert "with 2 test* files" in failure("gsm8k", out, tmp_path / "twice")
+    assert "has 2 test* files" in failure("gsm8k", out, tmp_path / "twice")
 
 
 def test_broken_files(tmp_path):
@@ -261,25 +261,25 @@ def test_broken_files(tmp_path):
     assert "holds a dict; give a list of rows" in failure("math500", out, whole)
     table = tmp_path / "a.parquet"
     table.write_bytes(b"not a table")
-    assert "is not a parquet file" in failure("math500", out, table)
+    assert "is no parquet file" in failure("math500", out, table)
 
 
 def test_missing_column_names_the_column_and_what_is_there(tmp_path):
     source = write(tmp_path / "math.jsonl", [{"question": "1+1?", "answer": "2"}])
     line = failure("math500", tmp_path / "out", source)
     assert line.endswith(
-        "row 0 has no column 'problem', it has ['question', 'answer']; needed are ['problem', 'answer']"
+        "row 0 has no column 'problem' but ['question', 'answer']; give rows with ['problem', 'answer']."
     )
     source = write(tmp_path / "text.jsonl", [MATH500[0], "1+1?"])
-    assert "row 1 has no column 'problem', it has str" in failure("math500", tmp_path / "out", source)
+    assert "row 1 has no column 'problem' but str" in failure("math500", tmp_path / "out", source)
 
 
 @pytest.mark.parametrize(
     ("name", "bad", "reason"),
     [
-        ("math500", {"problem": "1+1?", "answer": " "}, "question or answer is empty or not text, got ' '"),
-        ("math500", {"problem": "1+1?", "answer": None}, "question or answer is empty or not text, got None"),
-        ("math500", {"problem": "", "answer": "2"}, "question or answer is empty or not text, got ''"),
+        ("math500", {"problem": "1+1?", "answer": " "}, "' ' is no question or answer"),
+        ("math500", {"problem": "1+1?", "answer": None}, "None is no question or answer"),
+        ("math500", {"problem": "", "answer": "2"}, "'' is no question or answer"),
         ("dapo_math_17k", {"prompt": [], "reward_model": {}}, "unexpected structure, IndexError"),
         (
             "dapo_math_17k",
@@ -289,7 +289,7 @@ def test_missing_column_names_the_column_and_what_is_there(tmp_path):
         (
             "dapo_math_17k",
             {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}},
-            "prompt lacks the data set's fixed first and last sentence, got '1+1?'",
+            "prompt: '1+1?' lacks the data set's fixed first and last sentence",
         ),
     ],
 )
@@ -297,29 +297,29 @@ def test_unparsable_rows_are_named_by_number(tmp_path, name, bad, reason):
     good = {"math500": MATH500[0], "dapo_math_17k": dapo_row("2+2?", "4")}[name]
     source = write(tmp_path / "rows.jsonl", [good, bad])
     line = failure(name, tmp_path / "out", source)
-    assert f"row 1 cannot be parsed: {reason}" in line
-    assert line.endswith("; correct or remove it")
+    assert f"row 1 can't be parsed ({reason}" in line
+    assert line.endswith("; correct or remove it.")
 
 
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ("It is 72.", "answer has no '####', got 'It is 72.'"),
-        ("72 ####", "is empty"),
+        ("It is 72.", "answer: 'It is 72.' has no '####'"),
+        ("72 ####", "'' is no question or answer"),
         (72, "unexpected structure"),
     ],
 )
 def test_unparsable_gsm8k_answers(tmp_path, answer, reason):
     source = gsm8k_directory(tmp_path / "original", train=[GSM8K_TRAIN[0], {"question": "?", "answer": answer}])
     line = failure("gsm8k", tmp_path / "out", source)
-    assert "(train): row 1 cannot be parsed" in line and reason in line
+    assert "(train), row 1 can't be parsed" in line and reason in line
 
 
 def test_data_too_small_for_both_splits(tmp_path):
     source = write(tmp_path / "math.jsonl", [])
-    assert failure("math500", tmp_path / "out", source).endswith("leaves no rows for train; give a larger one")
+    assert failure("math500", tmp_path / "out", source).endswith("leaves no rows for train; give a larger one.")
     write(source, MATH500[:1])
-    assert failure("math500", tmp_path / "out", source).endswith("leaves no rows for test; give a larger one")
+    assert failure("math500", tmp_path / "out", source).endswith("leaves no rows for test; give a larger one.")
     original = gsm8k_directory(tmp_path / "original", train=[], test=GSM8K_TEST)
     assert "leaves no rows for train" in failure("gsm8k", tmp_path / "out", original)
 
@@ -331,8 +331,8 @@ def test_an_unreachable_hub_gives_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     line = failure("math500", tmp_path / "out", "someone/math-v1.5")
     assert line == (
-        "source: cannot load 'someone/math-v1.5' from the hub (ConnectionError: Couldn't reach the hub); "
-        "check the id and the network, or give a local file"
+        "source: 'someone/math-v1.5' can't be loaded from the hub (ConnectionError: Couldn't reach the hub); "
+        "check the id and the network, or give a local file."
     )
 
 
@@ -355,11 +355,12 @@ def test_the_command_prints_one_error_line(tmp_path, capsys):
     assert (tmp_path / "verbose_arithmetic" / "test.parquet").exists()
     assert data.main(["nothing"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: name: got 'nothing', choose one of gsm8k")
+    assert line.startswith("iapo.data: name: 'nothing' must be one of gsm8k")
 
 
 def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     arguments = ["verbose_arithmetic", "--out", str(tmp_path / "file"), "--train-size", "4", "--test-size", "2"]
     assert data.main(arguments) == 2
-    assert capsys.readouterr().err.startswith("error: out: cannot write to")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"iapo.data: --out: '{tmp_path}/file' can't be written to (")

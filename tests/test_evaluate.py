@@ -199,9 +199,9 @@ def test_other_bad_input_gives_one_line(tmp_path, capsys):
         ([str(tmp_path / "gone.jsonl")], "can't be read"),
         ([str(tmp_path), "--step", "7"], "7.jsonl: can't be read"),
         ([dump, "--k", "2"], "k: 2 must be from 1 to the 1 samples"),
-        ([dump, "--prompts", str(tmp_path / "no.parquet")], "no parquet file with a column 'prompt'"),
+        ([dump, "--prompts", str(tmp_path / "no.parquet")], "is no parquet file with a column 'prompt'"),
         ([dump, "--prompts", str(tmp_path / "gone.parquet")], "no parquet file with a column 'prompt'"),
-        ([dump, "--prompts", str(other)], "no completion of"),
+        ([dump, "--prompts", str(other)], f"--prompts: {other} holds no prompt that"),
         ([dump, "--resamples", "0"], "resamples: 0 at least 1"),
         ([dump, "--seed", "-1"], "seed: -1 >= 0"),
     ):

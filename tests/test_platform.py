@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+# One process for each environment, because verl and vLLM take seconds to import. Every print is what one test looks at.
 CODE = """
 import importlib.metadata, torch.distributed.fsdp as fsdp
 import torch.distributed.fsdp._init_utils as init_utils
@@ -14,6 +15,7 @@ states = init_utils._check_module_states_for_sync_module_states
 import verl, verl.utils.distributed as distributed
 from verl.plugin.platform import PlatformRegistry, get_platform
 print(
+    "workarounds",
     PlatformRegistry.get("cpu") is not None,
     importlib.metadata.version is before[0],
     fsdp.CPUOffloadPolicy.__init__ is before[1],
@@ -21,6 +23,18 @@ print(
     init_utils._check_module_states_for_sync_module_states is states,
     hasattr(distributed.initialize_global_process_group_ray, "__wrapped__"),
 )
+if PlatformRegistry.get("cpu") is not None:
+    import torch
+    from verl.utils import device
+    x = torch.zeros(1).to(device.get_device_id())
+    print("platform", device.get_device_name(), f"{device.get_device_name()}:{device.get_device_id()}",
+          device.get_nccl_backend(), device.get_resource_name(), x.device, device.get_torch_device().is_available(),
+          device.get_torch_device().memory_allocated(), importlib.metadata.version("vllm").endswith("+cpu"))
+from vllm.model_executor.layers import utils
+original = utils.dispatch_cpu_unquantized_gemm
+from iapo.verl_adapter.vllm_plugin import register
+register()
+print("vllm", utils.dispatch_cpu_unquantized_gemm is original)
 """
 
 
@@ -30,28 +44,38 @@ def run(code, **environment):
         [sys.executable, "-c", code], capture_output=True, text=True, env=kept | environment, timeout=120
     )
     assert result.returncode == 0, result.stderr
-    return result.stdout.strip().splitlines()[-1].split()
+    return result.stdout.strip().splitlines()
 
 
-def test_nothing_is_touched_without_the_environment_variable():
-    assert run(CODE) == ["False", "True", "True", "True", "True", "False"]
+@pytest.fixture(scope="module")
+def without():
+    return said(run(CODE))
 
 
-def test_everything_is_in_place_with_it():
-    assert run(CODE, VERL_PLATFORM="cpu") == ["True", "False", "False", "False", "False", "True"]
+@pytest.fixture(scope="module")
+def on_cpu():
+    return said(run(CODE, VERL_PLATFORM="cpu", VLLM_TARGET_DEVICE="cpu"))
 
 
-def test_the_platform_answers_what_verl_asks():
-    code = """
-import torch, importlib.metadata
-from verl.utils import device
-platform = device.get_platform()
-x = torch.zeros(1).to(device.get_device_id())
-print(device.get_device_name(), f"{device.get_device_name()}:{device.get_device_id()}", device.get_nccl_backend(),
-      device.get_resource_name(), x.device, device.get_torch_device().is_available(),
-      device.get_torch_device().memory_allocated(), importlib.metadata.version("vllm").endswith("+cpu"))
-"""
-    assert run(code, VERL_PLATFORM="cpu") == ["cpu", "cpu:0", "gloo", "GPU", "cpu", "False", "0", "True"]
+def said(lines):
+    words = [line.split() for line in lines]
+    return {first: rest for first, *rest in words if first in ("workarounds", "platform", "vllm")}
+
+
+def test_nothing_is_touched_without_the_environment_variable(without):
+    assert without["workarounds"] == ["False", "True", "True", "True", "True", "False"]
+
+
+def test_everything_is_in_place_with_it(on_cpu):
+    assert on_cpu["workarounds"] == ["True", "False", "False", "False", "False", "True"]
+
+
+def test_the_platform_answers_what_verl_asks(on_cpu):
+    assert on_cpu["platform"] == ["cpu", "cpu:0", "gloo", "GPU", "cpu", "False", "0", "True"]
+
+
+def test_vllm_keeps_its_own_kernels_without_the_environment_variable(without, on_cpu):
+    assert (without["vllm"], on_cpu["vllm"]) == (["True"], ["False"])
 
 
 def test_two_runs_on_a_machine_have_sockets_of_their_own():
@@ -62,10 +86,10 @@ register()
 register()  # vLLM loads plugins in each process, and processes inherit the environment
 print(os.environ.get("VERL_RAY_JOB_ID"), unique_job_id("01000000"))
 """
-    assert run(code, VERL_RAY_JOB_ID="01000000", IAPO_RUN_ID="a1") == ["01000000-a1", "01000000-a1"]
-    assert run(code, VERL_RAY_JOB_ID="01000000", IAPO_RUN_ID="b2") == ["01000000-b2", "01000000-b2"]
-    assert run(code, VERL_RAY_JOB_ID="01000000") == ["01000000", "01000000"]  # no run of iapo.train
-    assert run(code, IAPO_RUN_ID="a1") == ["None", "01000000-a1"]
+    assert run(code, VERL_RAY_JOB_ID="01000000", IAPO_RUN_ID="a1") == ["01000000-a1 01000000-a1"]
+    assert run(code, VERL_RAY_JOB_ID="01000000", IAPO_RUN_ID="b2") == ["01000000-b2 01000000-b2"]
+    assert run(code, VERL_RAY_JOB_ID="01000000") == ["01000000 01000000"]  # no run of iapo.train
+    assert run(code, IAPO_RUN_ID="a1") == ["None 01000000-a1"]
 
 
 def test_a_run_is_refused_where_vllm_would_leave_the_plugin_out(monkeypatch):
@@ -77,21 +101,9 @@ def test_a_run_is_refused_where_vllm_would_leave_the_plugin_out(monkeypatch):
     monkeypatch.setenv("VLLM_PLUGINS", "other,iapo")
     check_vllm_plugin()
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    with pytest.raises(ConfigError, match="VLLM_PLUGINS: 'other' leaves out 'iapo'"):
+    with pytest.raises(ConfigError, match="VLLM_PLUGINS: 'other' lacks 'iapo'"):
         check_vllm_plugin()
     monkeypatch.delenv("VLLM_PLUGINS")
     monkeypatch.setattr("iapo.launch.machine.entry_points", lambda **_: ())
     with pytest.raises(ConfigError, match="its vLLM plugin isn't installed"):
         check_vllm_plugin()
-
-
-def test_vllm_keeps_its_own_kernels_without_the_environment_variable():
-    code = """
-from vllm.model_executor.layers import utils
-original = utils.dispatch_cpu_unquantized_gemm
-from iapo.verl_adapter.vllm_plugin import register
-register()
-print(utils.dispatch_cpu_unquantized_gemm is original)
-"""
-    assert run(code) == ["True"]
-    assert run(code, VERL_PLATFORM="cpu", VLLM_TARGET_DEVICE="cpu") == ["False"]

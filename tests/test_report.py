@@ -5,7 +5,8 @@ import pytest
 
 from iapo.metrics.console import ProgressConsole
 from iapo.metrics.file import MetricsFile
-from iapo.tools.report import Validation, draw, table, validations
+from iapo.metrics.validation import Validation, validation, validations
+from iapo.tools.report import draw, main, table
 
 
 def held_out(accuracy, tokens, rate=None):
@@ -35,21 +36,17 @@ def test_validations_and_table_by_hand(tmp_path):
 
 
 def test_several_data_sources_count_equally():
-    from iapo.tools.report import validation
-
     data = held_out(0.8, 50.0) | {"val-core/math/acc/mean@1": 0.4, "val-aux/math/response_length/mean@1": 100.0}
     assert validation(3, data) == Validation(3, 0.6000000000000001, 75.0, None)
 
 
-def test_picture_and_command(tmp_path):
+def test_picture_and_command(tmp_path, capsys):
     make_run(tmp_path / "a", (0, held_out(0.8, 50.0)), (2, held_out(0.79, 40.0)))
     make_run(tmp_path / "b", (0, held_out(0.8, 50.0)))
     picture = tmp_path / "p.png"
     draw({"a": validations(tmp_path / "a")}, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    command = [sys.executable, "-m", "iapo.tools.report"]
-    good = subprocess.run([*command, tmp_path / "a"], capture_output=True, text=True)
-    assert good.returncode == 0 and "-20.0%" in good.stdout
+    assert main([str(tmp_path / "a")]) == 0 and "-20.0%" in capsys.readouterr().out
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / "metrics.jsonl").write_text("garbage\n")
     for run_dir, message in (
@@ -58,17 +55,24 @@ def test_picture_and_command(tmp_path):
         (picture, "holds no metrics.jsonl"),
         (tmp_path / "d", "not the metrics of a run"),
     ):
-        bad = subprocess.run([*command, run_dir], capture_output=True, text=True)
-        assert bad.returncode == 2 and message in bad.stderr and len(bad.stderr.splitlines()) == 1
+        assert main([str(run_dir)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"iapo.report: {run_dir}") and message in line and "; " in line
+
+
+@pytest.mark.parametrize("module", ["iapo.report", "iapo.tools.report", "iapo.evaluation", "iapo.tools.evaluate"])
+def test_the_modules_are_commands(tmp_path, module):
+    bad = subprocess.run([sys.executable, "-m", module, tmp_path], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert bad.stderr.startswith(f"iapo.{'report' if 'report' in module else 'evaluate'}: {tmp_path}: holds no ")
 
 
 @pytest.mark.parametrize("name", ["no/folder.png", "picture.foo"])
-def test_a_picture_that_cannot_be_written_gets_one_line(tmp_path, name):
+def test_a_picture_that_cannot_be_written_gets_one_line(tmp_path, name, capsys):
     make_run(tmp_path, (0, held_out(0.8, 50.0)), (2, held_out(0.79, 40.0)))
-    command = [sys.executable, "-m", "iapo.tools.report", tmp_path, "--picture", tmp_path / name]
-    bad = subprocess.run(command, capture_output=True, text=True)
-    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1
-    assert bad.stderr.startswith(f"iapo.report: --picture: {tmp_path / name} can't be written (")
+    assert main([str(tmp_path), "--picture", str(tmp_path / name)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"iapo.report: --picture: {tmp_path / name} can't be written (")
 
 
 def test_console_shows_progress_and_time_left(capsys, monkeypatch):

@@ -91,7 +91,7 @@ def test_verl_finds_and_builds_it(tokenizer):
 
 
 def test_a_right_answer(tokenizer):
-    ids = tokenizer.encode(RIGHT) + [tokenizer.eos_token_id]
+    ids = [*tokenizer.encode(RIGHT), tokenizer.eos_token_id]
     # <think>, a, </think>, newline, the 19 bytes of <answer>42</answer>, <|im_end|>
     assert len(ids) == 24
     [result] = run(make_config(), tokenizer, make_data(ids))
@@ -151,7 +151,7 @@ def test_overlong_penalty(tokenizer, length, penalty, factor):
 def test_max_resp_len_below_the_responses_limit(tokenizer):
     overlong = {"enable": True, "len": 20, "penalty_factor": 1.0, "log": False}
     config = make_config(max_response_length=80, overlong=overlong, max_resp_len=64)
-    with pytest.raises(ValueError, match="max_resp_len is 64, below data.max_response_length = 80"):
+    with pytest.raises(ValueError, match=r"max_resp_len: 64 is below data.max_response_length=80"):
         run(config, tokenizer)
 
 

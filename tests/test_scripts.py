@@ -81,20 +81,29 @@ def test_dry_run_of_dapo_from_another_folder(tmp_path):
     assert config["run_dir"] == f"{ROOT}/runs/dapo-qwen2.5-0.5b-instruct-gsm8k"
 
 
-@needs_verl
-def test_overrides_win_and_a_relative_data_folder_is_the_callers(tmp_path):
-    result = launch("iapo", "--dry-run", "iapo.alpha=0.05", "data=math500", cwd=tmp_path, IAPO_DATA_DIR="my data")
-    config = resolved(result)
-    assert config["algorithm"]["adv_estimator"] == "iapo"
-    assert config["iapo"]["alpha"] == 0.05 and config["iapo"]["beta"] == 0.01
-    assert config["data"]["train_files"] == f"{tmp_path}/my data/math500/train.parquet"
+def arguments_of(result):
+    """What a launch script would give to iapo.train."""
+    assert result.returncode == 0, result.stderr
+    unbuffered, module, name, *arguments = result.stdout.splitlines()
+    assert [unbuffered, module, name] == ["-u", "-m", "iapo.train"]
+    return arguments
 
 
 @needs_verl
-def test_unknown_key_is_named(tmp_path):
-    result = launch("grpo", "--dry-run", "iapo.alhpa=3", cwd=tmp_path)
-    assert result.returncode == 2 and result.stdout == ""
-    assert "iapo.alhpa" in result.stderr.splitlines()[-1]
+def test_overrides_win_and_a_relative_data_folder_is_the_callers(tmp_path, monkeypatch):
+    from iapo.launch.compose import resolve
+
+    shows = f"""[ "$1" = -c ] || {{ printf '%s\\n' "$@"; echo "$IAPO_DATA_DIR" >{tmp_path}/folder; }}"""
+    python = str(stand_in(tmp_path, "python", shows))
+    overrides = ["iapo.alpha=0.05", "data=math500"]
+    result = launch("iapo", *overrides, cwd=tmp_path, IAPO_DATA_DIR="my data", PYTHON=python)
+    folder = (tmp_path / "folder").read_text().strip()
+    assert folder == f"{tmp_path}/my data"
+    monkeypatch.setenv("IAPO_DATA_DIR", folder)
+    config = resolve(arguments_of(result))
+    assert config.algorithm.adv_estimator == "iapo"
+    assert config.iapo.alpha == 0.05 and config.iapo.beta == 0.01
+    assert config.data.train_files == f"{tmp_path}/my data/math500/train.parquet"
 
 
 def stand_in(folder, name, body):

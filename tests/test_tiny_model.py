@@ -10,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import iapo
+from iapo.answer_format import PROBE
 from iapo.tasks import tiny_model
 from iapo.tasks import verbose_arithmetic as task
 
 ASSETS = Path(iapo.__file__).parent / "assets" / "tiny"
-PROBE = "</think>\n<answer>"
 
 
 @pytest.fixture(scope="module")
@@ -174,4 +174,4 @@ def test_the_command_writes_a_loadable_directory_and_repeats_itself(tmp_path, ca
 def test_the_command_refuses_steps_outside_the_schedule(tmp_path, capsys, steps):
     with pytest.raises(SystemExit):
         tiny_model.main(["--out", str(tmp_path), "--steps", steps])
-    assert f"--steps: got {steps}, give 1 to 1500" in capsys.readouterr().err
+    assert f"--steps: {steps} must be from 1 to 1500" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def test_tracking_calls_backends_with_data_and_step():
 def test_reward_manager():
     from verl.experimental.reward_loop.reward_manager.dapo import DAPORewardManager
 
-    from iapo.launch.checks import REWARD_ARGUMENTS
+    from iapo.launch.check_files import REWARD_ARGUMENTS
 
     assert parameters(DAPORewardManager.run_single) == ["self", "data"]
     call = " ".join(inspect.getsource(DAPORewardManager.run_single).partition("await self.compute_score(")[2].split())

@@ -1,25 +1,20 @@
-"""Everything about a run's configuration that can be wrong and be known before Ray starts.
+"""What can be wrong with a run's configuration and is known before Ray starts.
 
-Each check returns a list of problems, one line each: field, value, fix.
+The options are checked here, alone and together; `iapo.launch.check_files` checks what they point to. Each check
+yields its problems, one line each: field, value, fix.
 """
 
-import inspect
-import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from pathlib import Path
-from zipfile import is_zipfile
 
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError
 
+from iapo.answer_format import ANSWER_END, PROBE, THINK, format_ok
 from iapo.config import IapoConfig
-from iapo.data import NAMES
-from iapo.launch.provenance import differences, saved_config, tracker_file
-from iapo.methods import acts_by, conflicts, load_states, make_methods
+from iapo.launch.check_files import file_problems
+from iapo.methods import Method, acts_by, conflicts, make_methods
 
 
 class ConfigError(ValueError):
@@ -27,11 +22,14 @@ class ConfigError(ValueError):
 
 
 def check(config: DictConfig, files: bool = True) -> None:
-    """Raise ConfigError with every problem found; warn of options without effect.
+    """Look for everything that is wrong; warn of options without effect.
 
     Args:
         config: resolved.
         files: also look at data, model and run folder.
+
+    Raises:
+        ConfigError: every problem, a line each.
     """
     try:
         iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
@@ -39,10 +37,10 @@ def check(config: DictConfig, files: bool = True) -> None:
         raise ConfigError(str(error)) from None
     problems = list(check_numbers(config))
     if not problems:  # the checks below compare them
-        problems += [*_terms(config, iapo), *_methods(config, iapo), *_engine(config, iapo)]
+        problems += [*_terms(config, iapo), *_trainer(config), *_overlong(config), *_methods(config, iapo)]
+        problems += [*_engine(config, iapo), *_format(config, iapo)]
         if files:
-            problems += [*_paths(config), *_reward(config), *_data(config), *_resume(config), *_model(config, iapo)]
-            problems += [] if problems else _prompts(config)
+            problems += file_problems(config, iapo)
     if problems:
         raise ConfigError("\n".join(problems))
     for line in _without_effect(config, iapo):
@@ -50,7 +48,11 @@ def check(config: DictConfig, files: bool = True) -> None:
 
 
 def check_with_verl(config) -> None:
-    """verl's own validation of a resolved configuration."""
+    """verl's own validation of a resolved configuration.
+
+    Raises:
+        ConfigError: the first thing that verl refuses.
+    """
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
@@ -61,6 +63,9 @@ def check_with_verl(config) -> None:
         raise ConfigError(f"verl: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
+# The reward function of this package, by module and name.
+OUR_REWARD = ("pkg://iapo.reward", "compute_score")
+
 # verl finds these wrong only after Ray and vLLM have started, if at all: field, type, smallest value.
 NUMBERS = (
     ("seed", int, 0),
@@ -68,7 +73,7 @@ NUMBERS = (
     ("data.max_prompt_length", int, 1),
     ("data.max_response_length", int, 1),
     ("actor_rollout_ref.rollout.n", int, 1),
-    ("actor_rollout_ref.rollout.temperature", float, 0.01),  # vLLM raises what is less, or takes it for greedy
+    ("actor_rollout_ref.rollout.temperature", float, 0.01),  # vLLM takes less for greedy, or raises it
     ("actor_rollout_ref.actor.optim.lr", float, 0),
     ("actor_rollout_ref.actor.ppo_mini_batch_size", int, 1),
     ("trainer.total_training_steps", int, 1),
@@ -80,12 +85,8 @@ NUMBERS = (
 )
 
 
-# What verl's DAPORewardManager passes to a reward function, by keyword.
-REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-
-
 def check_numbers(config: DictConfig) -> Iterator[str]:
-    """One line for each of `NUMBERS` that isn't one."""
+    """One line for each of `NUMBERS` that has another type or is too small."""
     for field, kind, smallest in NUMBERS:
         value = OmegaConf.select(config, field)
         if value is None and field == "trainer.total_training_steps":
@@ -105,6 +106,11 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             f"{given}: no effect with algorithm.adv_estimator={estimator}; leave {estimator} out of variant=[...], "
             "set algorithm.adv_estimator=iapo, or set the weights to 0."
         )
+
+
+def _trainer(config: DictConfig) -> Iterator[str]:
+    from verl.utils.tracking import Tracking
+
     mode = config.trainer.v1.trainer_mode
     if mode != "iapo":
         yield f"trainer.v1.trainer_mode: {mode!r} must be 'iapo'; the asynchronous trainers are not supported."
@@ -121,16 +127,24 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         yield (
             f"actor_rollout_ref.actor.ppo_mini_batch_size: {mini_batch} must not exceed data.train_batch_size={batch}."
         )
-    yield from _loggers(config.trainer.logger)
-    overlong = config.reward.reward_kwargs.overlong_buffer_cfg
-    length = config.data.max_response_length
-    if overlong.enable and not (type(overlong.len) in (int, float) and 1 <= overlong.len <= length):
+    known = Tracking.supported_backend
+    chosen = config.trainer.logger
+    for name in [chosen] if isinstance(chosen, str) else chosen or []:
+        if name not in known:
+            yield f"trainer.logger: {name!r} must be one of {', '.join(known)}."
+
+
+def _overlong(config: DictConfig) -> Iterator[str]:
+    overlong, length = config.reward.reward_kwargs.overlong_buffer_cfg, config.data.max_response_length
+    if not overlong.enable:
+        return
+    if not (type(overlong.len) in (int, float) and 1 <= overlong.len <= length):
         yield (
             f"reward.reward_kwargs.overlong_buffer_cfg.len: {overlong.len} must be between 1 and "
             f"data.max_response_length={length}."
         )
     factor = overlong.penalty_factor
-    if overlong.enable and not (type(factor) in (int, float) and 0 <= factor < float("inf")):
+    if not (type(factor) in (int, float) and 0 <= factor < float("inf")):
         yield f"reward.reward_kwargs.overlong_buffer_cfg.penalty_factor: {factor} must be a number of at least 0."
 
 
@@ -140,7 +154,7 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    estimator, overlong = config.algorithm.adv_estimator, config.reward.reward_kwargs.overlong_buffer_cfg.enable
+    estimator = config.algorithm.adv_estimator
     if methods and estimator != "iapo":
         yield (
             f"methods.{next(iter(methods))}: no effect with algorithm.adv_estimator={estimator}; leave {estimator} out "
@@ -149,51 +163,53 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     rollouts, length = config.actor_rollout_ref.rollout.n, config.data.max_response_length
     for name, method in methods.items():
         yield from (f"methods.{name}.{problem}" for problem in method.problems(rollouts, length))
+    yield from conflicts(methods)
+    yield from _ignored_by(config, methods)
+    yield from _correction(config, iapo, methods)
+
+
+def _ignored_by(config: DictConfig, methods: dict[str, Method]) -> Iterator[str]:
+    """Options of verl that a method leaves without effect."""
+    overlong = config.reward.reward_kwargs.overlong_buffer_cfg.enable
+    for name, method in methods.items():
+        hooks = acts_by(method)
         if overlong and "overlong" in method.ignores:
             reason = method.ignores["overlong"]
             yield (
-                f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect beside {name}: {reason}; set it "
+                f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with {name}: {reason}; set it "
                 "to false, or leave dapo out of variant=[...]."
             )
-    yield from conflicts(methods)
-    hooks = {name: acts_by(method) for name, method in methods.items()}
-    for name, method in methods.items():
         if config.algorithm.use_kl_in_reward and "shape_reward" in method.ignores:
             reason = method.ignores["shape_reward"]
-            yield f"algorithm.use_kl_in_reward: true has no effect beside {name}: {reason}; set it to false."
-        if not config.algorithm.norm_adv_by_std_in_grpo and "outcome_advantage" in hooks[name]:
+            yield f"algorithm.use_kl_in_reward: true has no effect with {name}: {reason}; set it to false."
+        if not config.algorithm.norm_adv_by_std_in_grpo and "outcome_advantage" in hooks:
             yield (
-                f"algorithm.norm_adv_by_std_in_grpo: false has no effect beside {name}, which has an advantage of its "
+                f"algorithm.norm_adv_by_std_in_grpo: false has no effect with {name}, which has an advantage of its "
                 "own; set it to true."
             )
         mode = config.actor_rollout_ref.actor.loss_agg_mode
-        if mode != "token-mean" and {"keep_completions", "loss_mask"} & set(hooks[name]):
+        if mode != "token-mean" and {"keep_completions", "loss_mask"} & set(hooks):
             yield (
                 f"actor_rollout_ref.actor.loss_agg_mode: {mode!r} counts the completions that {name} leaves out; set "
                 "it to token-mean."
             )
+
+
+def _correction(config: DictConfig, iapo: IapoConfig, methods: dict[str, Method]) -> Iterator[str]:
+    """verl's correction of rollouts cuts responses, or computes no old log-probs."""
     correction = config.algorithm.rollout_correction
     if correction and correction.rollout_rs and (methods or not iapo.is_grpo):
         yield (
-            f"algorithm.rollout_correction.rollout_rs: {correction.rollout_rs!r} cuts tokens out of responses, whose "
-            "lengths then are wrong for methods and terms; set it to null."
+            f"algorithm.rollout_correction.rollout_rs: {correction.rollout_rs!r} cuts tokens out of responses, so "
+            "methods and terms would see wrong lengths; set it to null."
         )
     needing = [name for name, method in methods.items() if "entropy" in method.needs]
     needing += ["iapo.score=next_token_entropy"] if iapo.needs_next_token_entropy else []
     if needing and correction and correction.bypass_mode:
         yield (
-            "algorithm.rollout_correction.bypass_mode: true leaves no next-token entropies, which "
-            f"{' and '.join(needing)} can't do without; set it to false."
+            "algorithm.rollout_correction.bypass_mode: true gives no next-token entropies for "
+            f"{' and '.join(needing)}; set it to false."
         )
-
-
-def _loggers(chosen) -> Iterator[str]:
-    from verl.utils.tracking import Tracking
-
-    known = Tracking.supported_backend
-    for name in [chosen] if isinstance(chosen, str) else chosen or []:
-        if name not in known:
-            yield f"trainer.logger: {name!r} must be one of {', '.join(known)}."
 
 
 def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
@@ -203,7 +219,7 @@ def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     size = config.actor_rollout_ref.rollout.tensor_model_parallel_size
     if config.trainer.device == "cpu" and size != 1:
         yield f"actor_rollout_ref.rollout.tensor_model_parallel_size: {size!r} must be 1 with platform=cpu."
-    if not iapo.needs_exit_entropy and not iapo.validation_information:
+    if not iapo.probes:
         return
     off = "or set iapo.alpha=0 iapo.rho=0 iapo.validation_information=false."
     if model.use_fused_kernels:
@@ -212,260 +228,30 @@ def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         size = actor.ulysses_sequence_parallel_size
         yield (
             f"actor_rollout_ref.actor.ulysses_sequence_parallel_size: {size} splits a sequence over ranks, which the "
-            f"probe pass doesn't handle yet; set it to 1 {off}"
+            f"probe pass does not support; set it to 1 {off}"
         )
 
 
-def _data(config: DictConfig) -> Iterator[str]:
-    for field in ("train_files", "val_files"):
-        value = OmegaConf.select(config, f"data.{field}")
-        for name in [value] if isinstance(value, str) else value or [None]:
-            yield from _parquet(config, field, name)
-
-
-def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    path = Path(str(name)).expanduser()
-    if name is None or not path.is_file():
-        known = path.parent.name in NAMES
-        make = f"make it with python -m iapo.data {path.parent.name} --out {path.parent.parent}, or " if known else ""
-        yield f"data.{field}: {name} is no file; {make}set the path of a parquet file."
-        return
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            rows = file.read(columns=[c for c in ("prompt", "data_source") if c in schema.names])
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
-        return
-    missing = [column for column in ("prompt", "data_source", "reward_model") if column not in schema.names]
-    if missing:
-        yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
-    else:
-        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, rows))
-
-
-def _columns(schema, rows) -> Iterator[str]:
-    """What verl would stumble over or leave out in silence; `rows` has the columns prompt and data_source."""
-    import pyarrow.types as types
-
-    prompt, reward = schema.field("prompt").type, schema.field("reward_model").type
-    is_list = types.is_list(prompt) or types.is_large_list(prompt) or types.is_fixed_size_list(prompt)
-    if not is_list or not {"role", "content"} <= _fields(prompt.value_type):
-        yield f"prompt: {prompt} must be a list of chat messages, structs with role and content."
-    if "ground_truth" not in _fields(reward):
-        yield f'reward_model: {reward} must be a struct with ground_truth, as {{"style": "rule", "ground_truth": "4"}}.'
-    for name, fix in (("prompt", "each must hold chat messages"), ("data_source", "each must name the data set")):
-        if count := rows[name].null_count:
-            yield f"{name}: {count} rows are null; {fix}."
-
-
-def _fields(kind) -> set[str]:
-    """The names in an Arrow struct; none for any other type."""
-    import pyarrow.types as types
-
-    return {field.name for field in kind} if types.is_struct(kind) else set()
-
-
-def _prompts(config: DictConfig) -> Iterator[str]:
-    """verl leaves out prompts that are too long or that it can't format, and stumbles if too few are left."""
-    import pyarrow.parquet
-    from transformers import AutoTokenizer
-
-    data, model = config.data, config.actor_rollout_ref.model
-    if not data.filter_overlong_prompts or data.custom_cls.path:
-        return
-    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    options = OmegaConf.to_container(data.get("apply_chat_template_kwargs") or OmegaConf.create())
-    options |= {"chat_template": model.custom_chat_template, "tokenize": False, "add_generation_prompt": True}
-    for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
-        if field == "train_files" and config.trainer.val_only:
-            continue
-        names = [data[field]] if isinstance(data[field], str) else data[field]
-        columns = [pyarrow.parquet.read_table(name, columns=["prompt"])["prompt"] for name in names]
-        total, found, reason = sum(map(len, columns)), 0, ""
-        for messages in (scalar.as_py() for column in columns for scalar in column):
-            try:
-                text = tokenizer.apply_chat_template(messages, **options)
-            except Exception as error:  # whatever the template raises; verl goes on with the next prompt
-                reason = reason or f" (the chat template refuses some: {' '.join(str(error).split())})"
-                continue
-            found += len(tokenizer.encode(text, add_special_tokens=False)) <= data.max_prompt_length
-            if found == needed:
-                break
-        if total < needed:
-            yield (
-                f"data.{field}: {data[field]} has {total} rows, {needed} are needed; give more, or lower "
-                "data.train_batch_size."
-            )
-        elif found < needed:
-            yield (
-                f"data.max_prompt_length: {data.max_prompt_length} tokens hold only {found} of the {total} prompts of "
-                f"{data[field]}{reason}, {needed} are needed; raise it."
-            )
-
-
-def _paths(config: DictConfig) -> Iterator[str]:
-    run_dir = Path(config.run_dir)
-    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=existing).cleanup()  # permissions alone say little to root, or of /proc
-    except OSError as error:
-        yield f"run_dir: {run_dir} can't be made, {existing} can't be written to ({error.strerror}); choose another."
-
-
-def _reward(config: DictConfig) -> Iterator[str]:
-    from verl.utils.import_utils import load_module
-
+def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    """What is probed must be what `iapo.reward` pays for: another answer format is one that training removes."""
     reward = config.reward.custom_reward_function
-    if not reward.path:
-        return  # verl has one of its own
-    if not reward.path.startswith("pkg://") and not Path(reward.path.removeprefix("file://")).is_file():
-        yield f"reward.custom_reward_function.path: {reward.path} is no file; set a Python file or pkg://module."
+    if not iapo.probes or (reward.path, reward.name) != OUR_REWARD:
         return
-    try:
-        module = load_module(reward.path)
-    except Exception as error:  # whatever the module raises; verl wraps it for files
-        reason = " ".join(f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".split())
-        yield f"reward.custom_reward_function.path: {reward.path} can't be loaded ({reason}); mend it."
-        return
-    name = f"reward.custom_reward_function.name: {reward.name!r}"
-    if not callable(function := getattr(module, str(reward.name), None)):
-        yield f"{name} is no function of {reward.path}; set the name of one."
-        return
-    passed = dict.fromkeys(REWARD_ARGUMENTS) | dict(reward.get("reward_kwargs") or {})
-    try:
-        inspect.signature(function).bind(**passed)
-    except TypeError as error:
-        yield f"{name} can't be called by keyword with {', '.join(passed)} ({error}); let it take these, or **kwargs."
-
-
-def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    from iapo.probe.supported_models import unsupported
-
-    path = config.actor_rollout_ref.model.path
-    if os.path.isabs(path) and not os.path.isdir(path):
-        yield f"actor_rollout_ref.model.path: {path} is no folder; give one that holds a Hugging Face model."
-        return
-    trust = config.actor_rollout_ref.model.trust_remote_code
-    try:
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    own = "or set a reward function of your own"
+    if not format_ok(text := f"{THINK}{iapo.probe}0{ANSWER_END}"):
         yield (
-            f"actor_rollout_ref.model.path: {path} can't be loaded ({reason}); give a folder with a Hugging Face model "
-            "(model=/a/folder) or a hub name that this machine can reach."
+            f"iapo.probe: {iapo.probe!r} asks for a format that iapo.reward does not pay for, such as {text!r}; set "
+            f"{PROBE!r}, {own}."
         )
-        return
-    problems = [*_model_files(config, tokenizer), *_positions(config, model_config)]
-    yield from problems
-    if problems or (not iapo.needs_exit_entropy and not iapo.validation_information):
-        return
-    probe = tokenizer.encode(iapo.probe, add_special_tokens=False)
-    for name in ("probe", "exit_marker"):
-        text = getattr(iapo, name)
-        if tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) != text:
-            yield f"iapo.{name}: {text!r} can't be written with the vocabulary of {path}; use other text."
-            return
-    length = config.data.max_prompt_length + config.data.max_response_length + len(probe)
-    if iapo.score == "answer_logprob" and iapo.region == "response":
-        length += config.data.max_response_length  # an answer behind the probe behind the answer
-    reason = unsupported(model_config, length)
-    if reason:
-        yield f"actor_rollout_ref.model.path: {path} can't serve the exit-entropy pass at {length} tokens: {reason}."
-
-
-def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
-    path = config.actor_rollout_ref.model.path
-    if os.path.isdir(path) and not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
-        yield f"actor_rollout_ref.model.path: {path} holds no weights (*.safetensors or *.bin); put them there."
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes up where there are no files
-        yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
-    elif not tokenizer.chat_template and not config.actor_rollout_ref.model.custom_chat_template:
+    elif iapo.region == "reasoning" and not iapo.probe.lstrip().startswith(iapo.exit_marker):
         yield (
-            f"actor_rollout_ref.model.path: {path} has a tokenizer without a chat template; add chat_template.jinja, "
-            "or set actor_rollout_ref.model.custom_chat_template."
+            f"iapo.exit_marker: {iapo.exit_marker!r} is not how iapo.probe={iapo.probe!r} begins, so it does not end "
+            "the reasoning that iapo.reward pays for; set them to begin alike, " + own + "."
         )
-
-
-def _positions(config: DictConfig, model_config) -> Iterator[str]:
-    text = model_config.get_text_config(decoder=True)
-    rope = getattr(text, "rope_parameters", None) or {}
-    maximum = getattr(text, "max_position_embeddings", None)
-    length = config.data.max_prompt_length + config.data.max_response_length
-    # Other rotary types go beyond the number, each in its own way.
-    if maximum and rope.get("rope_type", "default") == "default" and length > maximum:
+    if iapo.score == "answer_logprob" and not format_ok(text := f"{THINK}{PROBE}0{iapo.answer_end}"):
         yield (
-            f"data.max_response_length: {config.data.max_response_length}, with "
-            f"data.max_prompt_length={config.data.max_prompt_length}, exceeds the {maximum} positions of "
-            f"{config.actor_rollout_ref.model.path}; lower them."
-        )
-
-
-def _resume(config: DictConfig) -> Iterator[str]:
-    tracker, mode = tracker_file(config), config.trainer.resume_mode
-    if mode not in ("auto", "disable", "resume_path"):
-        yield f"trainer.resume_mode: {mode!r} must be auto, disable or resume_path."
-    if mode == "disable" and tracker.is_file():
-        yield (
-            f"trainer.resume_mode: 'disable' would write over the run with checkpoints in {tracker.parent}; choose "
-            "another run_dir, or remove that one."
-        )
-    if mode == "resume_path" and config.trainer.resume_from_path:
-        try:
-            methods = make_methods(OmegaConf.to_container(config, resolve=True)["methods"])
-            load_states(methods, Path(config.trainer.resume_from_path))
-        except ValueError as error:
-            yield str(error)
-    if mode != "auto" or not tracker.is_file():
-        return
-    if not saved_config(config).is_file():
-        yield (
-            f"run_dir: {config.run_dir} holds checkpoints but no config.yaml, which says what they were made with; "
-            "restore the file, or choose another run_dir."
-        )
-        return
-    yield from _step_reached(config, tracker)
-    try:
-        changed = list(differences(config))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        reason = " ".join(str(error).split())
-        yield (
-            f"run_dir: {config.run_dir}/config.yaml, which says what its checkpoint was made with, can't be read "
-            f"({reason}); restore the file, or choose another run_dir."
-        )
-        return
-    for field, before, now in changed[:5]:
-        yield (
-            f"run_dir: {config.run_dir} holds a checkpoint made with {field}={before}, but now it is {now}; set it "
-            "back to resume, or choose another run_dir."
-        )
-    if len(changed) > 5:
-        yield f"run_dir: {config.run_dir}/config.yaml differs in {len(changed) - 5} more fields; choose another one."
-
-
-def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
-    """verl would train from scratch, and say so in the log only, if the tracker file named no checkpoint."""
-    text = tracker.read_text(errors="replace").strip()
-    numbers = [path.name.removeprefix("global_step_") for path in tracker.parent.glob("global_step_*")]
-    saved = sorted(int(number) for number in numbers if number.isdecimal())
-    if not text.isdecimal() or int(text) not in saved:
-        fix = f"write {saved[-1]}, the last that is there, into the file" if saved else "remove the file to begin anew"
-        yield f"run_dir: {tracker} names step {text!r}, but there is no such global_step_N; {fix}, or choose another."
-        return
-    for path in sorted((tracker.parent / f"global_step_{text}").rglob("*.pt")):
-        if not is_zipfile(path):  # what torch.save writes is one; of a file that was cut the end is missing
-            yield f"run_dir: {path} isn't whole, so no run can go on from step {text}; restore it, or choose another."
-    total = config.trainer.total_training_steps
-    if total is not None and int(text) >= total and not config.trainer.val_only:
-        yield (
-            f"trainer.total_training_steps: {total}, but the run in {config.run_dir} is complete, at step {text}; "
-            "set a larger number to go on."
+            f"iapo.answer_end: {iapo.answer_end!r} ends no answer that iapo.reward pays for, such as {text!r}; set "
+            f"{ANSWER_END!r}, {own}."
         )
 
 
@@ -476,7 +262,7 @@ def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         yield "iapo.score=next_token_entropy has no effect with iapo.alpha=0."
     if iapo.share_log_prob_forward != IapoConfig.share_log_prob_forward and not iapo.needs_exit_entropy:
         yield f"iapo.share_log_prob_forward={iapo.share_log_prob_forward} has no effect: no term needs a probe pass."
-    if not iapo.needs_exit_entropy and not iapo.validation_information:
+    if not iapo.probes:
         of_pass = {"probe_at", "stride", "max_gap", "probe", "answer_end"}
         if not iapo.needs_next_token_entropy:
             of_pass |= {"region", "score", "exit_marker"}

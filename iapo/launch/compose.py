@@ -5,14 +5,17 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from iapo.config import IapoConfig
 from iapo.data import prepare
 from iapo.launch.checks import ConfigError, check, check_numbers, check_with_verl
 from iapo.launch.machine import CPU_ENVIRONMENT, ENGINE_VENDOR, check_machine, gpu_count
@@ -25,6 +28,7 @@ def checked_config(overrides: list[str], files: bool = True) -> DictConfig:
     """The configuration that a command line asks for, after every check that is possible before Ray starts.
 
     Args:
+        overrides: the arguments of the command line.
         files: also make the embedded data, and look at machine, data, model and run folder.
 
     Raises:
@@ -46,6 +50,7 @@ def resolve(overrides: list[str]) -> DictConfig:
         ConfigError: an unknown recipe, an unknown key, a value of the wrong form.
     """
     register_resolvers()
+    register_defaults()
     try:
         expanded = [part for override in overrides for part in expand(override)]
         variants = chosen_variants(expanded)
@@ -79,10 +84,10 @@ def resolve(overrides: list[str]) -> DictConfig:
 
 
 def chosen_variants(overrides: list[str]) -> list[str]:
-    """The recipes of variant=..., which Hydra's list of choices leaves out where there are several.
+    """The recipes of variant=...; Hydra's list of choices lacks them if there are several.
 
     Raises:
-        ConfigError: one that isn't there, or twice.
+        ConfigError: one that doesn't exist, or one twice.
     """
     given = [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]
     if not given:
@@ -100,18 +105,18 @@ def chosen_variants(overrides: list[str]) -> list[str]:
 
 
 def overwritten(variants: list[str]) -> Iterator[str]:
-    """What an earlier recipe of variant=[...] sets and a later one sets otherwise, one line each."""
+    """What one recipe of variant=[...] sets and a later one sets to something else, one line each."""
     settings: dict[str, tuple[str, object]] = {}
     for name in variants:
         for key, value in settings_of(name).items():
             before, old = settings.get(key, (name, value))
             if old != value:
-                yield f"variant: {name} sets {key}={value}, in place of {old} of {before}; order them as you mean it."
+                yield f"variant: {name} sets {key}={value}, in place of {old} of {before}; put the one you want last."
             settings[key] = (name, value)
 
 
 def settings_of(variant: str) -> dict[str, object]:
-    """The values of a recipe by dotted key, nothing resolved, those of the variants that it builds on included."""
+    """The values of a recipe by dotted key, not resolved, with those of the variants that it builds on."""
     recipe = OmegaConf.to_container(OmegaConf.load(recipes_dir() / "variant" / f"{variant}.yaml"))
     bases = [base.removeprefix("/variant/") for base in recipe.pop("defaults", []) if isinstance(base, str)]
     settings = {}
@@ -122,16 +127,16 @@ def settings_of(variant: str) -> dict[str, object]:
 
 
 def explain(hydra_error: str, override: str | None = None) -> str:
-    """One line with the field, the value and the fix from what Hydra says, of an override that it can't read."""
+    """One line with field, value and fix, from Hydra's error and the override that it can't read, if it names one."""
     if unknown := re.match("Could not override '(.*)'", hydra_error):
         with initialize_config_dir(str(recipes_dir()), version_base=None):
             known = list(flat(compose("run")))
         section, _, name = unknown[1].rpartition(".")
-        beside = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
-        likely = [f"{section}.{key}".lstrip(".") for key in difflib.get_close_matches(name, beside, n=1)]
+        siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+        likely = [f"{section}.{key}".lstrip(".") for key in difflib.get_close_matches(name, siblings, n=1)]
         likely += [key for key in known if key.endswith(f".{name}")]
         return f"{unknown[1]}: unknown key; " + (f"did you mean {likely[0]}?" if likely else "--dry-run lists all.")
-    # What follows, where Hydra looked or that it could start several runs, doesn't help.
+    # The rest says where Hydra looked, or that it could start several runs; that doesn't help.
     text = " ".join(re.split("Config search path|See https|3. To sweep", hydra_error)[0].split())
     if override and override not in text:
         text = f"{override}: {text}"
@@ -141,7 +146,7 @@ def explain(hydra_error: str, override: str | None = None) -> str:
 
 
 def flat(node, prefix: str = "") -> Iterator[str]:
-    """The dotted names of every key, without resolving anything."""
+    """The dotted name of every key; nothing is resolved."""
     for key in node:
         yield f"{prefix}{key}"
         child = node._get_node(key)
@@ -163,18 +168,23 @@ def register_resolvers() -> None:
         OmegaConf.register_new_resolver(name, function, replace=True)
 
 
+def register_defaults() -> None:
+    """The part `iapo_config` of recipes/run.yaml: the section `iapo` with the defaults of `IapoConfig`."""
+    ConfigStore.instance().store("iapo_config", {"iapo": asdict(IapoConfig())}, package="_global_")
+
+
 def data_dir() -> Path:
     return Path(os.environ.get("IAPO_DATA_DIR", "data")).absolute()
 
 
 def recipes_dir() -> Path:
-    """recipes/ beside the package in a checkout, inside it in an installed wheel."""
+    """The recipes: next to the package in a checkout, inside it in an installed wheel."""
     installed = PACKAGE / "recipes"
     return installed if installed.is_dir() else PACKAGE.parent / "recipes"
 
 
 def expand(override: str) -> list[str]:
-    """model= and data= also take a path or a hub name: whatever is no recipe and is a folder or holds a slash."""
+    """model= and data= also take a path or a hub name: whatever is no recipe, and is a folder or holds a slash."""
     key, _, value = override.partition("=")
     if key not in ("model", "data") or (recipes_dir() / key / f"{value}.yaml").is_file():
         return [override]

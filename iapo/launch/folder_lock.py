@@ -16,7 +16,7 @@ class FolderInUse(RuntimeError):
 def lock(path: Path) -> IO:
     """An open file with an exclusive lock, which lasts as long as any process has it open.
 
-    What the other process wrote into the file, who it is for example, is shown to the one that comes too late.
+    The process that holds the lock may write into the file who it is; the error of a later one shows that.
 
     Raises:
         FolderInUse: another process has it.
@@ -36,7 +36,7 @@ def lock(path: Path) -> IO:
 
 
 def lock_run_dir(run_dir: Path) -> AbstractContextManager:
-    """No second run in the same folder at the same time, whose files would mix; held by this process alone.
+    """Lock a run folder, because the files of two runs in one folder would mix; only this process holds the lock.
 
     Raises:
         FolderInUse: there is one.

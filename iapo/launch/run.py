@@ -13,16 +13,17 @@ from verl.trainer.main_ppo import run_ppo
 
 from iapo.launch.folder_lock import lock_run_dir
 from iapo.launch.provenance import save, tracker_file
-from iapo.launch.shared_memory import RUN_ID, removes_own_segments
+from iapo.launch.shared_memory import removes_own_segments
 from iapo.launch.signals import recorded_signals
 from iapo.verl_adapter.runner import IapoTaskRunner
+from iapo.verl_adapter.vllm_plugin import RUN_ID
 
 # Signals that end a run politely, with exit status 128 + number.
 STOPS = {signal.SIGTERM: "stopped by SIGTERM", signal.SIGINT: "interrupted"}
 
 
 def run(config: DictConfig) -> int:
-    """Train, and leave nothing behind but the run folder; the exit status of `iapo.train.main`.
+    """Train, and leave nothing but the run folder; returns the exit status of `iapo.train.main`.
 
     Raises:
         FolderInUse: another run works in the folder.
@@ -43,8 +44,8 @@ def _run(config: DictConfig) -> int:
         sys.exit()
 
     def start_runner(*arguments, **options):
-        # A polite stop (Slurm, kill) unwinds through the clean-up below. Ray puts in a handler of its own when it
-        # starts, so ours comes again after that; what arrived meanwhile may have been lost in one of Ray's destructors.
+        # A polite stop (Slurm, kill) unwinds through the clean-up below. Ray installs a handler of its own when it
+        # starts, so ours is installed again. A signal that arrived meanwhile may be lost in one of Ray's destructors.
         signal.signal(signal.SIGTERM, stop)
         if stopped_by():
             stop()
@@ -73,10 +74,10 @@ def _run(config: DictConfig) -> int:
                 signal.signal(number, signal.SIG_IGN)
             ray.shutdown()
     if stop_signal:
-        on = "goes on from the last checkpoint" if tracker_file(config).is_file() else "starts anew: no checkpoint yet"
-        print(f"iapo.train: {STOPS[stop_signal]}; the same command {on}", file=sys.stderr)
+        how = "resumes from the last checkpoint" if tracker_file(config).is_file() else "starts anew: no checkpoint yet"
+        print(f"iapo.train: {STOPS[stop_signal]}; the same command {how}", file=sys.stderr)
         return 128 + stop_signal
-    if failure is not None:  # last of all, behind what Ray still had to print
+    if failure is not None:  # last of all, after what Ray still had to print
         reason = (str(failure).strip().splitlines() or [""])[-1]
         print(f"iapo.train: the run failed: {type(failure).__name__}: {reason}", file=sys.stderr)
         return 1

@@ -1,8 +1,8 @@
-"""Remove the shared memory and semaphores that a run leaves behind.
+"""Remove the shared memory and semaphores that a run would leave on the machine.
 
-verl hands weights to vLLM through Python shared memory; when a run ends Ray kills its processes, and what they had in
-/dev/shm would stay there for ever. Names are random and other runs may share the machine, so only files that a process
-of this run was seen to map are removed.
+verl gives weights to vLLM through Python shared memory. When a run ends, Ray kills its processes, and their files in
+/dev/shm would stay there for ever. The names are random, and other runs may share the machine. So only files that a
+process of this run was seen to map are removed.
 """
 
 import os
@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Every process of a run inherits this variable, whoever its parent becomes.
-RUN_ID = "IAPO_RUN_ID"
+from iapo.verl_adapter.vllm_plugin import RUN_ID
 
 
 @contextmanager
@@ -23,7 +22,7 @@ def removes_own_segments(interval_s: float = 3.0, patience_s: float = 10.0) -> I
 
     Args:
         interval_s: seconds between looks.
-        patience_s: seconds to wait on exit for killed processes to let go of theirs.
+        patience_s: seconds to wait on exit until killed processes have unmapped theirs.
     """
     os.environ[RUN_ID] = uuid.uuid4().hex
     seen: set[Path] = set()
@@ -51,7 +50,7 @@ def run_processes(run_id: str) -> list[int]:
         try:
             if wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
-        except OSError:  # it ended, or isn't ours
+        except OSError:  # it ended, or belongs to somebody else
             continue
     return found
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager, suppress
 def recorded_signals() -> Iterator[Callable[[], set[int]]]:
     """Yield a function that returns the numbers of all signals that had a Python handler and arrived so far.
 
-    A handler of our own is not enough: Ray puts in another while it starts, and what either raises is lost where the
-    signal happens to arrive inside a destructor. Only for the main thread.
+    A handler of our own is not enough. Ray installs another while it starts, and an exception of either is lost if the
+    signal arrives inside a destructor. Only for the main thread.
     """
     reader, writer = socket.socketpair()
     seen: set[int] = set()

@@ -3,7 +3,7 @@
 import sys
 import time
 
-from iapo.tools.report import validation
+from iapo.metrics.validation import validation
 
 
 class ProgressConsole:
@@ -15,7 +15,7 @@ class ProgressConsole:
 
     def __init__(self, total_steps: int):
         self._total = total_steps
-        self._first: tuple[int, float] | None = None  # step and its end: the first one takes long and counts for none
+        self._first: tuple[int, float] | None = None  # step and when it ended; it takes long, so it isn't counted
 
     def log(self, data: dict, step: int) -> None:
         parts = []

@@ -8,13 +8,13 @@ from pathlib import Path
 class MetricsFile:
     """Backend of verl's `Tracking` (methods `log` and `finish`).
 
-    On resume from step N the lines of later steps, which are about to be repeated, move to `<name>.replaced.jsonl`
-    beside the file: every step stands once in the file and nothing is lost. A run that starts from the beginning
-    moves all lines of an earlier one there. The file is replaced atomically.
+    A run that resumes from step N repeats the later steps, so their lines move to `<name>.replaced.jsonl` in the same
+    folder. Every step is once in the file, and nothing is lost. A run that starts from the beginning moves all lines
+    of an earlier run there. The file is replaced atomically.
 
     Args:
         path: the file; its folder is made.
-        resume_step: last step of the checkpoint that the run goes on from; 0 for a run from the beginning.
+        resume_step: last step of the checkpoint that the run resumes from; 0 for a run from the beginning.
     """
 
     def __init__(self, path: Path, resume_step: int):
@@ -49,7 +49,7 @@ def _drop_replaced_lines(path: Path, resume_step: int) -> list[int]:
     """The steps that stay in the file."""
     steps, kept, replaced = [], [], []
     for record, line in _records(path):
-        if 0 < resume_step and record["step"] <= resume_step:
+        if resume_step > 0 and record["step"] <= resume_step:
             steps.append(record["step"])
             kept.append(line)
         else:

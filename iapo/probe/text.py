@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from iapo.answer_format import final_answer as final_answer  # what reads a response is in this module
 from iapo.config import IapoConfig
 
 # What a reasoning step ends with; after the last of them only white space may follow in the same token.
@@ -45,13 +46,6 @@ def step_ends(decode: Callable[[Sequence[int]], str], vocabulary: int) -> torch.
     """
     texts = (decode([token]) for token in range(vocabulary))
     return torch.tensor(["\n" in text or text.rstrip().endswith(STEP_ENDS) for text in texts])
-
-
-def final_answer(text: str, probe: str, end: str) -> str:
-    """What the completion wrote between its last `probe` and the next `end`; "" if it lacks either."""
-    _, found, rest = text.rpartition(probe)
-    answer, closed, _ = rest.partition(end)
-    return answer if found and closed else ""
 
 
 def region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer, ends: set[int]) -> int:

@@ -2,9 +2,8 @@
 
     python -m iapo.tasks.tiny_model --out DIR [--steps N] [--seed S]
 
-writes tokenizer and model, then prints an evaluation by sampling at temperature 1. The number of steps is
-chosen so that the model reasons in the right form but still errs: reinforcement learning has accuracy to gain
-and length to save.
+writes tokenizer and model, then prints an evaluation by sampling at temperature 1. After the default number of steps
+the model reasons in the right form but still makes mistakes: reinforcement learning can gain accuracy and save length.
 
 Shapes: B sequences, L tokens (prompt and completion).
 """
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2 import Qwen2Tokenizer
 from transformers.tokenization_utils_base import AddedToken
 
+from iapo.answer_format import MARKERS
 from iapo.tasks import verbose_arithmetic as task
 
 # Qwen's own names: verl's Qwen chat handling looks up "<|im_end|>", and Qwen2Tokenizer adds "<|endoftext|>",
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 )
 
 SCHEDULE = 1500  # steps that the cosine takes to 0
-STEPS = 1120  # training stops here: at the end of the schedule the model errs too rarely to show a gain
+STEPS = 1120  # training stops here; at the end of the schedule the model makes too few mistakes to show a gain
 BATCH = 64
 PEAK_LR = 2e-3
 WARMUP = 100
@@ -48,7 +48,7 @@ IGNORED = -100  # the label that the cross entropy leaves out
 def build_tokenizer() -> Qwen2Tokenizer:
     """A byte-level tokenizer of 32 tokens; characters outside the vocabulary are dropped."""
     newline_as_byte = {"\n": "Ċ"}  # how byte-level BPE spells the newline
-    words = task.MARKERS + task.REPEAT_WORDS + task.FILLER_WORDS
+    words = MARKERS + task.REPEAT_WORDS + task.FILLER_WORDS
     symbols = [newline_as_byte.get(c, c) for c in task.CHARACTERS]
     vocab = {token: i for i, token in enumerate([PAD, BOS, EOS, *words, *symbols])}
     tokenizer = Qwen2Tokenizer(
@@ -98,7 +98,7 @@ def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def make_batch(tokenizer: PreTrainedTokenizerBase, rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Fresh problems with traces: ``input_ids_BL`` and ``labels_BL``, right-padded; prompts have no label."""
+    """New problems with traces: `input_ids_BL` and `labels_BL`, right-padded; prompts have no label."""
     rows = []
     for _ in range(size):
         numbers = task.sample_problem(rng)
@@ -146,10 +146,10 @@ def evaluate(
 
     Returns rates in [0, 1] and lengths in tokens, EOS included:
 
-    - ``accuracy``: the form is exact and the answer equals the sum
-    - ``format``: the form is exact and the completion ended by itself
-    - ``truncated``: the completion did not end within the limit
-    - ``tokens``, ``minimum``, ``ratio``: mean length, mean length of the shortest traces, their quotient
+    - `accuracy`: the form is exact and the answer equals the sum
+    - `format`: the form is exact and the completion ended by itself
+    - `truncated`: the completion did not end within the limit
+    - `tokens`, `minimum`, `ratio`: mean length, mean length of the shortest traces, their quotient
     """
     rng = random.Random(seed)
     problems = [task.sample_problem(rng) for _ in range(prompts)]
@@ -193,9 +193,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--eval-prompts", type=int, default=1024, help="held-out prompts (default 1024)")
     options = parser.parse_args(arguments)
     if not 1 <= options.steps <= SCHEDULE:
-        parser.error(f"--steps: got {options.steps}, give 1 to {SCHEDULE}, the length of the schedule")
+        parser.error(f"--steps: {options.steps} must be from 1 to {SCHEDULE}, the length of the schedule")
     if options.eval_prompts < 1:
-        parser.error(f"--eval-prompts: got {options.eval_prompts}, give at least 1")
+        parser.error(f"--eval-prompts: {options.eval_prompts} must be at least 1")
 
     torch.manual_seed(options.seed)
     tokenizer = build_tokenizer()

@@ -50,9 +50,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         ValueError: unless 1 <= k <= n and 0 <= c <= n.
     """
     if not 1 <= k <= n:
-        raise ValueError(f"k: {k} must be from 1 to the {n} samples per problem; sample more or lower k.")
+        raise ValueError(f"k: {k} must be from 1 to the {n} samples per problem; sample more, or lower it.")
     if not 0 <= c <= n:
-        raise ValueError(f"c: {c} right of {n} samples; it must be from 0 to {n}.")
+        raise ValueError(f"c: {c} right ones of {n} samples; it must be from 0 to {n}.")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -63,8 +63,8 @@ def evaluate(samples: Iterable[Sample], ks: Sequence[int] = (1,)) -> dict[str, f
         tokens           mean response tokens
         ratio@k          pass@k / tokens; NaN if no response has a token
         truncated        share of the completions that were cut
-        tokens/minimum   tokens / mean of the fewest that the task's form allows; only where that is known, which is
-                         for the sums of `iapo.tasks.verbose_arithmetic`. Below 1 if steps are left out.
+        tokens/minimum   tokens / mean of the fewest that the task's form allows. It is known for the sums of
+                         `iapo.tasks.verbose_arithmetic` only. Below 1 if steps are left out.
 
     Raises:
         ValueError: no samples, or fewer of some problem than a k.
@@ -78,8 +78,8 @@ def bootstrap(
 ) -> dict[str, tuple[float, float]]:
     """Percentile intervals of what `evaluate` returns, over problems drawn with replacement.
 
-    They say how much the figures depend on which problems were asked; a problem keeps its samples. What another seed of
-    the training would give is not in them. One problem alone gives intervals of width 0.
+    They say how much the figures depend on which problems were asked; a problem keeps its samples. They don't say what
+    another seed of the training would give. One problem alone gives intervals of width 0.
 
     Raises:
         ValueError: as `evaluate`; level outside (0, 1), resamples below 1, a negative seed.
@@ -105,11 +105,10 @@ def _figures(samples: Iterable[Sample], ks: Sequence[int]) -> np.ndarray:
     """(P, F): known minimum or NaN, mean tokens, share truncated, then pass@k for each k."""
     groups = by_problem(samples)
     if not groups:
-        raise ValueError("samples: there are none; give the completions of at least one problem.")
+        raise ValueError("samples: 0; give the completions of at least one problem.")
     rows = []
-    for prompt, group in sorted(
-        groups.items()
-    ):  # so that intervals don't depend on the order, which is random in dumps
+    # Sorted, because the order in dumps is random and intervals would depend on it.
+    for prompt, group in sorted(groups.items()):
         n, c = len(group), sum(sample.correct for sample in group)
         tokens, truncated = (sum(values) / n for values in ([s.tokens for s in group], [s.truncated for s in group]))
         rows.append([known_minimum(prompt), tokens, truncated, *(pass_at_k(n, c, k) for k in ks)])
@@ -176,7 +175,7 @@ def _sample(line: str, where: str) -> Sample:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}); the file was cut short or is no dump of completions.") from None
+        raise ValueError(f"{where}: not JSON ({error}); the file was cut short or is no dump, give another.") from None
     if not isinstance(record, dict) or not isinstance(record.get("input"), str):
         raise ValueError(f"{where}: has no text 'input'; give a dump of verl's validation.")
     numbers = {}
@@ -184,8 +183,8 @@ def _sample(line: str, where: str) -> Sample:
         value = record.get(name)
         if not isinstance(value, int | float) or not low <= value <= high or value == math.inf:
             raise ValueError(
-                f"{where}: {name} is {value!r}, not a number from {low} to {high}; the run's reward manager must be "
-                "IapoRewardManager and its reward function return 'acc'."
+                f"{where}: {name} is {value!r}, not a number from {low} to {high}; let the run use IapoRewardManager "
+                "and a reward function that returns 'acc'."
             )
         numbers[name] = value
     correct, truncated = numbers["acc"] > 0.5, numbers["truncated"] > 0.5
@@ -193,7 +192,7 @@ def _sample(line: str, where: str) -> Sample:
 
 
 def read_prompts(path: Path) -> set[str]:
-    """The prompts of a data file, as they stand in dumps where the chat template adds special tokens only.
+    """The prompts of a data file, as they are in dumps if the chat template adds nothing but special tokens.
 
     Raises:
         ValueError: it is no parquet file with verl's column `prompt`.
@@ -206,7 +205,9 @@ def read_prompts(path: Path) -> set[str]:
         return {"".join(message["content"] for message in messages) for messages in column}
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: no parquet file with a column 'prompt' of chat messages ({reason}).") from None
+        raise ValueError(
+            f"--prompts: {path} is no parquet file with a column 'prompt' of chat messages ({reason}); give one."
+        ) from None
 
 
 def of_prompts(samples: Iterable[Sample], prompts: set[str]) -> list[Sample]:
@@ -247,7 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
                 path = last_dump(path) if step is None else path / "validation" / f"{step}.jsonl"
             samples = read_samples(path)
             if prompts is not None and not (samples := of_prompts(samples, prompts)):
-                raise ValueError(f"--prompts: no completion of {path} answers a prompt of {options.prompts}.")
+                raise ValueError(
+                    f"--prompts: {options.prompts} holds no prompt that {path} answers; give the file of its data."
+                )
             if not samples:
                 raise ValueError(f"{path}: holds no completion; give another run or dump.")
             print(f"{path}\n{table(samples, options.k, options.resamples, options.seed)}\n")

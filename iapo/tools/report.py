@@ -5,44 +5,10 @@ and last validation; --picture draws accuracy against tokens over the course of 
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-from iapo.metrics.file import read_metrics
-
-
-class Validation(NamedTuple):
-    """One validation: means over the held-out prompts of every data source together with equal weight."""
-
-    step: int
-    accuracy: float
-    tokens: float
-    information_rate: float | None  # nats per token; None if it wasn't measured
-
-
-def validations(run_dir: Path) -> list[Validation]:
-    """Every validation of a run, in order.
-
-    Raises:
-        FileNotFoundError: the folder holds no metrics.jsonl.
-    """
-    found = [validation(step, data) for step, data in read_metrics(Path(run_dir) / "metrics.jsonl")]
-    return [entry for entry in found if entry is not None]
-
-
-def validation(step: int, data: dict) -> Validation | None:
-    """The validation that a step's metrics hold; None if they hold none."""
-    accuracy, tokens = _mean(data, "acc"), _mean(data, "response_length")
-    if accuracy is None or tokens is None:
-        return None
-    return Validation(step, accuracy, tokens, _mean(data, "information_rate"))
-
-
-def _mean(data: dict, variable: str) -> float | None:
-    values = [v for k, v in data.items() if re.fullmatch(rf"val-(core|aux)/.+/{variable}/mean@\d+", k)]
-    return sum(values) / len(values) if values else None
+from iapo.metrics.validation import Validation, validations
 
 
 def table(first: Validation, last: Validation) -> str:
@@ -74,8 +40,29 @@ def print_table(run_dir: Path) -> None:
     print(f"\nfiles of the run: {run_dir}  (metrics.jsonl, config.yaml, checkpoints/, validation/, tensorboard/)")
 
 
+def at_least_two(run_dir: Path) -> list[Validation]:
+    """The validations of a run, to compare.
+
+    Raises:
+        ValueError: there are fewer than two, or the folder is none of a run.
+    """
+    try:
+        found = validations(run_dir)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{run_dir}: holds no metrics.jsonl; give the folder of a run.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{run_dir}/metrics.jsonl: not the metrics of a run ({error!r}); give another run.") from None
+    if len(found) < 2:
+        raise ValueError(f"{run_dir}: has {len(found)} validation(s), two are needed; train on, then report again.")
+    return found
+
+
 def draw(runs: dict[str, list[Validation]], path: Path) -> None:
-    """Accuracy against mean response tokens, one line per run from its first validation (circle) to its last (dot)."""
+    """Accuracy against mean response tokens, one line per run from its first validation (circle) to its last (dot).
+
+    Raises:
+        ValueError: the file can't be written, or matplotlib doesn't know its suffix.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,8 +78,12 @@ def draw(runs: dict[str, list[Validation]], path: Path) -> None:
     axes.invert_xaxis()
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, title="start: circle, end: dot")
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--picture: {path} can't be written ({error}); choose another, such as run.png.") from None
+    finally:
+        plt.close(figure)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,30 +91,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="iapo report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_dirs", nargs="+", type=Path)
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--picture", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    runs = {}
-    for run_dir in options.run_dirs:
-        try:
-            found = validations(run_dir)
-        except (FileNotFoundError, NotADirectoryError):
-            print(f"iapo.report: {run_dir}: holds no metrics.jsonl; give the folder of a run.", file=sys.stderr)
-            return 2
-        except (ValueError, KeyError, TypeError) as error:
-            print(f"iapo.report: {run_dir}/metrics.jsonl: not the metrics of a run ({error!r}).", file=sys.stderr)
-            return 2
-        if len(found) < 2:
-            print(f"iapo.report: {run_dir}: has {len(found)} validation(s), two are needed.", file=sys.stderr)
-            return 2
-        runs[run_dir.name] = found
-        print(f"{run_dir.name}\n{table(found[0], found[-1])}\n")
-    if options.picture:
-        try:
+    try:
+        runs = {run_dir.name: at_least_two(run_dir) for run_dir in options.run_dirs}
+        for name, found in runs.items():
+            print(f"{name}\n{table(found[0], found[-1])}\n")
+        if options.picture:
             draw(runs, options.picture)
-        except (OSError, ValueError) as error:  # its folder, or a suffix that matplotlib doesn't know
-            print(f"iapo.report: --picture: {options.picture} can't be written ({error}).", file=sys.stderr)
-            return 2
+    except ValueError as error:
+        print(f"iapo.report: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,7 +1,7 @@
 """Rollouts that can be repeated: verl's single-turn agent loop with a seed per completion, which comes back whole.
 
-vLLM draws from one generator in the order in which requests happen to arrive, so two runs with the same seed differ,
-and a resumed run can't continue the stream. A seed per request makes a completion depend on the policy only. It costs
+vLLM draws from one generator, in the order in which requests happen to arrive. So two runs with the same seed differ,
+and a resumed run can't continue the stream. With a seed per request a completion depends on the policy only. It costs
 vLLM a generator per request, so platform=cpu turns it on and platform=gpu leaves it off.
 """
 

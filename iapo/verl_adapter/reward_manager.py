@@ -1,4 +1,4 @@
-"""verl's DAPO reward manager, with response lengths, and with errors handed on instead of raised in a worker.
+"""verl's DAPO reward manager, with response lengths, and with errors returned instead of raised in a worker.
 
     reward.reward_manager.source=importlib
     reward.reward_manager.module.path=pkg://iapo.verl_adapter.reward_manager
@@ -25,6 +25,7 @@ from verl.experimental.reward_loop.reward_manager.dapo import DAPORewardManager
 from verl.utils.fs import copy_to_local
 from verl.utils.model import get_generation_config
 
+from iapo.probe.text import end_tokens
 from iapo.reward import score_dict
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,8 @@ class IapoRewardManager(DAPORewardManager):
     - truncated: 1.0 if the response has `data.max_response_length` tokens and does not end with an
       end-of-sequence token, else 0.0.
     - reward_error: "" or, if the reward function raised, "TypeName: message" on one line. The reward and all
-      numbers are then NaN: whoever reads the batch must stop the run, and DAPO's filter, which replaces groups
-      of equal numbers for as long as it takes, lets the group through to be read.
+      numbers are then NaN. Whoever reads the batch must stop the run. DAPO's filter replaces groups of equal
+      numbers for as long as it takes; NaN lets this group through, so that it is read.
 
     Raises:
         ValueError: the overlong penalty is on and max_resp_len is below data.max_response_length.
@@ -51,8 +52,8 @@ class IapoRewardManager(DAPORewardManager):
         penalty_on = self.overlong_buffer_cfg is not None and self.overlong_buffer_cfg.enable
         if penalty_on and self.max_resp_len < self.max_response_length:
             raise ValueError(
-                f"reward.reward_kwargs.max_resp_len is {self.max_resp_len}, below data.max_response_length = "
-                f"{self.max_response_length}: the penalty would exceed penalty_factor; set both to the same"
+                f"reward.reward_kwargs.max_resp_len: {self.max_resp_len} is below data.max_response_length="
+                f"{self.max_response_length}, so the penalty would exceed penalty_factor; set both to the same."
             )
         # verl builds a batch's columns from the keys of its first result, so a failed result needs those of
         # a good one. Until a good one is seen, these are the keys of `iapo.reward.compute_score`.
@@ -83,17 +84,14 @@ class IapoRewardManager(DAPORewardManager):
 
 
 def eos_token_ids(config: DictConfig, tokenizer) -> frozenset[int]:
-    """All tokens that end a response: the tokenizer's and those of the model's generation config, if any.
+    """All tokens that end a response, by `iapo.probe.text.end_tokens`; there may be no model and no generation config.
 
-    The rollout stops at both. Qwen's chat models end with <|im_end|> or <|endoftext|>; the tokenizer has one.
+    The rollout stops at the tokenizer's and at the generation config's. Qwen's chat models end with <|im_end|> or
+    <|endoftext|>; the tokenizer has one.
     """
-    ids = {tokenizer.eos_token_id}
     model_path = OmegaConf.select(config, "actor_rollout_ref.model.path")
     generation_config = get_generation_config(copy_to_local(model_path)) if model_path else None
-    if generation_config is not None:
-        generation_eos = generation_config.eos_token_id
-        ids.update(generation_eos if isinstance(generation_eos, list) else [generation_eos])
-    return frozenset(ids - {None})
+    return frozenset(end_tokens(tokenizer, generation_config))
 
 
 def length_info(item, max_response_length: int, eos_token_ids: frozenset[int]) -> dict[str, float]:

@@ -5,9 +5,9 @@ Each work-around says what breaks without it and when it can go.
 
 import os
 
-from iapo.launch.shared_memory import RUN_ID
-
 ENTRY_POINT = "iapo"
+# Names this run. Every process of the run inherits the variable, whoever its parent becomes.
+RUN_ID = "IAPO_RUN_ID"
 # Where verl's vLLM server tells its workers the id that is part of the name of the socket for new weights.
 JOB_ID = "VERL_RAY_JOB_ID"
 
@@ -22,21 +22,23 @@ def register() -> None:
 
 
 def unique_job_id(job_id: str) -> str:
-    """Ray's job id, and the id of this run where it has one.
+    """Ray's job id, followed by the id of this run if it has one.
 
-    verl names the socket through which a trainer gives its vLLM new weights /tmp/rl-colocate-zmq-<job id>-..., but job
-    ids count within one Ray: two runs on one machine, each with its own, share a name, and either may then get the
-    other's weights or wait for ever. `IapoWorker.init_model` names the trainer's side by the same function. Goes when
-    verl's name is unique on a machine.
+    A trainer gives its vLLM new weights through a socket, which verl names /tmp/rl-colocate-zmq-<job id>-... Job ids
+    count within one Ray. Two runs on one machine, each with its own Ray, would therefore share a name, and either may
+    get the other's weights or wait for ever. `IapoWorker.init_model` names the trainer's side by the same function.
+    Goes when verl's name is unique on a machine.
     """
     run_id = os.environ.get(RUN_ID, "")
     return job_id if not run_id or job_id.endswith(run_id) else f"{job_id}-{run_id}"
 
 
 def _keep_linear_weights_reloadable() -> None:
-    """vLLM 0.28 packs a linear layer's weight for its CPU kernels and frees the original, so the trainer's next weight
-    update fails and the trainer waits forever. The layer is made to read its parameter at call time instead. Goes when
-    vLLM can reload weights into packed layers."""
+    """Let a linear layer read its parameter at each call.
+
+    vLLM 0.28 packs a linear layer's weight for its CPU kernels and frees the original. The trainer's next weight
+    update then fails, and the trainer waits for ever. Goes when vLLM can reload weights into packed layers.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

@@ -1,0 +1,291 @@
+"""What a run reads and where it writes, checked before Ray starts: folder, reward function, data, model, checkpoint.
+
+Each check yields its problems, one line each: field, value, fix.
+"""
+
+import inspect
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from zipfile import is_zipfile
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
+
+from iapo.config import IapoConfig
+from iapo.data import NAMES
+from iapo.launch.provenance import differences, saved_config, tracker_file
+from iapo.methods import load_states, make_methods
+
+# What verl's DAPORewardManager passes to a reward function, by keyword.
+REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+
+
+def file_problems(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    """Everything that is wrong with the files; the prompts are read only if nothing else is wrong."""
+    problems = [*_paths(config), *_reward(config), *_data(config), *_resume(config), *_model(config, iapo)]
+    yield from problems or _prompts(config)
+
+
+def _paths(config: DictConfig) -> Iterator[str]:
+    run_dir = Path(config.run_dir)
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()  # permissions say little to root, and about /proc
+    except OSError as error:
+        yield f"run_dir: {run_dir} can't be made, {existing} can't be written to ({error.strerror}); choose another."
+
+
+def _reward(config: DictConfig) -> Iterator[str]:
+    from verl.utils.import_utils import load_module
+
+    reward = config.reward.custom_reward_function
+    if not reward.path:
+        return  # verl then uses its own
+    if not reward.path.startswith("pkg://") and not Path(reward.path.removeprefix("file://")).is_file():
+        yield f"reward.custom_reward_function.path: {reward.path} is no file; set a Python file or pkg://module."
+        return
+    try:
+        module = load_module(reward.path)
+    except Exception as error:  # whatever the module raises; verl wraps it for files
+        reason = " ".join(f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".split())
+        yield f"reward.custom_reward_function.path: {reward.path} can't be loaded ({reason}); fix it."
+        return
+    name = f"reward.custom_reward_function.name: {reward.name!r}"
+    if not callable(function := getattr(module, str(reward.name), None)):
+        yield f"{name} is no function of {reward.path}; set the name of one."
+        return
+    passed = dict.fromkeys(REWARD_ARGUMENTS) | dict(reward.get("reward_kwargs") or {})
+    try:
+        inspect.signature(function).bind(**passed)
+    except TypeError as error:
+        yield f"{name} can't be called by keyword with {', '.join(passed)} ({error}); let it take these, or **kwargs."
+
+
+def _data(config: DictConfig) -> Iterator[str]:
+    for field in ("train_files", "val_files"):
+        value = OmegaConf.select(config, f"data.{field}")
+        for name in [value] if isinstance(value, str) else value or [None]:
+            yield from _parquet(config, field, name)
+
+
+def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = Path(str(name)).expanduser()
+    if name is None or not path.is_file():
+        known = path.parent.name in NAMES
+        make = f"make it with python -m iapo.data {path.parent.name} --out {path.parent.parent}, or " if known else ""
+        yield f"data.{field}: {name} is no file; {make}set the path of a parquet file."
+        return
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            rows = file.read(columns=[c for c in ("prompt", "data_source") if c in schema.names])
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
+        return
+    missing = [column for column in ("prompt", "data_source", "reward_model") if column not in schema.names]
+    if missing:
+        yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
+    else:
+        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, rows))
+
+
+def _columns(schema, rows) -> Iterator[str]:
+    """What verl would fail on or leave out without a word; `rows` has the columns prompt and data_source."""
+    import pyarrow.types as types
+
+    prompt, reward = schema.field("prompt").type, schema.field("reward_model").type
+    is_list = types.is_list(prompt) or types.is_large_list(prompt) or types.is_fixed_size_list(prompt)
+    if not is_list or not {"role", "content"} <= _fields(prompt.value_type):
+        yield f"prompt: {prompt} must be a list of chat messages, structs with role and content."
+    if "ground_truth" not in _fields(reward):
+        yield f'reward_model: {reward} must be a struct with ground_truth, as {{"style": "rule", "ground_truth": "4"}}.'
+    for name, fix in (("prompt", "each must hold chat messages"), ("data_source", "each must name the data set")):
+        if count := rows[name].null_count:
+            yield f"{name}: {count} rows are null; {fix}."
+
+
+def _fields(kind) -> set[str]:
+    """The names in an Arrow struct; none for any other type."""
+    import pyarrow.types as types
+
+    return {field.name for field in kind} if types.is_struct(kind) else set()
+
+
+def _prompts(config: DictConfig) -> Iterator[str]:
+    """verl leaves out prompts that are too long or that it can't format, and fails if too few are left."""
+    import pyarrow.parquet
+    from transformers import AutoTokenizer
+
+    data, model = config.data, config.actor_rollout_ref.model
+    if not data.filter_overlong_prompts or data.custom_cls.path:
+        return
+    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    options = OmegaConf.to_container(data.get("apply_chat_template_kwargs") or OmegaConf.create())
+    options |= {"chat_template": model.custom_chat_template, "tokenize": False, "add_generation_prompt": True}
+    for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
+        if field == "train_files" and config.trainer.val_only:
+            continue
+        names = [data[field]] if isinstance(data[field], str) else data[field]
+        columns = [pyarrow.parquet.read_table(name, columns=["prompt"])["prompt"] for name in names]
+        total, found, reason = sum(map(len, columns)), 0, ""
+        for messages in (scalar.as_py() for column in columns for scalar in column):
+            try:
+                text = tokenizer.apply_chat_template(messages, **options)
+            except Exception as error:  # whatever the template raises; verl takes the next prompt
+                reason = reason or f" (the chat template refuses some: {' '.join(str(error).split())})"
+                continue
+            found += len(tokenizer.encode(text, add_special_tokens=False)) <= data.max_prompt_length
+            if found == needed:
+                break
+        if total < needed:
+            yield (
+                f"data.{field}: {data[field]} has {total} rows, {needed} are needed; give more, or lower "
+                "data.train_batch_size."
+            )
+        elif found < needed:
+            yield (
+                f"data.max_prompt_length: {data.max_prompt_length} tokens hold only {found} of the {total} prompts of "
+                f"{data[field]}{reason}, {needed} are needed; raise it."
+            )
+
+
+def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    path = config.actor_rollout_ref.model.path
+    if os.path.isabs(path) and not os.path.isdir(path):
+        yield f"actor_rollout_ref.model.path: {path} is no folder; give one that holds a Hugging Face model."
+        return
+    trust = config.actor_rollout_ref.model.trust_remote_code
+    try:
+        model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        yield (
+            f"actor_rollout_ref.model.path: {path} can't be loaded ({reason}); give a folder with a Hugging Face model "
+            "(model=/a/folder) or a hub name that this machine can reach."
+        )
+        return
+    problems = [*_model_files(config, tokenizer), *_positions(config, model_config)]
+    yield from problems
+    if iapo.probes and not problems:
+        yield from _probing(config, iapo, model_config, tokenizer)
+
+
+def _probing(config: DictConfig, iapo: IapoConfig, model_config, tokenizer) -> Iterator[str]:
+    """The tokenizer can write the probe, and the model can serve the probe pass."""
+    from iapo.probe.supported_models import unsupported
+
+    path = config.actor_rollout_ref.model.path
+    probe = tokenizer.encode(iapo.probe, add_special_tokens=False)
+    for name in ("probe", "exit_marker"):
+        text = getattr(iapo, name)
+        if tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) != text:
+            yield f"iapo.{name}: {text!r} can't be written with the vocabulary of {path}; use other text."
+            return
+    length = config.data.max_prompt_length + config.data.max_response_length + len(probe)
+    if iapo.score == "answer_logprob" and iapo.region == "response":
+        length += config.data.max_response_length  # a probe, and the answer once more, after the answer
+    reason = unsupported(model_config, length)
+    if reason:
+        yield f"actor_rollout_ref.model.path: {path} can't serve the exit-entropy pass at {length} tokens: {reason}."
+
+
+def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
+    path = config.actor_rollout_ref.model.path
+    if os.path.isdir(path) and not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
+        yield f"actor_rollout_ref.model.path: {path} holds no weights (*.safetensors or *.bin); put them there."
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where there are no files
+        yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
+    elif not tokenizer.chat_template and not config.actor_rollout_ref.model.custom_chat_template:
+        yield (
+            f"actor_rollout_ref.model.path: {path} has a tokenizer without a chat template; add chat_template.jinja, "
+            "or set actor_rollout_ref.model.custom_chat_template."
+        )
+
+
+def _positions(config: DictConfig, model_config) -> Iterator[str]:
+    text = model_config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    maximum = getattr(text, "max_position_embeddings", None)
+    length = config.data.max_prompt_length + config.data.max_response_length
+    # Other rotary types reach further, each in its own way.
+    if maximum and rope.get("rope_type", "default") == "default" and length > maximum:
+        yield (
+            f"data.max_response_length: {config.data.max_response_length}, with "
+            f"data.max_prompt_length={config.data.max_prompt_length}, exceeds the {maximum} positions of "
+            f"{config.actor_rollout_ref.model.path}; lower them."
+        )
+
+
+def _resume(config: DictConfig) -> Iterator[str]:
+    tracker, mode = tracker_file(config), config.trainer.resume_mode
+    if mode not in ("auto", "disable", "resume_path"):
+        yield f"trainer.resume_mode: {mode!r} must be auto, disable or resume_path."
+    if mode == "disable" and tracker.is_file():
+        yield (
+            f"trainer.resume_mode: 'disable' would write over the run with checkpoints in {tracker.parent}; choose "
+            "another run_dir, or remove that one."
+        )
+    if mode == "resume_path" and config.trainer.resume_from_path:
+        try:
+            methods = make_methods(OmegaConf.to_container(config, resolve=True)["methods"])
+            load_states(methods, Path(config.trainer.resume_from_path))
+        except ValueError as error:
+            yield str(error)
+    if mode != "auto" or not tracker.is_file():
+        return
+    if not saved_config(config).is_file():
+        yield (
+            f"run_dir: {config.run_dir} holds checkpoints but no config.yaml, which says what they were made with; "
+            "restore the file, or choose another run_dir."
+        )
+        return
+    yield from _step_reached(config, tracker)
+    yield from _changed(config)
+
+
+def _changed(config: DictConfig) -> Iterator[str]:
+    """What the run began with and now differs; a resumed run must be the same run."""
+    try:
+        changed = list(differences(config))
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        reason = " ".join(str(error).split())
+        yield (
+            f"run_dir: {config.run_dir}/config.yaml, which says what its checkpoint was made with, can't be read "
+            f"({reason}); restore the file, or choose another run_dir."
+        )
+        return
+    for field, before, now in changed[:5]:
+        yield (
+            f"run_dir: {config.run_dir} holds a checkpoint made with {field}={before}, but now it is {now}; set it "
+            "back to resume, or choose another run_dir."
+        )
+    if len(changed) > 5:
+        yield f"run_dir: {config.run_dir}/config.yaml differs in {len(changed) - 5} more fields; choose another one."
+
+
+def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
+    """verl would train from scratch, and only its log would say so, if the tracker file named no checkpoint."""
+    text = tracker.read_text(errors="replace").strip()
+    numbers = [path.name.removeprefix("global_step_") for path in tracker.parent.glob("global_step_*")]
+    saved = sorted(int(number) for number in numbers if number.isdecimal())
+    if not text.isdecimal() or int(text) not in saved:
+        fix = f"write {saved[-1]}, the last that is there, into the file" if saved else "remove the file to begin anew"
+        yield f"run_dir: {tracker} names step {text!r}, but there is no such global_step_N; {fix}, or choose another."
+        return
+    for path in sorted((tracker.parent / f"global_step_{text}").rglob("*.pt")):
+        if not is_zipfile(path):  # torch.save writes one; a file that was cut lacks its end
+            yield f"run_dir: {path} is cut short, so no run can resume from step {text}; restore it, or choose another."
+    total = config.trainer.total_training_steps
+    if total is not None and int(text) >= total and not config.trainer.val_only:
+        yield (
+            f"trainer.total_training_steps: {total}, but the run in {config.run_dir} is complete, at step {text}; "
+            "set a larger number to train on."
+        )

@@ -1,0 +1,39 @@
+"""The validations of a run, read from its metrics."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from iapo.metrics.file import read_metrics
+
+
+class Validation(NamedTuple):
+    """One validation: means over held-out prompts; every data source has the same weight."""
+
+    step: int
+    accuracy: float
+    tokens: float
+    information_rate: float | None  # nats per token; None if it wasn't measured
+
+
+def validations(run_dir: Path) -> list[Validation]:
+    """Every validation of a run, in order.
+
+    Raises:
+        FileNotFoundError: the folder holds no metrics.jsonl.
+    """
+    found = [validation(step, data) for step, data in read_metrics(Path(run_dir) / "metrics.jsonl")]
+    return [entry for entry in found if entry is not None]
+
+
+def validation(step: int, data: dict) -> Validation | None:
+    """The validation that a step's metrics hold; None if they hold none."""
+    accuracy, tokens = _mean(data, "acc"), _mean(data, "response_length")
+    if accuracy is None or tokens is None:
+        return None
+    return Validation(step, accuracy, tokens, _mean(data, "information_rate"))
+
+
+def _mean(data: dict, variable: str) -> float | None:
+    values = [v for k, v in data.items() if re.fullmatch(rf"val-(core|aux)/.+/{variable}/mean@\d+", k)]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,243 @@
+"""The verifier: equal numbers, equivalent answers, hostile answers, and the workers that it starts."""
+
+import asyncio
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import psutil
+import pytest
+
+from iapo.reward import compute_score
+from iapo.tasks import verifier
+from iapo.tasks.verifier import plain_number, same_number, verdict
+
+HOSTILE = "9^{9^{9^{9}}}"
+
+
+def judge(answer: str, gold: str, timeout_s: float = 20.0) -> str:
+    return asyncio.run(verdict(answer, gold, timeout_s))
+
+
+def output_of(program: str) -> str:
+    return subprocess.check_output([sys.executable, "-c", program], text=True, timeout=60)
+
+
+def worker_pids() -> set[int]:
+    """Spawned children of this process, without Python's resource tracker, which lives as long as it does."""
+    pids = set()
+    for child in psutil.Process().children(recursive=True):
+        # A child may end meanwhile, and other tests' processes may be zombies, which have no command line.
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if "spawn_main" in " ".join(child.cmdline()):
+                pids.add(child.pid)
+    return pids
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_left_behind():
+    yield
+    verifier.close_pool()
+    assert worker_pids() == set()
+
+
+def test_plain_numbers():
+    assert plain_number("1,234,567.50") == plain_number("1234567.5")
+    for text in ("$18", "\\$18", "18 dollars", "$18.", "$18$", "18.00", "+18"):
+        assert plain_number(text) == 18, text
+    for text in ("", ".", "$", "1,00", "1e5", "1/2", "18%", "2 million", "2 pi", "5 or six", "x18", "9**9"):
+        assert plain_number(text) is None, text
+    assert plain_number("\N{ARABIC-INDIC DIGIT ONE}") is None
+
+
+def test_same_number():
+    assert same_number("-0.50", "-.5") is True
+    assert same_number("0.3", "0.30000000000000004") is False
+    assert same_number("18", "18\\%") is None
+    assert same_number("9" * 1000, "9" * 999 + "8") is False
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"), [("1,000", "1000"), ("$18", "18"), ("18 dollars.", "18"), ("\\text{Ann}", "\\text{Ann}")]
+)
+def test_right_without_a_worker(answer, gold):
+    before = worker_pids()
+    assert judge(answer, gold) == "right"
+    assert judge("41", "42") == "wrong"
+    assert worker_pids() <= before
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("1/2", "0.5"),
+        ("0.5", "\\frac{1}{2}"),
+        ("\\frac12", "1/2"),
+        ("$\\frac{1}{2}$", "0.5"),
+        ("\\boxed{1/2}", "0.5"),
+        ("5 km", "5"),
+        ("18\\text{ dollars}", "18"),
+        ("50\\%", "0.5"),
+        ("2\\sqrt{3}", "\\sqrt{12}"),
+        ("\\{3, 2, 1\\}", "\\{1, 2, 3\\}"),
+        ("(x+1)^2", "x^2+2x+1"),
+        ("x = 5", "5"),
+    ],
+)
+def test_equivalent_answers(answer, gold):
+    assert judge(answer, gold) == "right"
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("2\\sqrt{3}", "2"),
+        ("2 million", "2"),
+        ("5 or 6", "5"),
+        ("5} or \\boxed{6", "6"),
+        ("0.3333", "1/3"),
+        ("(1,3)", "(1,2)"),
+        ("\\frac{1}{0}", "5"),
+    ],
+)
+def test_wrong_answers_are_no_failures(answer, gold):
+    assert judge(answer, gold) == "wrong"
+
+
+@pytest.mark.parametrize("answer", ["5\0", "\0", "9**9**9**9", "\\frac"])
+def test_answers_that_are_no_expressions(answer):
+    assert judge(answer, "5") == "unparsable"
+
+
+@pytest.mark.parametrize("gold", ["", "\\frac", "1" * 1001])
+def test_a_bad_ground_truth_is_an_error(gold):
+    assert judge("x^2", gold).startswith("error: ground truth")
+
+
+def test_the_reward_asks_the_workers():
+    def score(answer):
+        return asyncio.run(compute_score("any", f"<answer>{answer}</answer>", "0.5", timeout_s=20.0))
+
+    assert [score(answer)["score"] for answer in ("1/2", "1/3")] == [0.5, -1.5]
+
+
+@pytest.mark.parametrize("answer", [HOSTILE, "9999999!", "(" * 450 + "5" + ")" * 450])
+def test_a_hostile_answer_is_killed_and_the_pool_still_works(answer):
+    judge("1/2", "0.5")
+    start = time.monotonic()
+    assert judge(answer, "5", timeout_s=0.5) == "timeout"
+    assert time.monotonic() - start < 0.5 + 5.0
+    assert judge("1/2", "0.5") == "right"
+
+
+def test_concurrent_calls_are_not_hurt_by_a_hostile_one():
+    """The two workers need longer for all 64 than one call's time-out: waiting must not count against it."""
+
+    async def run():
+        answers = [HOSTILE] + [f"\\frac{{{n}}}{{2}}" for n in range(1, 64)]
+        return await asyncio.gather(*[verdict(answer, f"{n}/2", 3.0) for n, answer in enumerate(answers)])
+
+    assert asyncio.run(run()) == ["timeout"] + ["right"] * 63
+
+
+def test_waiting_for_a_worker_does_not_count():
+    """Four answers run into the time-out on two workers; the fifth waits for twice its own time-out."""
+
+    async def run():
+        return await asyncio.gather(*[verdict(HOSTILE, "5", 1.0) for _ in range(4)], verdict("1/2", "0.5", 1.0))
+
+    judge("1/2", "0.5")
+    assert asyncio.run(run()) == ["timeout"] * 4 + ["right"]
+
+
+def test_cancelling_frees_the_worker():
+    async def run():
+        calls = [asyncio.create_task(verdict(HOSTILE, "5", 300.0)) for _ in range(2)]
+        await asyncio.sleep(0.5)
+        for call in calls:
+            call.cancel()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    judge("1/2", "0.5")
+    assert [type(outcome) for outcome in asyncio.run(run())] == [asyncio.CancelledError] * 2
+    assert judge("1/2", "0.5") == "right"
+
+
+def test_killed_workers_are_replaced():
+    judge("1/2", "0.5")
+    for pid in worker_pids():
+        psutil.Process(pid).kill()
+    time.sleep(0.5)
+    assert judge("1/2", "0.5") == "right"
+
+
+def test_workers_are_replaced_after_some_answers(monkeypatch):
+    monkeypatch.setattr(verifier, "ANSWERS_PER_WORKER", 2)
+    verifier.close_pool()
+    judge("1/2", "0.5")
+    first = worker_pids()
+    assert [judge(f"{n}/2", f"\\frac{{{n}}}{{2}}") for n in range(6)] == ["right"] * 6
+    assert not first & worker_pids()
+    verifier.close_pool()
+
+
+def test_a_worker_that_dies_at_work_is_an_error(monkeypatch):
+    """With one worker only: a second one that still warms up would look busy too."""
+
+    async def run():
+        (worker,) = map(psutil.Process, worker_pids())
+        start = worker.cpu_times().user
+        call = asyncio.create_task(verdict(HOSTILE, "5", 60.0))
+        while worker.cpu_times().user < start + 0.2:
+            await asyncio.sleep(0.05)
+        worker.kill()
+        return await call
+
+    monkeypatch.setattr(verifier, "WORKERS", 1)
+    verifier.close_pool()
+    try:
+        judge("1/2", "0.5")
+        assert asyncio.run(run()) in ("error: ProcessExpired", "error: BrokenProcessPool")
+        assert judge("1/2", "0.5") == "right"
+    finally:
+        verifier.close_pool()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory limit is Linux's")
+def test_the_memory_limit_holds():
+    program = (
+        "from iapo.tasks.verifier import limit_memory\n"
+        "limit_memory(2**28)\n"
+        "small = bytearray(2**26)\n"
+        "try:\n    large = bytearray(2**29)\n"
+        "except MemoryError:\n    print('refused')\n"
+    )
+    assert output_of(program) == "refused\n"
+
+
+def test_no_process_survives_a_killed_parent():
+    """The parent is killed while a worker works, and can clean up nothing."""
+    program = (
+        "import asyncio\n"
+        "from iapo.tasks.verifier import verdict\n"
+        "async def main():\n"
+        "    await verdict('1/2', '0.5', 20.0)\n"
+        "    print('ready', flush=True)\n"
+        f"    await verdict('{HOSTILE}', '5', 1.5)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        descendants = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()
+    assert len(descendants) >= 2
+    _, alive = psutil.wait_procs(descendants, timeout=10)
+    # Where nothing reaps orphans, an ended process stays a zombie.
+    assert [child for child in alive if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_importing_the_module_starts_nothing_and_loads_no_sympy():
+    program = "import iapo.reward, sys; print('sympy' in sys.modules, 'verl' in sys.modules)"
+    assert output_of(program) == "False False\n"
