@@ -26,9 +26,17 @@ FIRST_FOLDERS = ("iapo", "recipes", "docs", "scripts", "tests", "benchmarks", "f
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
 def prose(text: str) -> str:
     """A page without its code blocks."""
-    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return BLOCK.sub("", text)
+
+
+def blocks(page: Path, language: str = "") -> list[str]:
+    """The code blocks of a page in one language."""
+    return [code for name, code in BLOCK.findall(page.read_text()) if name == language]
 
 
 def anchors(page: Path) -> set[str]:
@@ -39,7 +47,7 @@ def anchors(page: Path) -> set[str]:
 
 def shell_lines(page: Path) -> Iterator[str]:
     """The commands of a page's bash blocks, without comments."""
-    for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
+    for block in blocks(page, "bash"):
         for line in block.splitlines():
             if command := re.sub(r"(^|\s)#.*", "", line).strip():
                 yield command
@@ -60,7 +68,9 @@ def test_links_lead_somewhere(page):
 @each_page
 def test_paths_in_the_text_exist(page):
     """Files have a suffix and folders end in a slash; `iapo/reward/acc` is a metric."""
-    for path in re.findall(r"`([\w./-]+(?:/|\.\w+))`", prose(page.read_text())):
+    named = re.findall(r"`([\w./-]+(?:/|\.\w+))`", prose(page.read_text()))
+    in_trees = re.findall(r"[\w./-]+/[\w./-]*", "".join(blocks(page)))
+    for path in named + in_trees:
         made_by_the_guide = page.name == "adding-a-method.md" and "weighted_reinforce" in path
         if path.split("/")[0] in FIRST_FOLDERS and not made_by_the_guide:
             assert (ROOT / path).exists() or (ROOT / "iapo" / path).exists(), f"{page.name} names {path}"
@@ -112,8 +122,7 @@ def test_the_readme_is_short():
 
 
 def test_the_algorithm_alone_runs_as_the_readme_shows_it(monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    code = next(block for block in blocks if "exit_entropy" in block)
+    (code,) = blocks(ROOT / "README.md", "python")
     monkeypatch.chdir(ROOT)
     torch.manual_seed(0)
     shown = {}
@@ -181,11 +190,11 @@ def test_a_method_is_added_by_the_three_files_of_the_guide(tmp_path):
     for name in ("iapo", "recipes", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    guide = (ROOT / "docs" / "adding-a-method.md").read_text()
-    names = re.findall(r"^`(\S+weighted_reinforce\.\w+)`", guide, re.MULTILINE)
-    blocks = re.findall(r"```(?:python|yaml)\n(.*?)```", guide, re.DOTALL)
-    assert len(names) == len(blocks) == 3
-    for name, block in zip(names, blocks, strict=True):
+    guide = ROOT / "docs" / "adding-a-method.md"
+    names = re.findall(r"^`(\S+weighted_reinforce\.\w+)`", guide.read_text(), re.MULTILINE)
+    files = [code for language, code in BLOCK.findall(guide.read_text()) if language in ("python", "yaml")]
+    assert len(names) == len(files) == 3
+    for name, block in zip(names, files, strict=True):
         assert not (tmp_path / name).exists()
         (tmp_path / name).write_text(block)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
