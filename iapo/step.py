@@ -13,7 +13,7 @@ import torch
 
 from iapo.advantage import grpo_advantage, iapo_advantage
 from iapo.config import IapoConfig
-from iapo.methods.base import OPTIONAL, Batch, Method, acts_by, select, weigh
+from iapo.methods import OPTIONAL, Batch, Method, acts_by, select, weigh
 
 
 @dataclass(frozen=True)

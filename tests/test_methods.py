@@ -1,9 +1,11 @@
 """The protocol of methods: who may act with whom, and what several make of a batch."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
-from iapo.methods import Method, acts_by, conflicts, load_states, make_methods, number, save_states, select, weigh
+from iapo.methods import Method, acts_by, check_number, conflicts, load_states, make_methods, save_states, select, weigh
 from iapo.methods.gtpo_trajectory import GtpoTrajectory
 from tests.methods.batches import make_batch, make_rows
 
@@ -26,7 +28,7 @@ class Right(Method):
 
 
 class Own(Method):
-    ignores = {"shape_reward": "it judges by correctness alone", "overlong": "it judges by correctness alone"}
+    ignores: ClassVar = {"shape_reward": "it judges by correctness alone", "overlong": "it judges by correctness alone"}
 
     def outcome_advantage(self, batch):
         return batch.response_mask.float()
@@ -63,8 +65,8 @@ def test_a_method_acts_by_the_hooks_that_it_overrides():
     "methods,message",
     [
         ([Doubled, Plus], "methods: only one method of a run may have its own shape_reward, not Doubled and Plus"),
-        ([Own, Doubled], "the shape_reward of Doubled has no effect beside Own: it judges by correctness alone"),
-        ([Doubled, Own], "the shape_reward of Doubled has no effect beside Own: it judges by correctness alone"),
+        ([Own, Doubled], "the shape_reward of Doubled has no effect with Own: it judges by correctness alone; drop"),
+        ([Doubled, Own], "the shape_reward of Doubled has no effect with Own: it judges by correctness alone; drop"),
         ([Doubled, Right, First, Even], None),
         ([Own, Right], None),
     ],
@@ -107,7 +109,7 @@ def test_states_travel_with_a_checkpoint_and_a_missing_one_is_named(tmp_path):
     load_states(fresh, tmp_path)
     assert fresh["g"].state_dict() == {"initial_entropy": 0.5}
     for folder, name in ((tmp_path, "h"), (tmp_path / "older", "g")):
-        with pytest.raises(ValueError, match=f"^methods.{name}: {folder}/methods.json says nothing of it; choose"):
+        with pytest.raises(ValueError, match=rf"^methods.{name}: {folder}/methods.json has no state of it; choose"):
             load_states({name: GtpoTrajectory()}, folder)
 
 
@@ -139,23 +141,23 @@ def test_a_section_that_makes_no_method_gets_one_line(section, message):
     "value,limits,message",
     [
         (3, {}, None),
-        (-1.5, dict(low=-float("inf")), None),
+        (-1.5, {"low": -float("inf")}, None),
         (-1, {}, "^x: -1 must be a number of at least 0.$"),
-        (1.5, dict(high=1), "^x: 1.5 must be a number from 0 to 1.$"),
-        (1.5, dict(whole=True), "^x: 1.5 must be a whole number of at least 0.$"),
+        (1.5, {"high": 1}, "^x: 1.5 must be a number from 0 to 1.$"),
+        (1.5, {"whole": True}, "^x: 1.5 must be a whole number of at least 0.$"),
         (True, {}, "^x: True must be a number"),
-        ("high", dict(low=-float("inf")), "^x: 'high' must be a number.$"),
-        (float("nan"), dict(low=-float("inf")), "^x: nan must be a number.$"),
-        (-float("inf"), dict(low=-float("inf")), "^x: -inf must be a number.$"),
+        ("high", {"low": -float("inf")}, "^x: 'high' must be a number.$"),
+        (float("nan"), {"low": -float("inf")}, "^x: nan must be a number.$"),
+        (-float("inf"), {"low": -float("inf")}, "^x: -inf must be a number.$"),
     ],
 )
 def test_the_limits_of_a_number(value, limits, message):
     if message is None:
-        return number("x", value, **limits)
+        return check_number("x", value, **limits)
     with pytest.raises(ValueError, match=message):
-        number("x", value, **limits)
+        check_number("x", value, **limits)
 
 
 def test_a_methods_section_that_is_no_mapping_gets_one_line():
-    with pytest.raises(ValueError, match="^methods: 'gfpo' must be a mapping"):
+    with pytest.raises(ValueError, match=r"^methods: 'gfpo' must be a mapping"):
         make_methods("gfpo")

@@ -1,23 +1,11 @@
-"""Methods of token-efficient RL: `base` has the protocol, every other module is one method.
+"""Methods of token-efficient RL. `base` has the protocol, `combine` applies the methods of a run; every other module is
+one method.
 
-docs/adding-a-method.md walks through an example.
+docs/methods.md lists the methods and docs/adding-a-method.md adds one.
 """
 
-from iapo.methods.base import (
-    HOOKS,
-    OPTIONAL,
-    Batch,
-    Method,
-    acts_by,
-    choice,
-    conflicts,
-    load_states,
-    make_methods,
-    number,
-    save_states,
-    select,
-    weigh,
-)
+from iapo.methods.base import HOOKS, OPTIONAL, Batch, Method, acts_by, check_choice, check_number
+from iapo.methods.combine import conflicts, load_states, make_methods, save_states, select, weigh
 
 __all__ = [
     "HOOKS",
@@ -25,11 +13,11 @@ __all__ = [
     "Batch",
     "Method",
     "acts_by",
-    "choice",
+    "check_choice",
+    "check_number",
     "conflicts",
     "load_states",
     "make_methods",
-    "number",
     "save_states",
     "select",
     "weigh",

@@ -1,45 +1,51 @@
-"""DLER: truncation, and advantages normalised over the batch (Liu et al., NVIDIA, arXiv 2510.15110)."""
+"""DLER: a hard target length, and advantages normalised over the batch (Liu et al., NVIDIA, arXiv 2510.15110)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from iapo.advantage import masked_zscore
-from iapo.methods.base import Batch, Method, number
+from iapo.methods.base import Batch, Method, check_number
 
 
 @dataclass
 class Dler(Method):
-    """Doing Length pEnalty Right: no reward beyond a target length, and one scale for the whole batch.
+    """Doing Length pEnalty Right: no reward beyond a target length, and one scale of advantages for the whole batch.
 
         r'_i   = r_i if L_i <= target_length, else truncated_reward
-        A_i    = r'_i - mean of r' over i's group
-        A[i,t] = (A_i - mean A) / std A,    mean and std over the tokens of the batch
+        A_i    = r'_i - mean of r' over the group of i
+        A[i,t] = (A_i - mean A) / std A      mean and std over the counted tokens of the batch
 
-    (equation 3). Groups in which all completions succeed, that is are correct within target_length, or none does,
-    are left out of the loss and of mean and std (section 3.3), and so are tokens beyond target_length: what is left
-    is a run whose responses end there. The recipe adds the paper's clip-higher (section 3.2) and dynamic sampling.
+    `L_i` is the length of completion i. A completion succeeds if it is correct and `L_i <= target_length`. A group
+    counts if some of its completions succeed and some don't. A token counts if its group does and it is not beyond
+    target_length. All other tokens are left out of the loss, the mean and std. The effect is that of a run whose
+    responses end at target_length. The recipe adds the paper's clip-higher (section 3.2) and dynamic sampling.
 
-    Differences: the paper and its code cut the generation itself, at 4000 tokens; set target_length to
-    data.max_response_length for that. Dynamic sampling replaces groups by their answers, before target_length is
-    looked at, so groups without signal because of it are left out but not replaced. If every group is, advantages
-    are 0. std is the population's; in the released code (verl's reinforce_plus_plus_baseline) the sample's. The
-    paper's rewards are 1 and 0.
+    Source: arXiv 2510.15110, equation 3; section 3.3 for the groups that are left out.
+
+    Degenerate cases: if no group counts, all advantages are 0.
+
+    Differences: the paper and its code cut the generation itself, at 4000 tokens; for that, set target_length to
+    data.max_response_length. Dynamic sampling replaces groups by their answers alone. Groups that fail to count only
+    because of target_length are therefore left out but not replaced. std is the population's; in the released code
+    (verl's reinforce_plus_plus_baseline) it is the sample's. The paper's rewards are 1 and 0.
 
     Attributes:
-        target_length: tokens of a response that count.
-        truncated_reward: r' beyond them; the reward function's for a text that was cut, -1 without answer - 0.5.
+        target_length: how many tokens of a response count.
+        truncated_reward: the reward of a longer response. The default is what the reward function gives to a text that
+            was cut: -1 without an answer, -0.5 for its format.
     """
 
     target_length: int = 1
     truncated_reward: float = -1.5
 
     needs = ("correct",)
-    ignores = {"overlong": "all completions beyond target_length get truncated_reward"}
+    ignores: ClassVar[dict[str, str]] = {"overlong": "all completions beyond target_length get truncated_reward"}
 
     def __post_init__(self):
-        number("target_length", self.target_length, low=1, whole=True)
-        number("truncated_reward", self.truncated_reward, low=-float("inf"))
+        check_number("target_length", self.target_length, low=1, whole=True)
+        check_number("truncated_reward", self.truncated_reward, low=-float("inf"))
 
     def problems(self, rollouts: int, max_response_length: int):
         if self.target_length > max_response_length:
@@ -63,7 +69,7 @@ class Dler(Method):
         return self._counted(batch)
 
     def _counted(self, batch: Batch) -> torch.Tensor:
-        """(B, T) bool: the tokens within the target length of groups with success and failure."""
+        """(B, T) bool: the tokens within the target length, of groups with both success and failure."""
         success_B = batch.correct & (batch.lengths <= self.target_length)
         mixed_B = torch.zeros_like(success_B)
         for rows in batch.groups():

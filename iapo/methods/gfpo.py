@@ -4,30 +4,35 @@ from dataclasses import dataclass, field
 
 import torch
 
-from iapo.methods.base import Batch, Method, choice, number
+from iapo.methods.base import Batch, Method, check_choice, check_number
 
 
 @dataclass
 class Gfpo(Method):
     """Group Filtered Policy Optimization: only the best k of a group's G completions train.
 
-        S = the k completions of the group that are shortest, or that have most reward per token
-        A_i = (r_i - mean_{j in S} r_j) / std_{j in S} r_j   for i in S,  0 for all others
+        S   = the k completions of the group that are shortest, or that have most reward per token
+        A_i = (r_i - mean_{j in S} r_j) / std_{j in S} r_j      for i in S;  0 for all others
 
-    (sections 3 and 3.1). The loss is a mean over the tokens of S. With `adaptive`, k depends on how hard the prompt
-    is (section 3.2): of the accuracies of all groups so far the quartiles q1 <= q2 <= q3 are taken, and a group keeps
-    `adaptive[n]` where n of them lie below its own accuracy, so hard prompts keep more. One that equals it counts if
-    most of the group is right: a solved prompt is easy even where most are solved and the quartiles are 1.
+    The loss is a mean over the tokens of S. With `adaptive`, k depends on how hard the prompt is. The accuracies of all
+    groups so far have quartiles q1 <= q2 <= q3. A group keeps `adaptive[n]` completions if n of the quartiles lie below
+    its own accuracy, so hard prompts keep more. A quartile that equals its accuracy counts as below if more than half
+    of the group is right: a solved prompt is easy even where most prompts are solved and the quartiles are 1.
 
-    Differences: rewards here may be negative, which per token would favour long failures, so the lowest of a group is
-    subtracted first where it is. The quartiles are exact, where the paper estimates them with a t-digest. There,
-    difficulty is the mean reward; here it is the accuracy. The rules for ties are ours; of completions the shorter
-    is kept, then the one that was sampled first. No code of the authors' was found.
+    Source: arXiv 2508.09726, sections 3 and 3.1; section 3.2 for `adaptive`.
+
+    Degenerate cases: a group of at most k completions keeps all. Of equal completions the shorter is kept, then the one
+    that was sampled first.
+
+    Differences: rewards here may be negative, which per token would favour long failures. Where the lowest reward of a
+    group is negative, it is therefore subtracted first. The quartiles are exact; the paper estimates them with a
+    t-digest. The paper measures difficulty by the mean reward, here it is the accuracy. The rules for ties are ours. No
+    code of the authors was found.
 
     Attributes:
-        k: completions kept per group; a smaller group keeps all.
+        k: completions kept per group.
         by: "length" or "reward_per_token".
-        adaptive: k for the quarters of prompts from the hardest to the easiest (the paper: 8, 8, 6, 4 of 16), or None.
+        adaptive: k for each quarter of the prompts, hardest first (the paper: 8, 8, 6, 4 of 16), or None.
     """
 
     k: int = 4
@@ -38,15 +43,15 @@ class Gfpo(Method):
     needs = ("correct",)
 
     def __post_init__(self):
-        number("k", self.k, low=2, whole=True)  # one alone has no advantage
-        choice("by", self.by, ("length", "reward_per_token"))
+        check_number("k", self.k, low=2, whole=True)  # one alone has no advantage
+        check_choice("by", self.by, ("length", "reward_per_token"))
         if self.adaptive is not None:
             if not isinstance(self.adaptive, list) or len(self.adaptive) != 4:
                 raise ValueError(f"adaptive: {self.adaptive!r} must be four numbers, [8,8,6,4], hardest quarter first.")
             for k in self.adaptive:
-                number("adaptive", k, low=2, whole=True)
+                check_number("adaptive", k, low=2, whole=True)
             if self.k != Gfpo.k:
-                raise ValueError(f"k: {self.k} has no effect beside adaptive={self.adaptive}; leave it out.")
+                raise ValueError(f"k: {self.k} has no effect with adaptive={self.adaptive}; leave it out.")
 
     def problems(self, rollouts: int, max_response_length: int):
         largest = max(self.adaptive or [self.k])
@@ -84,4 +89,4 @@ class Gfpo(Method):
         return {"seen": [[accuracy, count] for accuracy, count in sorted(self._seen.items())]}
 
     def load_state_dict(self, state: dict) -> None:
-        self._seen = {accuracy: count for accuracy, count in state["seen"]}
+        self._seen = dict(state["seen"])

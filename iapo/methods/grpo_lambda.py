@@ -5,28 +5,32 @@ from dataclasses import dataclass
 
 import torch
 
-from iapo.methods.base import Batch, Method, number
+from iapo.methods.base import Batch, Method, check_number
 from iapo.methods.length_penalty import LengthPenalty
 
 
 @dataclass
 class GrpoLambda(Method):
-    """The sigmoid length penalty in the groups of the batch with the highest accuracy; the others keep their rewards.
+    """The sigmoid length penalty in the most accurate groups of the batch; the others keep their rewards.
 
-        r'_i = r_i - weight * sigmoid((L_i - mean L) / std L)    if i is correct and its group is in the top share
-        r'_i = r_i                                               otherwise
+        r'_i = r_i - weight * sigmoid((L_i - mean L) / std L)      if i is correct and its group is in the top share
+        r'_i = r_i                                                 otherwise
 
-    with mean and std over the correct completions of i's group, as in `iapo.methods.length_penalty`, and the top
-    share the ceil(share * n) most accurate of the batch's n groups (section 3, equations 1 and 2; share is the paper's
-    lambda, 20%, and weight its alpha, 0.2).
+    mean and std are over the lengths of the correct completions of the group of i, as in `iapo.methods.length_penalty`.
+    The top share is the `ceil(share * n)` most accurate of the batch's n groups.
 
-    Differences: the paper's rewards are 1 and 0, here they lie 2 apart. Our choices, where it says nothing: of equally
-    accurate groups those of the first prompts are taken, the number of groups is rounded up, and std is the
-    population's. No code of the authors' was found.
+    Source: arXiv 2505.18086, section 3, equations 1 and 2. share is the paper's lambda, 0.2; weight is its alpha, 0.2.
+
+    Degenerate cases: a group whose correct completions all have the same length, or only one of which is correct, pays
+    nothing.
+
+    Differences: the paper's rewards are 1 and 0, here they lie 2 apart. Where the paper says nothing, we chose: of
+    equally accurate groups those of the first prompts are taken, the number of groups is rounded up, and std is the
+    population's. No code of the authors was found.
 
     Attributes:
-        share: of the groups that length is priced in; 0 is GRPO, 1 prices all.
-        weight: the most that length can cost, next to a reward of 1 for a right answer.
+        share: the share of the groups that pay for length; 0 is GRPO, with 1 all groups pay.
+        weight: the most that length can cost, where a right answer has a reward of 1.
     """
 
     share: float = 0.2
@@ -35,8 +39,8 @@ class GrpoLambda(Method):
     needs = ("correct",)
 
     def __post_init__(self):
-        number("share", self.share, high=1)
-        number("weight", self.weight)
+        check_number("share", self.share, high=1)
+        check_number("weight", self.weight)
 
     def shape_reward(self, batch: Batch) -> torch.Tensor:
         groups = sorted(batch.groups(), key=lambda rows: -batch.correct[rows].float().mean().item())

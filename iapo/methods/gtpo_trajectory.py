@@ -5,37 +5,43 @@ from dataclasses import dataclass, field
 
 import torch
 
-from iapo.methods.base import Batch, Method, number
+from iapo.methods.base import Batch, Method, check_number
 
 
 @dataclass
 class GtpoTrajectory(Method):
-    """Group-relative Trajectory-based Policy Optimization: no penalty for what good and bad completions share.
+    """Group-relative Trajectory-based Policy Optimization: no penalty on what good and bad completions share.
 
         A_i     = r_i - mean of the group's rewards
         A[i,t]  = delta_i lambda[i,t] (A_i - entropy_weight <H>_i)
 
-        lambda  = 0             if token t is in conflict and A_i < 0
-                = amplification if it is in conflict and A_i > 0
-                = 1             otherwise
+        lambda  = 0               if token t is in conflict and A_i < 0
+                = amplification   if token t is in conflict and A_i > 0
+                = 1               otherwise
         delta_i = 0 if <H>_i > max_entropy >= <H>_initial, else 1
 
-    <H>_i is the mean next-token entropy of completion i. A token is in conflict if the same token stands at the same
-    position of a completion with the other sign of A, and so do all before it, or, counted from the end, all behind
-    it: the first run from the start and the first from the end, where the format's tokens are (the paper's
-    conflict-aware gradient correction and entropy-based regularisation). The recipe takes the mean per completion
-    first and has no KL, as the paper.
+    `<H>_i` is the mean next-token entropy of completion i. Two runs of tokens can be in conflict: one from the start of
+    a completion and one from its end, where the tokens of the format are. A token belongs to the first run if it, and
+    every token before it, also stands at the same position of some completion of the group with the other sign of A.
+    The second run is the same with positions counted from the end. The paper calls this conflict-aware gradient
+    correction, and the entropy term entropy-based regularisation. Like the paper, the recipe takes the mean per
+    completion first and has no KL.
 
-    Differences: <H>_initial is the mean of the first training step. The entropy is subtracted from the advantage, as in
-    the released code; in the objective of the paper's first version it is a term of its own, -gamma <H>_i. The released
-    code also compares with 0.7 whatever the initial entropy, weighs a token that is in both runs by 4, and divides the
-    loss of a completion by the number of its tokens in conflict, which that objective doesn't. Entropies are the old
-    policy's; the paper makes one update per batch, so that old and new are the same.
+    Source: arXiv 2508.03772; its first version for the objective.
+
+    Degenerate cases: in a group whose rewards are all equal no token is in conflict, and the entropy term is all that
+    is left.
+
+    Differences: `<H>_initial` is the mean over the first training step. The entropy is subtracted from the advantage,
+    as in the released code; in the objective of the paper's first version it is a term of its own, `-gamma <H>_i`. The
+    released code also compares with 0.7 whatever the initial entropy, weighs a token that is in both runs by 4, and
+    divides the loss of a completion by the number of its tokens in conflict; that objective doesn't divide so.
+    Entropies are the old policy's. The paper makes one update per batch, so old and new policy are the same.
 
     Attributes:
-        amplification: lambda of tokens in conflict in good completions.
+        amplification: lambda of the tokens in conflict in good completions.
         entropy_weight: the paper's gamma.
-        max_entropy: in nats; ln 2 is that of a choice of two.
+        max_entropy: in nats; ln 2 is the entropy of an even choice between two tokens.
     """
 
     amplification: float = 2.0
@@ -46,9 +52,9 @@ class GtpoTrajectory(Method):
     needs = ("tokens", "entropy")
 
     def __post_init__(self):
-        number("amplification", self.amplification, low=1)
-        number("entropy_weight", self.entropy_weight)
-        number("max_entropy", self.max_entropy)
+        check_number("amplification", self.amplification, low=1)
+        check_number("entropy_weight", self.entropy_weight)
+        check_number("max_entropy", self.max_entropy)
 
     def outcome_advantage(self, batch: Batch) -> torch.Tensor:
         advantage_B = centred_rewards(batch) - self.entropy_weight * mean_entropy(batch)
@@ -70,7 +76,7 @@ class GtpoTrajectory(Method):
 
 
 def centred_rewards(batch: Batch) -> torch.Tensor:
-    """(B,) r_i - mean of the group's rewards, exactly 0 where only rounding makes it another number."""
+    """(B,) r_i - mean of the group's rewards; exactly 0 where only rounding makes it another number."""
     centred_B = batch.rewards.clone()
     for rows in batch.groups():
         centred_B[rows] -= batch.rewards[rows].mean()
@@ -83,7 +89,7 @@ def mean_entropy(batch: Batch) -> torch.Tensor:
 
 
 def conflict_tokens(batch: Batch, sign: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool: tokens in conflict, given the sign (B,) of each completion's advantage."""
+    """(B, T) bool: the tokens in conflict, given the sign (B,) of each completion's advantage."""
     conflict_BT = torch.zeros(batch.tokens.shape, dtype=torch.bool)
     for rows in batch.groups():
         tokens, mask = batch.tokens[rows], batch.response_mask[rows].bool()
@@ -95,7 +101,7 @@ def conflict_tokens(batch: Batch, sign: torch.Tensor) -> torch.Tensor:
 
 
 def shared_run(tokens: torch.Tensor, mask: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """(G, T) bool: the run from column 0 of tokens that a completion of the other sign has in the same column."""
+    """(G, T) bool: the run from column 0 whose tokens a completion of the other sign has in the same columns."""
     shared_GT = torch.zeros_like(mask)
     for i in range(len(tokens)):
         others = sign * sign[i] < 0

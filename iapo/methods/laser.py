@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from iapo.methods.base import Batch, Method, number
+from iapo.methods.base import Batch, Method, check_number
 
 LEVELS = ("easy", "medium", "hard")
 
@@ -14,27 +14,31 @@ LEVELS = ("easy", "medium", "hard")
 class Laser(Method):
     """Length-bAsed StEp Reward, and with `adaptive` its Dynamic and Difficulty-aware form.
 
-        r'_i = r_i + bonus    if completion i is correct and L_i <= L_T,    else r_i
+        r'_i = r_i + bonus      if completion i is correct and L_i <= L_T;  else r_i
 
-    (section 4.3 and table 2). LASER-D (section 5.2) has an L_T for each difficulty d of a prompt: easy if at least
-    2/3 of the group's K completions are correct, medium if at least 1/3, else hard. Every `every` steps, L_T is the
-    smallest length of at least `target_length` for which one complete correct response is to be expected,
+    LASER has one target length `L_T`. LASER-D has one for each difficulty d of a prompt: easy if at least 2/3 of the
+    group's K completions are correct, medium if at least 1/3, else hard. Every `every` steps, `L_T` becomes the
+    smallest length of at least `target_length` within which one complete correct response is expected:
 
-        ECR_d = P(L <= L_T | d) |C_d| >= 1,    |C_d| = ceil(2K/3), ceil(K/3), 1
+        ECR_d = P(L <= L_T | d) |C_d| >= 1,      |C_d| = ceil(2K/3), ceil(K/3), 1
 
-    with P over all completions of prompts of difficulty d, right and wrong, and |C_d| the fewest correct completions
-    that make a prompt of that difficulty. K is the largest group of the step.
+    P is over all completions of prompts of difficulty d, right and wrong. `|C_d|` is the fewest correct completions
+    that make a prompt easy, medium or hard. K is the size of the largest group of the step.
 
-    Differences: P is from the training completions since the last update, where the paper samples 500 monitoring
-    prompts; the first step's targets are from its own completions. L_T is searched token by token, there every 1024.
-    A level without completions keeps its target, and has none, so that every right answer gets the bonus, before its
-    first. The released code rounds |C_d| down to 5, 2, 1 of K = 8 and takes the longest response of the batch where no
+    Source: arXiv 2505.15612, section 4.3 and table 2; section 5.2 for LASER-D.
+
+    Degenerate cases: a difficulty without completions since the last update keeps its target. Before its first
+    completions it has none, and every right answer gets the bonus.
+
+    Differences: P is from the training completions since the last update; the paper samples 500 monitoring prompts. The
+    targets of the first step are from its own completions. `L_T` is searched token by token, in the paper every 1024.
+    The released code rounds `|C_d|` down, to 5, 2, 1 for K = 8, and takes the longest response of the batch where no
     length suffices. The paper's rewards are 1 and -0.5, here they lie 2 apart.
 
     Attributes:
-        target_length: L_T in tokens; with `adaptive` its lower bound.
+        target_length: `L_T` in tokens; with `adaptive` its lower bound.
         bonus: the paper's alpha.
-        adaptive: LASER-D.
+        adaptive: LASER-D instead of LASER.
         every: training steps between two updates of the targets of `adaptive`.
     """
 
@@ -48,9 +52,9 @@ class Laser(Method):
     needs = ("correct",)
 
     def __post_init__(self):
-        number("target_length", self.target_length, low=1, whole=True)
-        number("bonus", self.bonus)
-        number("every", self.every, low=1, whole=True)
+        check_number("target_length", self.target_length, low=1, whole=True)
+        check_number("bonus", self.bonus)
+        check_number("every", self.every, low=1, whole=True)
         if not isinstance(self.adaptive, bool):
             raise ValueError(f"adaptive: {self.adaptive!r} must be true or false.")
         if self.every != Laser.every and not self.adaptive:
@@ -68,7 +72,7 @@ class Laser(Method):
         return batch.rewards + self.bonus * (batch.correct & (batch.lengths <= target_B))
 
     def _adapted(self, batch: Batch) -> torch.Tensor:
-        """(B,) target lengths, after an update if one is due."""
+        """(B,) target lengths, updated first if an update is due."""
         groups = [(rows, difficulty(batch.correct[rows])) for rows in batch.groups()]
         for rows, level in groups:
             self._lengths[level] += [int(length) for length in batch.lengths[rows]]
@@ -100,6 +104,6 @@ class Laser(Method):
 
 
 def difficulty(correct: torch.Tensor) -> str:
-    """Of a prompt, by how many of its completions (K,) are correct."""
+    """The difficulty of a prompt, by how many of its completions (K,) are correct."""
     thirds = 3 * int(correct.sum()) // len(correct)
     return LEVELS[max(2 - thirds, 0)]

@@ -5,36 +5,40 @@ from dataclasses import dataclass
 
 import torch
 
-from iapo.methods.base import Batch, Method, choice, number
+from iapo.methods.base import Batch, Method, check_choice, check_number
 
 
 @dataclass
 class LengthPenalty(Method):
     r"""A price on the length of correct completions; wrong ones keep their reward.
 
-        r'_i = r_i + weight * f(L_i)    if completion i of L_i tokens is correct
+        r'_i = r_i + weight * f(L_i)      if completion i of L_i tokens is correct;  else r_i
 
-    with f, over the lengths L of the correct completions of i's group,
+    with one of these f, over the lengths L of the correct completions of the group of i:
 
-        linear    0.5 - (L_i - min L) / (max L - min L);  0 if all are equal
-        sigmoid   -sigmoid((L_i - mean L) / std L);  0 if all are equal
-        cosine    (cos(pi L_i / L_max) - 1) / 2
+        linear     0.5 - (L_i - min L) / (max L - min L)
+        sigmoid    -sigmoid((L_i - mean L) / std L)
+        cosine     (cos(pi L_i / max_length) - 1) / 2
 
-    linear is the length reward of Kimi k1.5 (arXiv 2501.12599, section 2.3.3), sigmoid that of Arora and Zanette
-    (arXiv 2502.04463, section 3), cosine the correct branch of Yeo et al. (arXiv 2502.03373, section 3.1) with
-    rewards from r to r - weight. All lie in [-1, 0.5].
+    linear lies in [-0.5, 0.5], the other two in [-1, 0].
 
-    Differences: Kimi takes min and max over all completions of the group and gives wrong ones min(0, f), which
-    rewards short failures; here the correct ones are compared among each other. Arora and Zanette multiply the reward
-    1 by 1 - alpha * sigmoid(...), the same as adding it. Their released code adds 1e-7 to std (the population's, as
-    here), so equal lengths, or a single right answer, cost half the weight there and nothing here. The released code of
-    Yeo et al. gives a fixed reward near L_max, and wrong answers gain with their length and lose by what they repeat.
-    No code of Kimi k1.5's was found.
+    Source: linear is the length reward of Kimi k1.5 (arXiv 2501.12599, section 2.3.3), sigmoid that of Arora and
+    Zanette (arXiv 2502.04463, section 3), cosine the branch for correct answers of Yeo et al. (arXiv 2502.03373,
+    section 3.1) with rewards from r to r - weight.
+
+    Degenerate cases: linear and sigmoid are 0 if all L are equal, and so for a single right answer.
+
+    Differences: Kimi takes min and max over all completions of the group and gives wrong ones min(0, f), which rewards
+    short failures; here the correct ones are compared among themselves. No code of Kimi k1.5 was found. Arora and
+    Zanette multiply the reward 1 by 1 - alpha * sigmoid(...), which is the same as adding it. Their released code adds
+    1e-7 to std (the population's, as here), so equal lengths, or a single right answer, cost half the weight there and
+    nothing here. The released code of Yeo et al. gives a fixed reward near the longest length; wrong answers gain with
+    their length and lose by what they repeat.
 
     Attributes:
         form: "linear", "sigmoid" or "cosine".
-        weight: the most that length can cost, next to a reward of 1 for a right answer.
-        max_length: L_max of the cosine, the longest response; any number for the others.
+        weight: the most that length can cost, where a right answer has a reward of 1.
+        max_length: the longest response in tokens, for the cosine; the other forms don't read it.
     """
 
     form: str = "linear"
@@ -44,9 +48,9 @@ class LengthPenalty(Method):
     needs = ("correct",)
 
     def __post_init__(self):
-        choice("form", self.form, ("linear", "sigmoid", "cosine"))
-        number("weight", self.weight)
-        number("max_length", self.max_length, low=1, whole=True)
+        check_choice("form", self.form, ("linear", "sigmoid", "cosine"))
+        check_number("weight", self.weight)
+        check_number("max_length", self.max_length, low=1, whole=True)
 
     def shape_reward(self, batch: Batch) -> torch.Tensor:
         rewards_B = batch.rewards.clone()

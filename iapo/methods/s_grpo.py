@@ -5,32 +5,36 @@ from dataclasses import dataclass
 
 import torch
 
-from iapo.methods.base import Batch, Method, number
+from iapo.methods.base import Batch, Method, check_number
 
 
 @dataclass
 class SGrpo(Method):
-    """Stochastic GRPO: only a subset of a completion's tokens has a loss, of whatever kind.
+    """Stochastic GRPO: only some of a completion's tokens have a loss of any kind.
 
-        token t is kept    for t <= always,    with probability p for always < t <= until,    never behind
+        token t, counted from 1, is kept      for t <= always
+                                              with probability p for always < t <= until
+                                              never for t > until
 
-    with t counted from 1 (the paper's alpha, k and P). A completion of at most `always` tokens is kept whole; if no
-    token of the batch is kept, all advantages are 0.
+    The draw is a function of the seed, the training step and the completion's tokens alone. So a resumed run repeats
+    it, and it does not depend on padding, on the other completions or on their order. Two completions of a step with
+    the same tokens keep the same ones.
 
-    The draw is a function of the seed, the training step and the completion's tokens alone: a resumed run repeats it,
-    and it depends neither on padding nor on the other completions nor on their order. Two completions of a step with
-    the same tokens therefore keep the same ones.
+    Source: arXiv 2504.20834; the full text was not at hand. always, until and p are the paper's alpha, k and P.
 
-    Differences: no code of the authors' was found, and of the paper the full text was not at hand. The defaults, 150,
-    341 and 0.5, are those of the baseline of IAPO's released command; the recipe takes 3/10 and 2/3 of the response
-    budget, as they are 0.29 and 2/3 of 512. That baseline takes the mean over each completion's kept tokens first, here
-    it is over all kept tokens, as for the other methods. And it draws tokens only in completions of fewer than `until`;
-    the others keep the first `always` alone.
+    Degenerate cases: a completion of at most `always` tokens is kept whole. If no token of the batch is kept, all
+    advantages are 0.
+
+    Differences: no code of the authors was found. The defaults, 150, 341 and 0.5, are those of the S-GRPO baseline in
+    IAPO's released command. They are 0.29 and 2/3 of its 512 tokens, so the recipe takes 3/10 and 2/3 of the response
+    budget. That baseline takes the mean over each completion's kept tokens first; here the mean is over all kept
+    tokens, as for the other methods. And it draws tokens only in completions of fewer than `until` tokens; the others
+    keep the first `always` alone.
 
     Attributes:
-        always: leading tokens that are always kept.
-        until: last token that may be kept.
-        p: probability of those in between.
+        always: the number of leading tokens that are always kept.
+        until: the last token that may be kept.
+        p: the probability of those in between.
         seed: of the draw.
     """
 
@@ -42,10 +46,10 @@ class SGrpo(Method):
     needs = ("tokens",)
 
     def __post_init__(self):
-        number("always", self.always, whole=True)
-        number("until", self.until, low=max(self.always, 1), whole=True)
-        number("p", self.p, high=1)
-        number("seed", self.seed, whole=True)
+        check_number("always", self.always, whole=True)
+        check_number("until", self.until, low=max(self.always, 1), whole=True)
+        check_number("p", self.p, high=1)
+        check_number("seed", self.seed, whole=True)
         if self.always == 0 and self.p == 0:
             raise ValueError("p: 0 with always=0 keeps no token; raise one of them.")
 

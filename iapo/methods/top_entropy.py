@@ -5,27 +5,32 @@ from dataclasses import dataclass
 
 import torch
 
-from iapo.methods.base import Batch, Method, number
+from iapo.methods.base import Batch, Method, check_number
 
 
 @dataclass
 class TopEntropy(Method):
     """Only forking tokens train: the `share` of the batch's tokens where the next token was least certain.
 
-        token t of completion i is kept    if H[i,t] >= tau,    tau the ceil(share N)-th highest of the batch's N
+        token t of completion i is kept      if H[i,t] >= tau
+        tau = the ceil(share N)-th highest entropy of the batch's N tokens
 
-    (section 5.2, equation 6). Means are over the kept tokens, as in the released code; over all of them the loss would
-    be about `share` times as large. H is the next-token entropy of the old policy; the batch is all completions of a
-    training step that train. Tokens equal to tau are all kept, so equal entropies everywhere keep everything. A
-    completion may keep no token; the batch keeps at least one.
+    H is the next-token entropy of the old policy. The batch is all completions of a training step that train. The mean
+    of the loss is over the kept tokens, as in the released code; over all tokens the loss would be about `share` times
+    as large. The recipe is otherwise DAPO, as in the paper, without KL loss. A KL loss, if one is set, is over the kept
+    tokens too.
 
-    The recipe is otherwise DAPO, as in the paper, without KL loss; with one, that is over the kept tokens too.
+    Source: arXiv 2506.01939, section 5.2, equation 6.
 
-    Differences: the released code ranks each micro-batch by itself, so its choice depends on how a batch is cut; by the
-    entropy of the policy in training, which is the old policy's in the first update of a step; and it breaks ties.
+    Degenerate cases: tokens equal to tau are all kept, so equal entropies everywhere keep everything. A completion may
+    keep no token; the batch keeps at least one.
+
+    Differences: the released code ranks each micro-batch by itself, so its choice depends on how a batch is cut. It
+    ranks by the entropy of the policy in training, which is the old policy's in the first update of a step. And it
+    breaks ties.
 
     Attributes:
-        share: of the tokens, above 0 and below 1.
+        share: of the tokens that train, above 0 and below 1.
     """
 
     share: float = 0.2
@@ -33,7 +38,7 @@ class TopEntropy(Method):
     needs = ("entropy",)
 
     def __post_init__(self):
-        number("share", self.share, high=1)
+        check_number("share", self.share, high=1)
         if self.share in (0, 1):
             what = "every token, which is variant=dapo" if self.share else "no token"
             raise ValueError(f"share: {self.share} keeps {what}; choose a number in between.")

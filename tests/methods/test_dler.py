@@ -78,8 +78,8 @@ def test_equals_plain_python(rows, target, truncated):
 @pytest.mark.parametrize(
     "knobs,message",
     [
-        (dict(target_length=0), "target_length: 0 must be a whole number of at least 1"),
-        (dict(truncated_reward=None), "truncated_reward: None must be a number.$"),
+        ({"target_length": 0}, "target_length: 0 must be a whole number of at least 1"),
+        ({"truncated_reward": None}, "truncated_reward: None must be a number.$"),
     ],
 )
 def test_bad_knobs(knobs, message):
@@ -89,7 +89,7 @@ def test_bad_knobs(knobs, message):
 
 def test_a_target_beyond_the_response_budget_and_a_second_reward_are_refused():
     assert not list(Dler(target_length=100).problems(8, 100))
-    assert list(Dler(target_length=101).problems(8, 100))[0].startswith(
+    assert next(iter(Dler(target_length=101).problems(8, 100))).startswith(
         "target_length: 101 exceeds data.max_response_length=100"
     )
     assert "only one method of a run" in next(conflicts({"dler": Dler(), "length_penalty": LengthPenalty()}))

@@ -82,17 +82,16 @@ def test_equals_plain_python(rows, k, by):
         torch.testing.assert_close(advantages[i, : r.length], torch.full((r.length,), expected), atol=1e-5, rtol=1e-5)
 
 
-@given(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=5))
+@given(st.lists(st.lists(st.integers(0, 8), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_adaptive_k_equals_plain_python(history):
-    method, seen = Gfpo(adaptive=[9, 8, 7, 6]), []
-    for accuracies in history:
-        rows = [row(g, 1 + n, 0.5 if n < c else -0.5) for g, c in enumerate(accuracies) for n in range(4)]
-        step(method, make_batch(rows))
-        seen += [c / 4 for c in accuracies]
+    method, seen = Gfpo(adaptive=[6, 5, 4, 3]), []
+    for counts in history:
+        rows = [row(g, 1 + n, 0.5 if n < c else -0.5) for g, c in enumerate(counts) for n in range(8)]
+        kept = step(method, make_batch(rows))[1].any(1).view(-1, 8).sum(1).tolist()
+        seen += [c / 8 for c in counts]
         ordered = sorted(seen)
         quartiles = [ordered[int(q * (len(ordered) - 1))] for q in (0.25, 0.5, 0.75)]
-        for c in range(5):
-            assert method._k(c / 4) == [9, 8, 7, 6][sum(q < c / 4 or (q == c / 4 and c > 2) for q in quartiles)]
+        assert kept == [[6, 5, 4, 3][sum(q < c / 8 or (q == c / 8 and c > 4) for q in quartiles)] for c in counts]
     assert statistics.mean(seen) == pytest.approx(
         sum(a * n for a, n in method.state_dict()["seen"]) / sum(n for _, n in method.state_dict()["seen"])
     )
@@ -101,12 +100,12 @@ def test_adaptive_k_equals_plain_python(history):
 @pytest.mark.parametrize(
     "knobs,message",
     [
-        (dict(k=1), "k: 1 must be a whole number of at least 2"),
-        (dict(by="size"), "by: 'size' must be one of length, reward_per_token"),
-        (dict(adaptive=[4, 4]), "adaptive: .* four numbers"),
-        (dict(k=3, adaptive=[8, 8, 6, 4]), "k: 3 has no effect beside adaptive"),
-        (dict(adaptive=3), "adaptive: 3 must be four numbers"),
-        (dict(adaptive=[4, 4, 4, 1]), "adaptive: 1 must be"),
+        ({"k": 1}, "k: 1 must be a whole number of at least 2"),
+        ({"by": "size"}, "by: 'size' must be one of length, reward_per_token"),
+        ({"adaptive": [4, 4]}, "adaptive: .* four numbers"),
+        ({"k": 3, "adaptive": [8, 8, 6, 4]}, "k: 3 has no effect with adaptive"),
+        ({"adaptive": 3}, "adaptive: 3 must be four numbers"),
+        ({"adaptive": [4, 4, 4, 1]}, "adaptive: 1 must be"),
     ],
 )
 def test_bad_knobs(knobs, message):
@@ -116,5 +115,5 @@ def test_bad_knobs(knobs, message):
 
 def test_keeping_all_is_refused():
     assert not list(Gfpo(k=4).problems(8, 100))
-    assert list(Gfpo(k=8).problems(8, 100))[0].startswith("k: 8 of actor_rollout_ref.rollout.n=8")
-    assert list(Gfpo(adaptive=[8, 4, 4, 4]).problems(8, 100))[0].startswith("adaptive: 8 of")
+    assert next(iter(Gfpo(k=8).problems(8, 100))).startswith("k: 8 of actor_rollout_ref.rollout.n=8")
+    assert next(iter(Gfpo(adaptive=[8, 4, 4, 4]).problems(8, 100))).startswith("adaptive: 8 of")

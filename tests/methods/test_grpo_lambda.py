@@ -74,9 +74,9 @@ def test_equals_plain_python(rows, share, weight):
 @pytest.mark.parametrize(
     "knobs,message",
     [
-        (dict(share=1.5), "share: 1.5 must be a number from 0 to 1"),
-        (dict(share=-0.2), "share: -0.2 must be a number from 0 to 1"),
-        (dict(weight="much"), "weight: 'much' must be a number of at least 0"),
+        ({"share": 1.5}, "share: 1.5 must be a number from 0 to 1"),
+        ({"share": -0.2}, "share: -0.2 must be a number from 0 to 1"),
+        ({"weight": "much"}, "weight: 'much' must be a number of at least 0"),
     ],
 )
 def test_bad_knobs(knobs, message):

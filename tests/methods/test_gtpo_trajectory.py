@@ -95,9 +95,9 @@ def test_equals_plain_python(rows, amplification, gamma, limit):
 @pytest.mark.parametrize(
     "knobs,message",
     [
-        (dict(amplification=0.5), "amplification: 0.5 must be a number of at least 1"),
-        (dict(entropy_weight=-1), "entropy_weight: -1 must be a number of at least 0"),
-        (dict(max_entropy=math.inf), "max_entropy: inf must be a number of at least 0"),
+        ({"amplification": 0.5}, "amplification: 0.5 must be a number of at least 1"),
+        ({"entropy_weight": -1}, "entropy_weight: -1 must be a number of at least 0"),
+        ({"max_entropy": math.inf}, "max_entropy: inf must be a number of at least 0"),
     ],
 )
 def test_bad_knobs(knobs, message):

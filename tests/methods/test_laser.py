@@ -136,11 +136,11 @@ def test_laser_d_does_not_depend_on_the_order_of_completions():
 @pytest.mark.parametrize(
     "knobs,message",
     [
-        (dict(target_length=0), "target_length: 0 must be a whole number of at least 1"),
-        (dict(bonus=-0.1), "bonus: -0.1 must be a number of at least 0"),
-        (dict(every=1.5), "every: 1.5 must be a whole number of at least 1"),
-        (dict(every=5), "every: 5 has no effect with adaptive=false; set adaptive=true."),
-        (dict(adaptive="yes"), "adaptive: 'yes' must be true or false"),
+        ({"target_length": 0}, "target_length: 0 must be a whole number of at least 1"),
+        ({"bonus": -0.1}, "bonus: -0.1 must be a number of at least 0"),
+        ({"every": 1.5}, "every: 1.5 must be a whole number of at least 1"),
+        ({"every": 5}, "every: 5 has no effect with adaptive=false; set adaptive=true."),
+        ({"adaptive": "yes"}, "adaptive: 'yes' must be true or false"),
     ],
 )
 def test_bad_knobs(knobs, message):
@@ -150,6 +150,6 @@ def test_bad_knobs(knobs, message):
 
 def test_a_target_beyond_the_response_budget_is_refused():
     assert not list(Laser(target_length=99).problems(8, 100))
-    assert list(Laser(target_length=100).problems(8, 100))[0].startswith(
+    assert next(iter(Laser(target_length=100).problems(8, 100))).startswith(
         "target_length: 100 of data.max_response_length=100 tokens gives every right answer the bonus"
     )

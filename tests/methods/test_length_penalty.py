@@ -52,9 +52,9 @@ def test_equals_plain_python(rows, form, weight):
 @pytest.mark.parametrize(
     "knobs,message",
     [
-        (dict(form="square"), "form: 'square' must be one of linear, sigmoid, cosine"),
-        (dict(weight=-1), "weight: -1 must be a number of at least 0"),
-        (dict(max_length=0), "max_length: 0 must be a whole number of at least 1"),
+        ({"form": "square"}, "form: 'square' must be one of linear, sigmoid, cosine"),
+        ({"weight": -1}, "weight: -1 must be a number of at least 0"),
+        ({"max_length": 0}, "max_length: 0 must be a whole number of at least 1"),
     ],
 )
 def test_bad_knobs(knobs, message):

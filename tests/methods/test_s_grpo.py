@@ -92,12 +92,12 @@ def test_the_draw_depends_on_seed_step_and_tokens():
 @pytest.mark.parametrize(
     "knobs,message",
     [
-        (dict(always=-1), "always: -1 must be a whole number of at least 0"),
-        (dict(until=100), "until: 100 must be a whole number of at least 150"),
-        (dict(always=0, until=0), "until: 0 must be a whole number of at least 1"),
-        (dict(p=1.2), "p: 1.2 must be a number from 0 to 1"),
-        (dict(seed=0.5), "seed: 0.5 must be a whole number"),
-        (dict(always=0, p=0), "p: 0 with always=0 keeps no token; raise one of them"),
+        ({"always": -1}, "always: -1 must be a whole number of at least 0"),
+        ({"until": 100}, "until: 100 must be a whole number of at least 150"),
+        ({"always": 0, "until": 0}, "until: 0 must be a whole number of at least 1"),
+        ({"p": 1.2}, "p: 1.2 must be a number from 0 to 1"),
+        ({"seed": 0.5}, "seed: 0.5 must be a whole number"),
+        ({"always": 0, "p": 0}, "p: 0 with always=0 keeps no token; raise one of them"),
     ],
 )
 def test_bad_knobs(knobs, message):
