@@ -19,15 +19,9 @@ import transformers
 from benchmarks.flex_attention import by_flex_attention
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import interleaved, machine, peak_mib, table
-from iapo.information import (
-    MAX_TOKENS,
-    default_max_tokens,
-    exit_entropies,
-    exit_entropies_after,
-    exit_entropy_naive,
-    forward_to_share,
-)
 from iapo.probe.attention import KeysAndValues
+from iapo.probe.measure import MAX_TOKENS, default_max_tokens, exit_entropies, exit_entropies_after, forward_to_share
+from iapo.probe.naive import exit_entropies_naive
 from iapo.probe.packing import Completion, Place, places_of_sequences, probe_forwards, probe_positions
 
 SHAPES = {
@@ -127,12 +121,7 @@ def copies(model, completions, probe_ids, device: str, chunk_size: int) -> list[
 
 
 def naive(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
-    results = []
-    for c in completions:
-        ids = torch.cat([c.prompt, c.response])[None].to(device)
-        ones = torch.ones_like(ids)
-        results.append(exit_entropy_naive(model, ids, ones, ones[:, len(c.prompt) :], probe_ids)[0].cpu())
-    return results
+    return exit_entropies_naive(model, completions, probe_ids, device=device)
 
 
 def check(probe_ids, device: str, flex: bool) -> None:

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from iapo.information import (
     check_exactness,
-    default_max_tokens,
     entropy,
     exit_entropies,
     exit_entropies_after,
@@ -17,9 +16,9 @@ from iapo.information import (
     forward_to_share,
     information_gain,
     information_rate,
-    interpolate,
 )
 from iapo.probe import attention, output_layer, packing
+from iapo.probe.measure import default_max_tokens, interpolate
 from tests.conftest import CONFIGS, DEVICES, VOCAB, make_batch, make_model
 
 PROBE = [5, 11, 7]
