@@ -50,36 +50,39 @@ def exit_entropy(
 
         h_t = H(next token | prompt, o_1..o_t, probe),    t = 0..T      [nats]
 
-    the entropy of the model's next-token distribution (temperature 1) after the exit probe is appended to the first
-    t response tokens (arXiv 2602.19049, early-exit estimate). With `answers`, the surprisal of a whole answer instead:
+    This is the entropy of the model's next-token distribution (temperature 1) after the first t response tokens and the
+    exit probe (arXiv 2602.19049, early-exit estimate). With `answers` it is the surprisal of a whole answer instead:
 
         h_t = -log p(answer | prompt, o_1..o_t, probe)     [nats]
 
-    whose gains are the pointwise information of each token about that answer, all its tokens counted.
+    Its gains are each token's pointwise information about all tokens of that answer.
 
     Args:
-        model: a Hugging Face causal LM in eval mode, rotary or learned positions, standard attention; also the root
-            module of an FSDP model. Models that this method can't serve exactly are refused, see `check_model`.
+        model: a Hugging Face causal LM in eval mode with rotary or learned positions and standard attention, or the
+            root module of an FSDP model. Models that can't be served exactly are refused, see
+            `iapo.probe.supported_models.check_model`.
         input_ids: (B, S) left-padded prompt, then right-padded response in the last T columns.
         attention_mask: (B, S) 1 on prompt and response tokens, 0 on padding.
-        response_mask: (B, T) 1 on the tokens whose information is asked for. Nothing is probed after a row's last 1.
+        response_mask: (B, T) 1 on the tokens whose information is measured. Nothing is probed after a row's last 1.
         probe_ids: the P tokens of the exit probe, e.g. of "</think>\n<answer>".
-        chunk_size: probes per forward; None: as many as `max_tokens` holds. Speed and memory, not the result.
-        stride: probe positions 0, k, 2k, ... and each row's last one; h is linear between them, so the gain of a
-            segment is spread evenly over its tokens and the sum of the gains is exact.
-        boundaries: (B, T) 1 on tokens that end a reasoning step: probe after those instead, whatever `stride`.
-        max_gap: with `boundaries`: probe in between too, so that no two probes are further apart.
-        answers: B tensors of token ids, those that would follow the probe. An empty one has surprisal 0 everywhere.
-        max_tokens: tokens per forward (one trajectory always fits); None: what suits the device. Speed and memory, not
-            the result.
+        chunk_size: probes per forward; None: as many as `max_tokens` holds. It affects speed and memory, not the
+            result.
+        stride: probe positions 0, k, 2k, ... and each row's last one. h is linear between them: the gain of a segment
+            is spread evenly over its tokens, and the sum of the gains is exact.
+        boundaries: (B, T) 1 on tokens that end a reasoning step. Probe after those; `stride` has no effect then.
+        max_gap: with `boundaries`, probe in between too, so that no two probes are further apart.
+        answers: B tensors of token ids, which are scored after the probe. An empty one has surprisal 0 everywhere.
+        max_tokens: tokens per forward (one trajectory always fits); None: what suits the device, see
+            `default_max_tokens`. It affects speed and memory, not the result.
         measure: what measures the completions: `exit_entropies` or its naive twin.
 
     Returns:
         (B, T + 1) float32, h_0 .. h_T in nats, constant after a row's last valid token. A row without a valid token
-        holds h_0 everywhere. Logits and entropies are float32 whatever the dtype of the model.
+        has h_0 everywhere. Logits and entropies are float32 for models of any dtype.
 
     Raises:
-        ValueError: malformed inputs or a model that can't be served; names the argument, its value and the fix.
+        ValueError: an argument is malformed, or the model can't be served. It names the argument, its value and the
+            fix.
     """
     vocabulary = vocabulary_size(model)
     completions = completions_of(
@@ -136,8 +139,8 @@ def information_rate(exit_entropy: torch.Tensor, response_mask: torch.Tensor) ->
         rate_i = (h[i,0] - h[i,T]) / |o_i|      [nats per token]
 
     Args:
-        exit_entropy: (B, T + 1) from `exit_entropy`, possibly over a shorter region than the response.
-        response_mask: (B, T) of the whole response: its length |o_i| is what the information is paid with.
+        exit_entropy: (B, T + 1) from `exit_entropy`. Its region may be shorter than the response.
+        response_mask: (B, T) of the whole response, whose length is |o_i|.
 
     Returns:
         (B,) float32; 0 for a completion without tokens.
@@ -154,11 +157,11 @@ def next_token_entropies(entropy: torch.Tensor, response_mask: torch.Tensor) -> 
 
         h_t = H(o_{t+1} | q, o_1..o_t),    t = 0..L-1,    and h_L = h_{L-1}      [nats]
 
-    for a completion of L tokens. Nothing comes after the last one, so that it gains nothing; that matters only where a
-    completion was cut, because the token that ends one is in no region.
+    for a completion of L tokens. No token follows the last one, so its gain is 0. That matters only for completions
+    that were cut: the token that ends a completion is in no region.
 
     Args:
-        entropy: (B, T) of the policy's distribution that each token was drawn from, in nats.
+        entropy: (B, T) of the policy's distribution from which each token was drawn, in nats.
         response_mask: (B, T) 1 on the L tokens of each row, right-padded.
 
     Returns:

@@ -10,13 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from iapo.probe.attention import (
-    Cascade,
-    KeysAndValues,
-    MaskedAttention,
-    captured_attention,
-    cascade_attention,
-)
+from iapo.probe.attention import Cascade, KeysAndValues, MaskedAttention, captured_attention, cascade_attention
 from iapo.probe.output_layer import MeasuredOutputLayer, measured_output_layer
 from iapo.probe.packing import Completion, Forward, forwards_of_pack, longest, packs
 from iapo.probe.supported_models import check_model
@@ -101,6 +95,7 @@ def exit_entropies_after(
     """
     probed = [torch.zeros(len(completion.positions)) for completion in completions]
     with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:
+        assert isinstance(attention, Cascade), "a model that can't be captured has no keys and values to share"
         attention.stored = keys_and_values
         run(model, attention, output_layer, probes, probed, device)
     return [interpolate(h, c.positions, len(c.response)) for h, c in zip(probed, completions, strict=True)]
@@ -123,9 +118,10 @@ def run(
             output_layer.check(model, result.logits)
         if forward.scored is None:
             continue
-        scores = (output_layer.entropy if forward.targets is None else -output_layer.log_prob).cpu()
+        assert forward.probe_of_scored is not None
         # The surprisal of an answer is the sum over its tokens.
-        h = torch.zeros(int(forward.probe_of_scored[-1]) + 1).index_add_(0, forward.probe_of_scored, scores)
+        h = torch.zeros(int(forward.probe_of_scored[-1]) + 1)
+        h.index_add_(0, forward.probe_of_scored, output_layer.scores.cpu())
         for i, first, last in forward.runs:
             probed[i][first : last + 1], h = h[: last + 1 - first], h[last + 1 - first :]
 

@@ -30,7 +30,7 @@ from iapo.information import (
     forward_to_share,
 )
 from iapo.probe.attention import can_capture
-from iapo.probe.packing import Completion, forward_count, longest, places_of_sequences, probe_forwards, probe_positions
+from iapo.probe.packing import Completion, forward_count, longest, probe_forwards, probe_positions, slots_of_sequences
 from iapo.probe.supported_models import check_model
 from iapo.probe.text import answer_ids, decode, end_tokens, final_answer, region_length, step_ends
 
@@ -84,8 +84,8 @@ class IapoEngine(FSDPEngineWithLMHead):
             assert all(
                 offsets[i + 1] - offsets[i] == len(c.prompt) + len(c.response) for i, c in work.completions.items()
             )
-            places = places_of_sequences(completions, [offsets[i] for i in work.completions])
-            probes = list(probe_forwards(completions, places, work.probe_ids, work.max_tokens))
+            slots = slots_of_sequences(completions, [offsets[i] for i in work.completions])
+            probes = list(probe_forwards(completions, slots, work.probe_ids, work.max_tokens))
             forwards = self._maximum_over_ranks(len(probes))
             values = exit_entropies_after(self.module, completions, probes, keys_and_values, device=get_device_id())
             self._idle_forwards(forwards - len(probes))
