@@ -19,16 +19,10 @@ import transformers
 from benchmarks.flex_attention import by_flex_attention
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import interleaved, machine, peak_mib, table
-from iapo.information import (
-    MAX_TOKENS,
-    default_max_tokens,
-    exit_entropies,
-    exit_entropies_after,
-    exit_entropy_naive,
-    forward_to_share,
-)
 from iapo.probe.attention import KeysAndValues
-from iapo.probe.packing import Completion, Place, places_of_sequences, probe_forwards, probe_positions
+from iapo.probe.measure import MAX_TOKENS, default_max_tokens, exit_entropies, exit_entropies_after, forward_to_share
+from iapo.probe.naive import exit_entropies_naive
+from iapo.probe.packing import Completion, KVSlot, probe_forwards, probe_positions, slots_of_sequences
 
 SHAPES = {
     "small": dict(
@@ -97,7 +91,7 @@ def ours(model, completions, probe_ids, device: str, max_tokens: int | None = No
     return exit_entropies(model, completions, probe_ids, device=device, max_tokens=max_tokens)
 
 
-def keys_of_a_plain_forward(model, completions, device: str) -> tuple[KeysAndValues, dict[int, Place]]:
+def keys_of_a_plain_forward(model, completions, device: str) -> tuple[KeysAndValues, dict[int, KVSlot]]:
     """What training has anyway: one forward of whole sequences, and where the completions stand in it."""
     sequences = [torch.cat([c.prompt, c.response]) for c in completions]
     starts = torch.tensor([0, *map(len, sequences)]).cumsum(0).tolist()
@@ -105,11 +99,11 @@ def keys_of_a_plain_forward(model, completions, device: str) -> tuple[KeysAndVal
     with torch.no_grad(), forward_to_share(model) as keys_and_values:
         ids = torch.cat(sequences)[None].to(device)
         model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
-    return keys_and_values, places_of_sequences(completions, starts[:-1])
+    return keys_and_values, slots_of_sequences(completions, starts[:-1])
 
 
-def ours_on_keys(model, completions, probe_ids, device: str, keys_and_values, places) -> list[torch.Tensor]:
-    probes = probe_forwards(completions, places, probe_ids, default_max_tokens(model.config, device))
+def ours_on_keys(model, completions, probe_ids, device: str, keys_and_values, slots) -> list[torch.Tensor]:
+    probes = probe_forwards(completions, slots, probe_ids, default_max_tokens(model.config, device))
     return exit_entropies_after(model, completions, probes, keys_and_values, device=device)
 
 
@@ -127,12 +121,7 @@ def copies(model, completions, probe_ids, device: str, chunk_size: int) -> list[
 
 
 def naive(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
-    results = []
-    for c in completions:
-        ids = torch.cat([c.prompt, c.response])[None].to(device)
-        ones = torch.ones_like(ids)
-        results.append(exit_entropy_naive(model, ids, ones, ones[:, len(c.prompt) :], probe_ids)[0].cpu())
-    return results
+    return exit_entropies_naive(model, completions, probe_ids, device=device)
 
 
 def check(probe_ids, device: str, flex: bool) -> None:
@@ -160,8 +149,8 @@ def check(probe_ids, device: str, flex: bool) -> None:
 
     compare("ours", ours, DENSITIES, 1e-4)
     compare("ours in several forwards", partial(ours, max_tokens=150), DENSITIES, 1e-4)
-    keys_and_values, places = keys_of_a_plain_forward(model, rows["full"], device)
-    on_keys = partial(ours_on_keys, keys_and_values=keys_and_values, places=places)
+    keys_and_values, slots = keys_of_a_plain_forward(model, rows["full"], device)
+    on_keys = partial(ours_on_keys, keys_and_values=keys_and_values, slots=slots)
     compare("ours on the keys of a plain forward", on_keys, ["full"], 1e-4)
     compare("KV copies", partial(copies, chunk_size=4), ["full"], 1e-4)
     if flex:

@@ -1,7 +1,7 @@
 """The other way to share keys and values: torch's FlexAttention, one compiled kernel with a block mask per forward.
 
-Stored and own keys stand in one row; the mask says which of them a query sees, and blocks that nobody sees are left
-out. All else is ours, also the last layer, where only scored tokens count.
+Stored and own keys form one row. The mask says which of them a query sees, and blocks that no query sees are skipped.
+Everything else is ours, including the last layer, where only scored tokens count.
 """
 
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from iapo.probe import attention
 
-# A kernel for every length of a forward: with lengths left open, torch 2.13 makes code for a CPU that doesn't compile.
+# One kernel per length of a forward: with lengths left open, torch 2.13 makes code for a CPU that doesn't compile.
 torch._dynamo.config.recompile_limit = 64
 flex_attention = torch.compile(flex_attention, dynamic=False)
 
@@ -36,17 +36,15 @@ class FlexCascade(attention.Cascade):
             self._block_mask = create_block_mask(sees, None, None, *size, device=token_ids.device)
         return super().run(token_ids, position_ids, parts, scored, stores)
 
-    def attend(self, module, query, key, value, scale, softcap):
-        """As `Cascade.attend`."""
-        last = len(self.stored) == self._layers - 1 if self._stores else module is next(reversed(self.stored))
-        if self._scored is None or last:
-            return super().attend(module, query, key, value, scale, softcap)
-        if self._stores:
-            self.stored[module] = key[:, : self._stores].clone(), value[:, : self._stores].clone()
-            keys, values = key[None], value[None]
-        else:
-            keys, values = (torch.cat(pair, 1)[None] for pair in zip(self.stored[module], (key, value), strict=True))
-        out = flex_attention(query[None], keys, values, block_mask=self._block_mask, scale=scale, enable_gqa=True)
+    def attend_parts(self, layer, last):
+        """As `Cascade.attend_parts`."""
+        if self.scored is None or last:
+            return super().attend_parts(layer, last)
+        keys, values = layer.key, layer.value
+        if not self.stores:
+            keys, values = torch.cat([layer.stored_key, keys], 1), torch.cat([layer.stored_value, values], 1)
+        inputs = layer.query[None], keys[None], values[None]
+        out = flex_attention(*inputs, block_mask=self._block_mask, scale=layer.scale, enable_gqa=True)
         return out[0].transpose(0, 1)
 
 

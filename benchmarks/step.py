@@ -4,8 +4,8 @@ By default the forms of the exit-entropy pass and its share of the step. --rows 
 each at the first of its values, and grpo last once more: the two tell how far the machine drifted.
 
 --against compares this checkout with the one in DIR, by grpo and iapo_rate. --trl adds TRL's GRPOTrainer on the same
-model and prompts, see `benchmarks.trl_step`. Runs that are compared take turns, --rounds times each, so that a busy time
-of the machine hits all alike. Only the ratios carry over to other machines.
+model and prompts, see `benchmarks.trl_step`. Runs that are compared take turns, --rounds times each, so that a busy
+time of the machine hits all alike. Only the ratios carry over to other machines.
 
 Trains a few steps of each on the real stack and prints the medians of verl's own timers, without the first step, which
 warms up.

@@ -9,7 +9,7 @@ The first three terms are the paper's (arXiv 2602.19049, section on the advantag
 docs/algorithm.md puts each equation beside its code. Shape suffixes as in `iapo.information`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -114,7 +114,7 @@ def relative_information_rate(
         (B,) float32; 0 where fewer than two completions of the group are correct or their rates are equal.
     """
     rates_B = information_rate(exit_entropy, response_mask)
-    members = {}
+    members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(index):
         members.setdefault(group, []).append(i)
     result_B = torch.zeros_like(rates_B)
@@ -155,26 +155,25 @@ def iapo_advantage(
     Raises:
         ValueError: an input that a non-zero weight needs is missing.
     """
-    needs = {
-        "exit_entropy": (exit_entropy, config.alpha > 0 or config.rho > 0),
-        "region_mask": (region_mask, config.alpha > 0),
-        "old_log_probs": (old_log_probs, config.beta > 0),
-        "correct": (correct, config.needs_correctness),
-    }
-    for name, (value, needed) in needs.items():
-        if needed and value is None:
+
+    def needed(name: str, value: torch.Tensor | None) -> torch.Tensor:
+        if value is None:
             weights = dict(alpha=config.alpha, beta=config.beta, rho=config.rho, gate=config.gate)
             raise ValueError(f"{name}: None, but the weights {weights} need it; pass it or set the weight to 0.")
+        return value
 
     terms = {"outcome": outcome}
     if config.alpha > 0:
-        gate_B1 = torch.ones(len(outcome), 1) if config.gate == "all" else correct.float()[:, None]
-        gate_B1 = gate_B1.to(outcome.device)
-        terms["informativeness"] = config.alpha * gate_B1 * informativeness(exit_entropy, region_mask)
+        term = informativeness(needed("exit_entropy", exit_entropy), needed("region_mask", region_mask))
+        everywhere = config.gate == "all"
+        gate_B1 = torch.ones(len(outcome), 1) if everywhere else needed("correct", correct).float()[:, None]
+        terms["informativeness"] = config.alpha * gate_B1.to(outcome.device) * term
     if config.beta > 0:
-        terms["exploration"] = config.beta * exploration(old_log_probs, correct, response_mask)
+        term = exploration(needed("old_log_probs", old_log_probs), needed("correct", correct), response_mask)
+        terms["exploration"] = config.beta * term
     if config.rho > 0:
-        rate_B = relative_information_rate(exit_entropy, correct, response_mask, index)
+        h_BT1 = needed("exit_entropy", exit_entropy)
+        rate_B = relative_information_rate(h_BT1, needed("correct", correct), response_mask, index)
         terms["information_rate"] = config.rho * rate_B[:, None] * response_mask
     if len(terms) == 1:
         return outcome, terms

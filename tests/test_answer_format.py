@@ -60,3 +60,11 @@ def test_extract_answer():
     assert extract_answer("<answer>5</answer><answer>5</answer>") is None
     assert extract_answer("</answer><answer>5") is None
     assert extract_answer("") is None
+
+
+def test_final_answer_by_hand():
+    probe, end = "</think>\n<answer>", "</answer>"
+    assert final_answer("<think>a</think>\n<answer>12</answer>", probe, end) == "12"
+    assert final_answer("</think>\n<answer>1</answer></think>\n<answer>2</answer>", probe, end) == "2"
+    assert final_answer("<think>a</think>\n<answer>12", probe, end) == ""
+    assert final_answer("<answer>12</answer>", probe, end) == ""

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
@@ -9,12 +10,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iapo.probe import attention
 from iapo.probe.attention import (
-    Range,
-    _attend_own,
-    _attend_shared,
-    _attend_staircase,
+    KeyRange,
     attend,
     attend_naive,
+    attend_own,
+    attend_shared,
+    attend_staircase,
     merge,
     visibility,
 )
@@ -56,7 +57,7 @@ def test_a_softcap_and_other_value_sizes_use_the_naive_attention():
 @pytest.mark.parametrize("cuts", [(0, 7), (0, 1, 7), (0, 3, 4, 7)])
 def test_merged_parts_equal_the_whole(cuts):
     q, k, v = tensors(2, 3, 5, 7, 8)
-    parts = [attend_naive(q, k[:, :, a:b], v[:, :, a:b], 0.4) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [attend_naive(q, k[:, :, a:b], v[:, :, a:b], 0.4) for a, b in pairwise(cuts)]
     torch.testing.assert_close(merge(parts), attend_naive(q, k, v, 0.4)[0])
 
 
@@ -81,9 +82,9 @@ def test_bf16_scores_are_not_rounded():
 def test_visibility_by_hand():
     """Two stored keys; two probes of two tokens, of which the second sees the second key."""
     parts = [
-        [Range(slice(0, 4), None, 2)],
-        [Range(slice(0, 4), slice(0, 1), 1)],
-        [Range(slice(2, 4), slice(1, 2), 2, torch.tensor([1]))],
+        [KeyRange(slice(0, 4), None, 2)],
+        [KeyRange(slice(0, 4), slice(0, 1), 1)],
+        [KeyRange(slice(2, 4), slice(1, 2), 2, torch.tensor([1]))],
     ]
     assert visibility(parts, 4, 2).int().tolist() == [
         [1, 0, 1, 0, 0, 0],
@@ -91,7 +92,7 @@ def test_visibility_by_hand():
         [1, 1, 0, 0, 1, 0],
         [1, 1, 0, 0, 1, 1],
     ]
-    stairs = [[Range(slice(0, 4), slice(0, 2), 2, staircase=True)]]
+    stairs = [[KeyRange(slice(0, 4), slice(0, 2), 2, staircase=True)]]
     assert visibility(stairs, 4, 2)[:, :2].int().tolist() == [[1, 0], [1, 0], [1, 1], [1, 1]]
 
 
@@ -107,10 +108,10 @@ def test_a_staircase_equals_its_mask(K, G, runs, width, dv):
     generator = torch.Generator().manual_seed(runs)
     q = torch.randn(K * G, runs * width, 8, generator=generator)
     k, v = torch.randn(K, runs, 8, generator=generator), torch.randn(K, runs, dv, generator=generator)
-    stairs = Range(slice(0, runs * width), slice(0, runs), width, staircase=True)
+    stairs = KeyRange(slice(0, runs * width), slice(0, runs), width, staircase=True)
     mask = torch.where(visibility([[stairs]], runs * width, runs)[:, :runs], 0.0, -math.inf)
     expected = attend_naive(q[None], k.repeat_interleave(G, 0)[None], v.repeat_interleave(G, 0)[None], 0.4, mask=mask)
-    for result, reference in zip(_attend_staircase(q, k, v, 0.4, None), expected, strict=True):
+    for result, reference in zip(attend_staircase(q, k, v, 0.4, None), expected, strict=True):
         torch.testing.assert_close(result, reference[0], atol=2e-6, rtol=1e-5)
 
 
@@ -127,11 +128,11 @@ def test_the_gpu_kernels_equal_the_naive_attention(dtype, size):
     mask = torch.where(torch.rand(303, 101, generator=generator) < 0.5, 0.0, -math.inf).to("cuda", dtype)
     mask[:, 0] = 0
     for function, arguments in (
-        (_attend_staircase, (q, k, v, 0.1, None)),
-        (_attend_shared, (q, k, v, 0.1, None)),
-        (_attend_shared, (q, k, v, 0.1, None, mask)),
-        (_attend_own, (q, own, own, 3, 0.1, None)),
-        (_attend_own, (q, own, own, 303, 0.1, None)),
+        (attend_staircase, (q, k, v, 0.1, None)),
+        (attend_shared, (q, k, v, 0.1, None)),
+        (attend_shared, (q, k, v, 0.1, None, mask)),
+        (attend_own, (q, own, own, 3, 0.1, None)),
+        (attend_own, (q, own, own, 303, 0.1, None)),
     ):
         result = function(*arguments)
         with patch.object(attention, "attend", attend_naive):
@@ -148,11 +149,11 @@ def test_the_calls_of_the_gpu_kernels_fit_their_signatures(monkeypatch, dtype):
         shapes = (12, 300, 64), (2, 100, 64), (2, 300, 64), (300, 100)
         q, k, own, mask = (torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes)
         for out, lse in (
-            _attend_staircase(q, k, k, 0.3, None),
-            _attend_shared(q, k, k, 0.3, None),
-            _attend_shared(q, k, k, 0.3, None, mask),
-            _attend_own(q, own, own, 3, 0.3, None),
-            _attend_own(q, own, own, 300, 0.3, None),
+            attend_staircase(q, k, k, 0.3, None),
+            attend_shared(q, k, k, 0.3, None),
+            attend_shared(q, k, k, 0.3, None, mask),
+            attend_own(q, own, own, 3, 0.3, None),
+            attend_own(q, own, own, 300, 0.3, None),
         ):
             assert (out.shape, out.dtype, out.device.type) == ((12, 300, 64), dtype, "cuda")
             assert (lse.shape, lse.dtype) == ((12, 300), torch.float32)

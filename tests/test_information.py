@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from iapo.information import (
     check_exactness,
-    default_max_tokens,
     entropy,
     exit_entropies,
     exit_entropies_after,
@@ -17,9 +16,9 @@ from iapo.information import (
     forward_to_share,
     information_gain,
     information_rate,
-    interpolate,
 )
 from iapo.probe import attention, output_layer, packing
+from iapo.probe.measure import default_max_tokens, interpolate
 from tests.conftest import CONFIGS, DEVICES, VOCAB, make_batch, make_model
 
 PROBE = [5, 11, 7]
@@ -232,7 +231,7 @@ def test_other_types_are_served_by_kernels_and_by_the_naive_attention(family, dt
     model = make_model(family).to(dtype)
     model.set_attn_implementation("eager")
     batch = make_batch(*LENGTHS)
-    for options in (dict(), dict(stride=3), dict(max_tokens=20)):
+    for options in ({}, dict(stride=3), dict(max_tokens=20)):
         result, expected = (f(model, *batch, PROBE, **options) for f in (exit_entropy, exit_entropy_naive))
         torch.testing.assert_close(result, expected, atol=error, rtol=0)
 
@@ -315,7 +314,7 @@ def test_bad_input_names_the_argument(models, function, change, message):
 
 def test_training_mode_is_refused():
     model = make_model("qwen2").train()
-    with pytest.raises(ValueError, match="model.eval"):
+    with pytest.raises(ValueError, match=r"model\.eval"):
         exit_entropy(model, *make_batch([2], [3]), PROBE, chunk_size=4)
 
 
@@ -399,7 +398,7 @@ def test_virtual_tokens_are_refused_before_the_first_forward(method):
     config = getattr(peft, f"{method}Config")(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = peft.get_peft_model(make_model("qwen2"), config).eval()
     model.base_model.register_forward_pre_hook(lambda *_: pytest.fail("a forward before the check"))
-    with pytest.raises(ValueError, match="PEFT's P.*tokens or keys of its own"):
+    with pytest.raises(ValueError, match=r"PEFT's P.*tokens or keys of its own"):
         exit_entropy(model, *make_batch([4], [9]), PROBE)
 
 
@@ -489,7 +488,7 @@ def test_only_what_takes_tokens_by_themselves_is_limited(models):
     layer = make_model("llama").model.layers[1]
 
     def siblings():
-        return attention._siblings_by_token(layer, layer.self_attn)
+        return attention.tokenwise_siblings(layer, layer.self_attn)
 
     mlp = layer.mlp
     assert siblings() == [mlp]
@@ -497,19 +496,19 @@ def test_only_what_takes_tokens_by_themselves_is_limited(models):
     assert siblings() == []
     layer.mlp = Routed(mlp)
     assert siblings() == [layer.mlp]
-    assert attention._siblings_by_token(mlp, layer.self_attn) == []  # an attention that no layer holds directly
+    assert attention.tokenwise_siblings(mlp, layer.self_attn) == []  # an attention that no layer holds directly
 
     rows, x = torch.tensor([1, 3]), torch.randn(1, 5, 32)
     expected = mlp(x)
-    result = attention._limited_to(rows, 5, mlp.forward)(x)
+    result = attention.limited_to(rows, 5, mlp.forward)(x)
     torch.testing.assert_close(result[:, rows], expected[:, rows])
     assert (result[:, [0, 2, 4]] == 0).all()
     for unchanged in (
-        attention._limited_to(rows, 4, mlp.forward)(x),
-        attention._limited_to(rows, 5, mlp.forward)(x[0])[None],
+        attention.limited_to(rows, 4, mlp.forward)(x),
+        attention.limited_to(rows, 5, mlp.forward)(x[0])[None],
     ):
         assert torch.equal(unchanged, expected)
-    whole, _ = attention._limited_to(rows, 5, layer.mlp.forward)(x)
+    whole, _ = attention.limited_to(rows, 5, layer.mlp.forward)(x)
     assert torch.equal(whole, expected)
 
 
@@ -549,7 +548,7 @@ def test_a_model_that_mixes_tokens_by_a_way_of_its_own_is_refused(dtype):
 
     model = make_model("qwen2")
     model.model.layers[1].mlp = Mixing(model.model.layers[1].mlp)
-    with pytest.raises(ValueError, match="on a random text .* Qwen2ForCausalLM differ by .* so it can't be served"):
+    with pytest.raises(ValueError, match=r"on a random text .* Qwen2ForCausalLM differ by .* so it can't be served"):
         check_exactness(model.to(dtype), PROBE)
 
 
@@ -603,7 +602,7 @@ def test_ragged_completions_are_checked_before_the_first_forward(models):
     ):
         with pytest.raises(ValueError, match=message):
             exit_entropies(models["qwen2"], rows, PROBE)
-    with pytest.raises(ValueError, match="model.eval"):
+    with pytest.raises(ValueError, match=r"model\.eval"):
         exit_entropies(make_model("qwen2").train(), [row([1])], PROBE)
     config = CONFIGS["mistral"]()
     config.sliding_window = 4
@@ -661,7 +660,7 @@ def test_somebody_else_s_forward_is_shared_and_left_as_it_is(models, family, sco
     assert torch.equal(logits, expected_logits)
     assert model.config._attn_implementation == name and model.get_output_embeddings().forward == layer_forward
     assert attention.ALL_ATTENTION_FUNCTIONS[name] is function and not model._forward_hooks
-    probes = packing.probe_forwards(rows, packing.places_of_sequences(rows, starts), probe, max_tokens=50)
+    probes = packing.probe_forwards(rows, packing.slots_of_sequences(rows, starts), probe, max_tokens=50)
     result = exit_entropies_after(model, rows, probes, keys_and_values)
     for row, h in zip(rows, result, strict=True):
         ids = torch.cat([row.prompt, row.trajectory])[None]
@@ -694,8 +693,8 @@ def test_shared_and_masked_forwards_equal_the_pass_at_random_shapes(models, rows
 
     with forward_to_share(model) as keys_and_values:
         _, starts = packed_forward(model, completions)
-    places = packing.places_of_sequences(completions, starts)
-    probes = packing.probe_forwards(completions, places, probe, max_tokens)
+    slots = packing.slots_of_sequences(completions, starts)
+    probes = packing.probe_forwards(completions, slots, probe, max_tokens)
     torch.testing.assert_close(
         exit_entropies_after(model, completions, probes, keys_and_values), expected, atol=1e-5, rtol=1e-6
     )

@@ -69,6 +69,5 @@ def test_fsdp1_units_inside_the_output_layer_are_refused():
         return wrapper
 
     model.lm_head = unit(torch.nn.Sequential(unit(model.lm_head)))
-    with pytest.raises(ValueError, match="FSDP1 units inside"):
-        with measured_output_layer(model):
-            pass
+    with pytest.raises(ValueError, match="FSDP1 units inside"), measured_output_layer(model):
+        pass

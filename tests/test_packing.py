@@ -1,18 +1,20 @@
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iapo.information import exit_entropies
 from iapo.probe import packing
-from iapo.probe.attention import Range
+from iapo.probe.attention import KeyRange
 from iapo.probe.packing import (
     Completion,
-    Place,
+    KVSlot,
     forward_count,
     packs,
-    places_of_sequences,
     probe_forwards,
     probe_positions,
+    slots_of_sequences,
     trajectory_forward,
 )
 from tests.conftest import VOCAB
@@ -44,51 +46,51 @@ def test_boundaries_are_probed_and_no_gap_is_too_long(boundaries, gap):
     ).tolist()
     assert positions[0] == 0 and positions[-1] == len(boundaries)
     assert {t + 1 for t, ends in enumerate(boundaries) if ends} <= set(positions)
-    assert all(0 < b - a <= gap for a, b in zip(positions[:-1], positions[1:], strict=True))
+    assert all(0 < b - a <= gap for a, b in pairwise(positions))
 
 
 def test_forwards_by_hand():
     """Two completions of one prompt, the second of one token; then their probes, four to a forward."""
     rows = [completion([1, 2], [3, 4, 6], [0, 1, 2]), completion([1, 2], [7], [0, 1])]
-    trajectories, places = trajectory_forward(rows, [[0, 1]])
-    assert places == {0: (slice(0, 2), slice(2, 4)), 1: (slice(0, 2), slice(4, 5))}
-    first, second = probe_forwards(rows, places, PROBE, max_tokens=100, chunk_size=4)
+    trajectories, slots = trajectory_forward(rows, [[0, 1]])
+    assert slots == {0: (slice(0, 2), slice(2, 4)), 1: (slice(0, 2), slice(4, 5))}
+    first, second = probe_forwards(rows, slots, PROBE, max_tokens=100, chunk_size=4)
     assert trajectories.token_ids.tolist() == [1, 2, 3, 4, 7]  # token 6 is behind the last position
     assert trajectories.position_ids.tolist() == [0, 1, 2, 3, 2]
     own, prompts = trajectories.parts
-    assert own == [Range(slice(0, 2), None, 2), Range(slice(2, 4), None, 2), Range(slice(4, 5), None, 1)]
-    assert prompts == [Range(slice(2, 5), slice(0, 2), 1)]
+    assert own == [KeyRange(slice(0, 2), None, 2), KeyRange(slice(2, 4), None, 2), KeyRange(slice(4, 5), None, 1)]
+    assert prompts == [KeyRange(slice(2, 5), slice(0, 2), 1)]
     assert first.token_ids.tolist() == [5, 11] * 4
     assert first.position_ids.tolist() == [2, 3, 3, 4, 4, 5, 2, 3]
     assert first.runs == [(0, 0, 2), (1, 0, 0)] and first.scored.tolist() == [1, 3, 5, 7]
     own, prompts, prefixes, (stairs,) = first.parts
-    assert own == [Range(slice(0, 8), None, 2)]
+    assert own == [KeyRange(slice(0, 8), None, 2)]
     # The first row stands right behind the prompt, which is part of its prefix.
-    assert prefixes == [Range(slice(0, 6), slice(0, 2), 2)] and prompts == [Range(slice(6, 8), slice(0, 2), 1)]
-    assert stairs == Range(slice(2, 6), slice(2, 4), 2, staircase=True)  # the first probe sees nothing more
+    assert prefixes == [KeyRange(slice(0, 6), slice(0, 2), 2)] and prompts == [KeyRange(slice(6, 8), slice(0, 2), 1)]
+    assert stairs == KeyRange(slice(2, 6), slice(2, 4), 2, staircase=True)  # the first probe sees nothing more
     assert second.runs == [(1, 1, 1)]
-    assert second.parts[2] == [Range(slice(0, 2), slice(4, 5), 2)]  # a prefix that needs no mask
+    assert second.parts[2] == [KeyRange(slice(0, 2), slice(4, 5), 2)]  # a prefix that needs no mask
 
 
 def test_probes_at_consecutive_positions_need_no_mask_and_others_little_ones(monkeypatch):
     row = completion([1], [*range(10)], [0, 1, 2, 3, 5, 7, 9])
-    places = {0: Place(slice(0, 1), slice(1, 11))}
-    (probes,) = probe_forwards([row], places, PROBE, max_tokens=100)
+    slots = {0: KVSlot(slice(0, 1), slice(1, 11))}
+    (probes,) = probe_forwards([row], slots, PROBE, max_tokens=100)
     (masked,) = probes.parts[-1]
     assert masked[:3] == (slice(2, 14), slice(1, 10), 2) and masked.visible.tolist() == [1, 2, 3, 5, 7, 9]
     assert not masked.staircase
     monkeypatch.setattr(packing, "MASKED_SHARE", 25 / 100**2)  # queries x keys of at most 24
-    (probes,) = probe_forwards([row], places, PROBE, max_tokens=100)
+    (probes,) = probe_forwards([row], slots, PROBE, max_tokens=100)
     assert probes.runs == [(0, 0, 3), (0, 4, 6)]
     consecutive, masked = probes.parts[-1]
-    assert consecutive == Range(slice(2, 8), slice(1, 4), 2, staircase=True)
+    assert consecutive == KeyRange(slice(2, 8), slice(1, 4), 2, staircase=True)
     assert masked[:3] == (slice(10, 14), slice(6, 10), 2) and masked.visible.tolist() == [2, 4]
 
 
 def test_answers_stand_behind_the_probe_but_for_their_last_token():
     row = completion([1], [3], [0, 1], torch.tensor([8, 9, 10]))
-    places = {0: Place(slice(0, 1), slice(1, 2))}
-    (probes,) = probe_forwards([row], places, PROBE, max_tokens=100)
+    slots = {0: KVSlot(slice(0, 1), slice(1, 2))}
+    (probes,) = probe_forwards([row], slots, PROBE, max_tokens=100)
     assert probes.token_ids.tolist() == [5, 11, 8, 9] * 2
     assert probes.scored.tolist() == [1, 2, 3, 5, 6, 7] and probes.targets.tolist() == [8, 9, 10] * 2
     assert probes.probe_of_scored.tolist() == [0, 0, 0, 1, 1, 1]
@@ -101,11 +103,11 @@ def test_places_in_somebody_elses_forward_by_hand():
         completion([9], [3], [0, 1], torch.empty(0, dtype=torch.long)),  # nothing to score
         completion([1, 2], [7], [0, 1]),
     ]
-    assert places_of_sequences(rows, [0, 5, 7]) == {
+    assert slots_of_sequences(rows, [0, 5, 7]) == {
         0: (slice(0, 2), slice(2, 4)),
         2: (slice(7, 9), slice(9, 10)),
     }
-    assert list(probe_forwards(rows[1:2], places_of_sequences(rows[1:2], [0]), PROBE, max_tokens=10)) == []
+    assert list(probe_forwards(rows[1:2], slots_of_sequences(rows[1:2], [0]), PROBE, max_tokens=10)) == []
 
 
 def random_rows(shapes, prompts, seed=0):

@@ -117,7 +117,7 @@ def run_rank(rank, port, folder):
         for batch, name in CASES if kind == "shared" else CASES[:1]:
             rows, config = answering_rows(batch, rank), CONFIGS[name]
             alone = worker.compute_log_prob(make_data(rows))
-            assert "exit_entropy" not in alone.keys()
+            assert "exit_entropy" not in alone
             forwards.clear()
             together = worker.compute_log_prob(make_data(rows, config))
             calls = len(forwards)

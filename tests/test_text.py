@@ -1,8 +1,19 @@
+from types import SimpleNamespace
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo.probe.text import final_answer, reasoning_length, step_ends
+from iapo.config import IapoConfig
+from iapo.probe.text import (
+    answer_ids,
+    decode,
+    end_tokens,
+    reasoning_length,
+    region_length,
+    step_ends,
+)
 
 MARKER = "</think>"
 
@@ -46,9 +57,95 @@ def test_step_ends_by_hand():
     ]
 
 
-def test_final_answer_by_hand():
-    probe, end = "</think>\n<answer>", "</answer>"
-    assert final_answer("<think>a</think>\n<answer>12</answer>", probe, end) == "12"
-    assert final_answer("</think>\n<answer>1</answer></think>\n<answer>2</answer>", probe, end) == "2"
-    assert final_answer("<think>a</think>\n<answer>12", probe, end) == ""
-    assert final_answer("<answer>12</answer>", probe, end) == ""
+class Tokenizer:
+    """Tokens of one character each, but for those in `merged`, which are found first."""
+
+    def __init__(self, *merged, eos_token_id=None):
+        self.vocabulary = [*merged, *map(chr, range(32, 127)), "\n"]
+        self.eos_token_id = eos_token_id
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        ids = []
+        while text:
+            ids.append(next(i for i, token in enumerate(self.vocabulary) if text.startswith(token)))
+            text = text[len(self.vocabulary[ids[-1]]) :]
+        return ids
+
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        assert not skip_special_tokens and not clean_up_tokenization_spaces
+        return "".join(self.vocabulary[int(i)] for i in ids)
+
+    def texts(self, ids):
+        return [self.vocabulary[i] for i in ids]
+
+
+@pytest.mark.parametrize(
+    "text,region,expected",
+    [
+        ("ab</think>c<eos>", "reasoning", 2),
+        ("ab</think>c<eos>", "response", 4),  # a, b, </think>, c
+        ("abc<eos>", "reasoning", 3),  # it ended without a marker
+        ("abc<eos>", "response", 3),
+        ("abc", "reasoning", 3),  # truncated: its last token counts
+        ("abc", "response", 3),
+        ("</think>c<eos>", "reasoning", 0),
+        ("<eos>", "response", 0),
+        ("a<eos>b", "response", 3),  # an end token inside is not the end
+    ],
+)
+def test_region_length_by_hand(text, region, expected):
+    tokenizer = Tokenizer("</think>", "<eos>")
+    response = torch.tensor(tokenizer.encode(text, add_special_tokens=False))
+    config = IapoConfig(region=region)
+    assert region_length(response, torch.ones_like(response), config, tokenizer, {1}) == expected
+    # Padding that looks like another marker and another end changes nothing.
+    padded = torch.cat([response, torch.tensor([0, 1])])
+    mask = torch.cat([torch.ones_like(response), torch.zeros(2, dtype=torch.long)])
+    assert region_length(padded, mask, config, tokenizer, {1}) == expected
+    assert region_length(padded, torch.zeros_like(mask), config, tokenizer, {1}) == 0
+
+
+def test_an_answer_is_encoded_as_it_follows_the_probe():
+    probe = "<answer>"
+    tokenizer = Tokenizer("12", "r>1")
+    ids = answer_ids(tokenizer, probe, "34")
+    assert ids.dtype == torch.long and tokenizer.texts(ids) == ["3", "4"]
+    # "1" would merge with the end of the probe, so "12" is encoded alone.
+    assert tokenizer.texts(answer_ids(tokenizer, probe, "12")) == ["12"]
+    assert answer_ids(tokenizer, probe, "").tolist() == []
+
+
+def test_the_first_word_of_a_text_is_encoded_otherwise_by_some_tokenizers():
+    class StartMark(Tokenizer):
+        """As Llama's: a text begins with a mark of its own."""
+
+        def encode(self, text, add_special_tokens):
+            return super().encode("_" + text, add_special_tokens)
+
+    tokenizer = StartMark()
+    assert tokenizer.texts(answer_ids(tokenizer, "probe", "12")) == ["1", "2"]
+
+
+def test_decode_keeps_special_tokens_and_spaces():
+    tokenizer = Tokenizer("<eos>")
+    text = "a , b <eos>"
+    assert decode(tokenizer, tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+@pytest.mark.parametrize(
+    "own,listed,expected",
+    [
+        (1, None, {1}),
+        (1, 2, {1, 2}),
+        (1, [1, 3], {1, 3}),
+        (None, [3], {3}),
+        (None, None, set()),
+    ],
+)
+def test_end_tokens_by_hand(own, listed, expected):
+    assert end_tokens(Tokenizer(eos_token_id=own), SimpleNamespace(eos_token_id=listed)) == expected
+
+
+def test_without_a_generation_config_only_the_tokenizers_token_ends():
+    assert end_tokens(Tokenizer(eos_token_id=1), None) == {1}

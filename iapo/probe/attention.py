@@ -1,24 +1,27 @@
-"""Cascade attention: many short probes over one shared copy of their trajectories' keys and values.
+"""Cascade attention: many short probes read one shared copy of their trajectories' keys and values.
 
-A model's attention is replaced, by Hugging Face's attention interface, for packed forwards: a first one of whole
-trajectories, whose keys and values are kept, and of as many probes as have room in it, then any number of forwards of
-probes that read them. A query's keys come in parts: ranges of the trajectories that its whole block sees, a range of
-which each probe sees a prefix, and its own probe.
-Every part is computed densely, without a mask where none is needed, and gives an output o_k and the log of its softmax
-denominator l_k; the parts are merged exactly:
+A model's attention is replaced through Hugging Face's attention interface while packed forwards run. The first forward
+of a pack has whole trajectories, whose keys and values are kept, and as many probes as fit. The others have probes
+only, which read those keys and values.
+
+The keys that a query sees come in parts: ranges of the trajectories that its whole block sees, a range of which each
+probe sees a prefix, and its own probe. Every part is computed densely, with a mask only where one is needed. It gives
+an output o_k and the log of its softmax denominator l_k. The parts are merged exactly:
 
     o = sum_k exp(l_k - l) o_k,     l = log sum_k exp(l_k)
 
-The prefixes of probes at consecutive positions make a causal attention of the probes' first tokens, one of their second
-tokens, and so on; those of others stand behind small masks. So nothing is copied per position, and little masked-out
-work is done. The merge is the one of FlashAttention and of cascade inference; `attend_naive` and the tests' plain
-forward are the references.
+The merge is the one of FlashAttention and of cascade inference. `attend_naive` and the tests' plain forwards are the
+references.
 
-Behind the last layer's attention no token sees another, and only the scored ones' logits are asked for. So there the
-others' attention to stored keys and, where it is made of linear layers, their MLP are left out; of trajectories, whose
-keys and values alone count, all of it is.
+Prefixes of probes at consecutive positions need no mask: the probes' first tokens are one causal attention, their
+second tokens another, and so on. Those of probes at other positions have small masks. So nothing is copied per
+position, and little work is masked out.
 
-The keys and values may also be those of a forward that somebody else makes of the same trajectories, see
+After the last layer's attention no token depends on another, and only the scored tokens' logits are asked for. So in
+that layer the other probe tokens skip the attention to stored keys, and the MLP where it consists of linear layers.
+Trajectory tokens skip all of the attention and the same MLP: only their keys and values are used.
+
+The keys and values may also come from a forward of the same trajectories that the caller makes, see
 `captured_attention`.
 
 Shape suffixes: H heads, K key heads, G = H / K heads per key head, N queries, M keys, D head size.
@@ -37,21 +40,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 IMPLEMENTATION = "iapo_cascade"
 
-# Tokens of a run up to which the heads of a key head share its keys in one masked call, instead of each having a copy.
+# Up to this many tokens per run, the heads of a key head share its keys in one masked call. For longer runs each head
+# gets a copy of the keys instead.
 SHORT_RUN = 64
 # Float32 scores that `attend_naive` holds at a time (64 MB).
 SCORES_AT_A_TIME = 2**24
 
+# (K, M, D) keys and (K, M, D) values of every attention module, of one packed row of tokens.
+KeysAndValues = dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
 
-class Range(NamedTuple):
+
+class KeyRange(NamedTuple):
     """Consecutive queries of a forward and some of the keys that they see.
 
     Attributes:
-        queries: their place in the forward.
-        keys: a range of the trajectories', which every query sees all of if neither `visible` nor `staircase` is given;
-            None: their own, of which each run of `width` queries sees itself, causally.
+        queries: where they are in the forward.
+        keys: a range of the stored keys. Every query sees all of it unless `visible` or `staircase` says otherwise.
+            None: the queries' own keys; each run of `width` queries sees itself, causally.
         width: the queries are runs of this many tokens.
-        visible: (runs,) how many of `keys` each run sees, from the first, at least one.
+        visible: (runs,) how many of `keys` each run sees, counted from the first; at least one.
         staircase: there are as many runs as `keys`, and run n sees the keys 0..n.
     """
 
@@ -62,40 +69,94 @@ class Range(NamedTuple):
     staircase: bool = False
 
 
-# Ranges of disjoint queries; what the parts say of one query is merged.
-Part = Sequence[Range]
+# Ranges of disjoint queries. A query's results of all parts are merged.
+AttentionPart = Sequence[KeyRange]
 
-# (K, M, D) keys and (K, M, D) values of every attention module, of one packed row of tokens.
-KeysAndValues = dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]
+
+def keys_seen(r: KeyRange) -> torch.Tensor:
+    """(N,) how many of a range's stored keys each of its queries sees."""
+    assert r.keys is not None
+    size = r.keys.stop - r.keys.start
+    visible = torch.arange(1, size + 1) if r.staircase else r.visible
+    if visible is None:
+        return torch.full((r.queries.stop - r.queries.start,), size)
+    return visible.repeat_interleave(r.width)
+
+
+def bounds(parts: Sequence[AttentionPart], queries: int, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(len(parts), N) the first key that each part lets a query see, and the one after the last; 0 and 0: none.
+
+    Keys are numbered: the stored ones first, then the forward's own. Where nothing is stored before the forward, the
+    trajectories' keys are the first of its own.
+    """
+    first, end = torch.zeros(2, len(parts), queries, dtype=torch.long)
+    n = torch.arange(queries)
+    for part, first_N, end_N in zip(parts, first, end, strict=True):
+        for r in part:
+            if r.keys is None:
+                own = stored + n[r.queries]
+                first_N[r.queries], end_N[r.queries] = own - (own - own[0]) % r.width, own + 1
+            else:
+                first_N[r.queries], end_N[r.queries] = r.keys.start, r.keys.start + keys_seen(r)
+    return first, end
+
+
+def visibility(parts: Sequence[AttentionPart], queries: int, stored: int) -> torch.Tensor:
+    """(N, stored + N) which keys a query sees; keys numbered as in `bounds`."""
+    keys = torch.arange(stored + queries)
+    seen = torch.zeros(queries, len(keys), dtype=torch.bool)
+    for first_N, end_N in zip(*bounds(parts, queries, stored), strict=True):
+        seen |= (keys >= first_N[:, None]) & (keys < end_N[:, None])
+    return seen
+
+
+class LayerInput(NamedTuple):
+    """What one layer attends with: queries (H, N, D), own keys and values (K, N, D), stored ones (K, M, D)."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    stored_key: torch.Tensor
+    stored_value: torch.Tensor
+    scale: float
+    softcap: float | None
 
 
 class Cascade:
-    """The keys and values of trajectories, and who sees what in the forward at hand."""
+    """Runs a model on packed rows and attends for its layers.
+
+    Attributes:
+        stored: the trajectories' keys and values.
+        scored: of the current forward, see `run`.
+        stores: of the current forward, see `run`.
+    """
 
     def __init__(self, model, ignores_softcap: bool):
         self.stored: KeysAndValues = {}
+        self.scored: torch.Tensor | None = None
+        self.stores = 0
         self._model, self._ignores_softcap = model, ignores_softcap
         self._layers = model.config.get_text_config(decoder=True).num_hidden_layers
-        self._parts: Sequence[Part] = ()
-        self._stores = 0
-        self._scored: torch.Tensor | None = None
+        self._parts: Sequence[AttentionPart] = ()
         self._scored_there: torch.Tensor | None = None  # on the model's device
+        self._masks: dict[int, torch.Tensor] = {}  # by the first query of their range
         self._undo = ExitStack()
-        self._masks: dict[int, torch.Tensor] = {}
 
-    def run(self, token_ids, position_ids, parts: Sequence[Part], scored: torch.Tensor | None, stores: int = 0):
+    def run(
+        self, token_ids, position_ids, parts: Sequence[AttentionPart], scored: torch.Tensor | None, stores: int = 0
+    ):
         """The model's output for one packed row (N,) of tokens.
 
         Args:
             parts: who sees what.
-            scored: (M,) increasing, on the CPU: the tokens whose logits are asked for; None: of none.
-            stores: the first tokens of the row are those of trajectories, this many, whose keys and values are kept;
-                0: they have been.
+            scored: (M,) increasing, on the CPU: the tokens whose logits are asked for. None: no token's.
+            stores: this many tokens, the first of the row, are those of trajectories, and their keys and values are
+                stored. 0: use those that are stored already.
 
         Raises:
             ValueError: not every layer called this attention.
         """
-        self._parts, self._scored, self._stores = parts, scored, stores
+        self._parts, self.scored, self.stores = parts, scored, stores
         self._scored_there = None if scored is None else scored.to(token_ids.device)
         self._masks.clear()
         if stores:
@@ -114,80 +175,97 @@ class Cascade:
             )
         return output
 
-    def attend(self, module, query, key, value, scale, softcap) -> torch.Tensor:
+    def attend(self, module, query, key, value, scale: float, softcap: float | None) -> torch.Tensor:
         """(N, H, D) outputs for the queries (H, N, D) of one layer, whose own keys and values are (K, N, D).
 
-        Of the last layer those of the scored tokens; anything for the others.
+        In the last layer only the scored tokens' outputs are right; the others' may be anything.
         """
-        queries = query.shape[1]
-        if self._stores:
-            self.stored[module] = _alone(key[:, : self._stores]), _alone(value[:, : self._stores])
-        stored_key, stored_value = self.stored[module]
+        if self.stores:
+            self.stored[module] = own_storage(key[:, : self.stores]), own_storage(value[:, : self.stores])
         softcap = None if self._ignores_softcap else softcap
+        layer = LayerInput(query, key, value, *self.stored[module], scale, softcap)
         last = len(self.stored) == self._layers and module is next(reversed(self.stored))
         if last:
-            nothing = torch.arange(queries - 1, queries, device=query.device)  # one row, for shapes' sake
-            rows = nothing if self._scored is None else self._scored_there
-            for sibling in _siblings_by_token(self._model, module):  # for the rest of this run
-                self._undo.enter_context(replaced_forward(sibling, _limited_to(rows, queries, sibling.forward)))
-            if self._scored is None:
-                return query.new_zeros(queries, len(query), value.shape[-1])
+            self._limit_rest_of_layer(module, query)
+            if self.scored is None:
+                return query.new_zeros(query.shape[1], len(query), value.shape[-1])
+        return self.attend_parts(layer, last)
 
-        def attend_range(r: Range, rows: slice | torch.Tensor):
-            q = query[:, rows]
-            if r.keys is None:
-                return _attend_own(q, key[:, rows], value[:, rows], r.width, scale, softcap)
-            k, v = stored_key[:, r.keys], stored_value[:, r.keys]
-            if r.staircase:
-                return _attend_staircase(q, k, v, scale, softcap)
-            mask = None if r.visible is None else self._mask(r, q)
-            if mask is not None and last:
-                mask = mask[rows - r.queries.start]
-            return _attend_shared(q, k, v, scale, softcap, mask)
+    def attend_parts(self, layer: LayerInput, last: bool) -> torch.Tensor:
+        """(N, H, D) `attend` once everything is stored, in a forward with scored tokens unless `last` is False."""
+        merged = merge([self._attend_part(part, layer, last) for part in self._parts])
+        return merged.to(layer.value.dtype).transpose(0, 1)
 
-        merged = []
-        for part in self._parts:
-            if len(part) == 1 and part[0].queries == slice(0, queries) and not last:
-                merged.append(attend_range(part[0], part[0].queries))
-                continue
-            out = query.new_zeros(*query.shape[:2], value.shape[-1])
-            lse = query.new_full(query.shape[:2], -math.inf, dtype=torch.float32)  # no key, no weight
-            for r in part:
-                rows = self._scored_of(r) if last else r.queries
-                if last and len(rows) == 0:
+    def _limit_rest_of_layer(self, attention: torch.nn.Module, query: torch.Tensor) -> None:
+        """For the rest of this run the layer's token-wise modules work for the scored tokens only."""
+        queries = query.shape[1]
+        nothing = torch.arange(queries - 1, queries, device=query.device)  # one token, because shapes need one
+        rows = nothing if self._scored_there is None else self._scored_there
+        for sibling in tokenwise_siblings(self._model, attention):
+            self._undo.enter_context(replaced_forward(sibling, limited_to(rows, queries, sibling.forward)))
+
+    def _attend_part(self, part: AttentionPart, layer: LayerInput, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output (H, N, D) and log of its denominator (H, N) by the keys of one part."""
+        shape = layer.query.shape[:2]
+        if len(part) == 1 and part[0].queries == slice(0, shape[1]) and not last:
+            return self._attend_range(part[0], part[0].queries, layer)
+        out = layer.query.new_zeros(*shape, layer.value.shape[-1])
+        lse = layer.query.new_full(shape, -math.inf, dtype=torch.float32)  # no key, no weight
+        for r in part:
+            rows: slice | torch.Tensor = r.queries
+            if last:
+                scored = self._scored_in(r)
+                if len(scored) == 0:
                     if r.keys is None:
-                        lse[:, r.queries] = 0  # what nobody reads is 0, not NaN, which would spread in a statistic
+                        lse[:, r.queries] = 0  # outputs of 0 that nobody reads: NaN would spread in a statistic
                     continue
-                rows = r.queries if r.keys is None else rows
-                own_out, own_lse = attend_range(r, rows)
-                out[:, rows], lse[:, rows] = own_out.to(out.dtype), own_lse.to(lse.dtype)
-            merged.append((out, lse))
-        return merge(merged).to(value.dtype).transpose(0, 1)
+                if r.keys is not None:
+                    rows = scored
+            range_out, range_lse = self._attend_range(r, rows, layer)
+            out[:, rows], lse[:, rows] = range_out.to(out.dtype), range_lse.to(lse.dtype)
+        return out, lse
 
-    def _scored_of(self, r: Range) -> torch.Tensor:
-        first, end = torch.searchsorted(self._scored, torch.tensor([r.queries.start, r.queries.stop])).tolist()
+    def _attend_range(self, r: KeyRange, rows: slice | torch.Tensor, layer: LayerInput):
+        """`_attend_part` for some queries of one range: a slice of whole runs, or single ones by their numbers."""
+        q, scale, softcap = layer.query[:, rows], layer.scale, layer.softcap
+        if r.keys is None:
+            return attend_own(q, layer.key[:, rows], layer.value[:, rows], r.width, scale, softcap)
+        k, v = layer.stored_key[:, r.keys], layer.stored_value[:, r.keys]
+        if r.staircase:  # equally many queries of every run
+            return attend_staircase(q, k, v, scale, softcap)
+        mask = None if r.visible is None else self._mask(r, q)
+        if mask is not None and not isinstance(rows, slice):
+            mask = mask[rows - r.queries.start]
+        return attend_shared(q, k, v, scale, softcap, mask)
+
+    def _scored_in(self, r: KeyRange) -> torch.Tensor:
+        """The scored tokens among the queries of a range, on the model's device."""
+        assert self.scored is not None and self._scored_there is not None
+        first, end = torch.searchsorted(self.scored, torch.tensor([r.queries.start, r.queries.stop])).tolist()
         return self._scored_there[first:end]
 
-    def _mask(self, r: Range, q: torch.Tensor) -> torch.Tensor:
-        """(N, M) additive mask of a range with `visible`, the same in every layer."""
+    def _mask(self, r: KeyRange, q: torch.Tensor) -> torch.Tensor:
+        """(N, M) additive mask of a range with `visible`; made once per forward, as it is the same in every layer."""
+        assert r.keys is not None
         if r.queries.start not in self._masks:
-            visible = r.visible.repeat_interleave(r.width).to(q.device)
-            hidden = torch.arange(r.keys.stop - r.keys.start, device=q.device) >= visible[:, None]
+            hidden = torch.arange(r.keys.stop - r.keys.start, device=q.device) >= keys_seen(r).to(q.device)[:, None]
             mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device).masked_fill(hidden, -math.inf)
             self._masks[r.queries.start] = mask
         return self._masks[r.queries.start]
 
 
 class MaskedAttention:
-    """The same for a model whose attention can't be replaced: its own, with a 4-D mask and a key-value cache.
+    """Does the same as `Cascade` for a model whose attention can't be replaced, by a 4-D mask and a key-value cache.
 
-    Everything masked out is computed too, and a forward holds a mask of its tokens times all that they could see.
+    The model computes everything that the mask hides too, and a forward holds a mask of all its tokens times all keys.
     """
 
     def __init__(self, model):
-        self._model, self._cache = model, None
+        self._model, self._cache = model, DynamicCache()
 
-    def run(self, token_ids, position_ids, parts: Sequence[Part], scored: torch.Tensor | None, stores: int = 0):
+    def run(
+        self, token_ids, position_ids, parts: Sequence[AttentionPart], scored: torch.Tensor | None, stores: int = 0
+    ):
         """As `Cascade.run`."""
         if stores:
             self._cache = DynamicCache()  # plain layers: a sliding-window layer would drop keys
@@ -207,38 +285,13 @@ class MaskedAttention:
         return output
 
 
-def bounds(parts: Sequence[Part], queries: int, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(len(parts), N) the first key that each part lets a query see, and the one behind the last; 0 and 0: none.
-
-    The stored keys are counted first, then the forward's own; without stored ones the trajectories' are its first.
-    """
-    first, end = torch.zeros(2, len(parts), queries, dtype=torch.long)
-    n = torch.arange(queries)
-    for part, first_N, end_N in zip(parts, first, end, strict=True):
-        for r in part:
-            if r.keys is None:
-                own = stored + n[r.queries]
-                first_N[r.queries], end_N[r.queries] = own - (own - own[0]) % r.width, own + 1
-            else:
-                size = r.keys.stop - r.keys.start
-                visible = torch.arange(1, size + 1) if r.staircase else r.visible
-                visible = size if visible is None else visible.repeat_interleave(r.width)
-                first_N[r.queries], end_N[r.queries] = r.keys.start, r.keys.start + visible
-    return first, end
-
-
-def visibility(parts: Sequence[Part], queries: int, stored: int) -> torch.Tensor:
-    """(N, stored + N) which stored keys, and then which of the forward's own, a query sees."""
-    keys = torch.arange(stored + queries)
-    seen = torch.zeros(queries, len(keys), dtype=torch.bool)
-    for first_N, end_N in zip(*bounds(parts, queries, stored), strict=True):
-        seen |= (keys >= first_N[:, None]) & (keys < end_N[:, None])
-    return seen
+# -- the kernels ------------------------------------------------------------------------------------------------
 
 
 def attend(q, k, v, scale: float, softcap: float | None = None, causal: bool = False, mask=None):
-    """Attention and the log of its denominator: (B, H, N, D) and (B, H, N), if possible by a kernel of the
-    device that doesn't hold the scores.
+    """Attention (B, H, N, D) and the log of its denominator (B, H, N).
+
+    A kernel of the device that doesn't hold the scores computes it where there is one for these arguments.
 
     Args:
         q: (B, H, N, D). k, v: (B, H, M, D), or (1, H, M, D), the same for all B.
@@ -255,7 +308,7 @@ def attend(q, k, v, scale: float, softcap: float | None = None, causal: bool = F
     if plain and on_gpu and torch.cuda.get_device_capability(q.device) >= (8, 0):
         if mask is None:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, *expanded, 0.0, causal, False, scale=scale)[:2]
-        # This kernel wants a mask whose rows start at multiples of 16, and fills up the denominators of 32 queries.
+        # This kernel needs a mask whose rows start at multiples of 16. It pads the denominators to 32 queries.
         bias = F.pad(mask, (0, -k.shape[2] % 16)).narrow(1, 0, k.shape[2]).expand(*q.shape[:2], -1, -1)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, *expanded, bias, True, scale=scale)
         return out, lse.narrow(2, 0, q.shape[2])
@@ -263,7 +316,7 @@ def attend(q, k, v, scale: float, softcap: float | None = None, causal: bool = F
 
 
 def attend_naive(q, k, v, scale: float, softcap: float | None = None, causal: bool = False, mask=None):
-    """The reference of `attend`, in float32, some queries after the other so that few scores exist at a time."""
+    """The reference of `attend`, in float32; a few queries at a time, so that few scores exist at once."""
     queries, keys = q.shape[-2], k.shape[-2]
     rows = max(SCORES_AT_A_TIME // (q.shape[0] * q.shape[1] * keys), 1)
     results = []
@@ -282,6 +335,53 @@ def attend_naive(q, k, v, scale: float, softcap: float | None = None, causal: bo
     return torch.cat(outputs, -2), torch.cat(lses, -1)
 
 
+def attend_own(q, k, v, width: int, scale: float, softcap: float | None):
+    """Queries (H, N, D) over their own keys (K, N, D), causally, in runs of `width` that don't see each other."""
+    group = len(q) // len(k)
+    q, k, v = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in (q, k, v))  # runs, H or K, width, D
+    if group > 1 and width <= SHORT_RUN:
+        mask = torch.full((width, width), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
+        folded = q.unflatten(1, (-1, group)).flatten(2, 3)  # runs, K, G width, D
+        out, lse = attend(folded, k, v, scale, softcap, mask=mask)
+        out, lse = (x.unflatten(2, (group, width)).flatten(1, 2) for x in (out, lse))
+    else:
+        if group > 1:
+            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        out, lse = attend(q, k, v, scale, softcap, causal=True)
+    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
+
+
+def attend_shared(q, k, v, scale: float, softcap: float | None, mask=None):
+    """Queries (H, N, D) over the same keys (K, M, D), some of which a mask (N, M) may hide.
+
+    Without a mask the G heads of a key head become queries of one call. With one, the mask would have to be repeated G
+    times, so the keys are expanded instead.
+    """
+    shape = len(k), len(q) // len(k), q.shape[1]  # K, G, N
+    if mask is None:
+        out, lse = attend(q.reshape(1, shape[0], -1, q.shape[2]), k.unsqueeze(0), v.unsqueeze(0), scale, softcap)
+    else:
+        k, v = (x.unsqueeze(1).expand(-1, shape[1], -1, -1) for x in (k, v))
+        out, lse = attend(q.unflatten(0, shape[:2]), k, v, scale, softcap, mask=mask)
+    return out.reshape(*q.shape[:2], -1), lse.reshape(q.shape[:2])
+
+
+def attend_staircase(q, k, v, scale: float, softcap: float | None):
+    """Queries (H, M runs * width, D) over keys (K, M, D), where run n sees the keys 0..n.
+
+    For every place in a run and every one of the G heads of a key head this is a causal attention of M queries, so
+    nothing is computed and then masked out.
+    """
+    key_heads, keys, _ = v.shape
+    group, width = len(q) // key_heads, q.shape[1] // keys
+    folded = q.unflatten(1, (keys, width)).unflatten(0, (key_heads, group))  # K, G, M, width, D
+    folded = folded.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    out, lse = attend(folded, k.unsqueeze(0), v.unsqueeze(0), scale, softcap, causal=True)
+    out = out.unflatten(0, (group, width)).permute(2, 0, 3, 1, 4)  # K, G, M, width, D
+    lse = lse.unflatten(0, (group, width)).permute(2, 0, 3, 1)
+    return out.flatten(2, 3).flatten(0, 1), lse.flatten(2, 3).flatten(0, 1)
+
+
 def merge(parts) -> torch.Tensor:
     """(..., N, D) attention over all keys from parts [(output (..., N, D), log of its denominator (..., N)), ...]."""
     weights = torch.stack([lse.float() for _, lse in parts]).softmax(0)[..., None]
@@ -291,14 +391,17 @@ def merge(parts) -> torch.Tensor:
     return total
 
 
+# -- replacing what a model does --------------------------------------------------------------------------------
+
+
 @contextmanager
 def cascade_attention(model) -> Iterator[Cascade | MaskedAttention]:
-    """Something whose `run` runs `model` with the attention of given parts; its own is put back at the end."""
+    """An object whose `run` runs `model` with the attention of given parts. The model's own is restored at the end."""
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         if model.config._attn_implementation == IMPLEMENTATION:
-            # Transformers' SDPA drops a softcap in silence; a model that trains so is measured so.
+            # Transformers' SDPA ignores a softcap silently. A model trained that way is measured that way.
             cascade = Cascade(model, ignores_softcap=before == "sdpa")
             token = _CURRENT.set(cascade)
             try:
@@ -312,7 +415,7 @@ def cascade_attention(model) -> Iterator[Cascade | MaskedAttention]:
 
 
 def can_capture(model) -> bool:
-    """Whether `captured_attention` serves a model: its attention can be switched and has a name, unlike eager's."""
+    """Whether `captured_attention` serves a model: its attention can be switched and, unlike eager's, is registered."""
     name = model.config._attn_implementation
     with cascade_attention(model) as attention:
         return isinstance(attention, Cascade) and name in ALL_ATTENTION_FUNCTIONS
@@ -320,49 +423,51 @@ def can_capture(model) -> bool:
 
 @contextmanager
 def captured_attention(model) -> Iterator[KeysAndValues]:
-    """The keys and values of the forward of one packed row that runs inside, which itself stays as it is.
+    """The keys and values of the one forward that runs inside, of one packed row. The forward itself is unchanged.
 
-    Only the function that the name of the model's attention stands for is wrapped; the name, on which masks and much
-    else depend, does not change.
+    Only the function that is registered for the model's attention is wrapped. The name of the attention stays the same,
+    because masks and much else depend on it.
     """
     stored: KeysAndValues = {}
     name = model.config._attn_implementation
     original = ALL_ATTENTION_FUNCTIONS[name]
 
     def keeping(module, query, key, value, *args, **kwargs):
-        stored[module] = _alone(key[0].to(value.dtype)), _alone(value[0])
+        stored[module] = own_storage(key[0].to(value.dtype)), own_storage(value[0])
         return original(module, query, key, value, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[name] = keeping
     try:
         yield stored
     finally:
-        del ALL_ATTENTION_FUNCTIONS[name]  # the local one, which hid the one that is registered for all
-        if ALL_ATTENTION_FUNCTIONS.get(name) is not original:  # another local one had been there
+        del ALL_ATTENTION_FUNCTIONS[name]  # the local entry, which hid the global one
+        if ALL_ATTENTION_FUNCTIONS.get(name) is not original:  # there was another local one before
             ALL_ATTENTION_FUNCTIONS[name] = original
 
 
-def _alone(x: torch.Tensor) -> torch.Tensor:
-    """A model with one projection for all three gives views of it, which would keep the whole alive."""
+def own_storage(x: torch.Tensor) -> torch.Tensor:
+    """A copy of a view that would keep a larger tensor alive, e.g. one projection for queries, keys and values."""
     return x.clone() if x.untyped_storage().nbytes() > x.nbytes else x
 
 
 @contextmanager
 def replaced_forward(module: torch.nn.Module, forward: Callable) -> Iterator[None]:
-    """Let this instance of a module be called as `forward`; its own is put back at the end."""
+    """Let this instance of a module be called as `forward`. Its own is restored at the end."""
     original = module.forward
     module.forward = forward
     try:
         yield
     finally:
         del module.forward  # the instance's, which hid the class's
-        if module.forward != original:  # somebody else's had been there
+        if module.forward != original:  # the instance had one before
             module.forward = original
 
 
-def _siblings_by_token(model, attention: torch.nn.Module) -> list[torch.nn.Module]:
-    """The modules beside an attention in its layer all of whose parameters are those of linear layers: MLPs, which take
-    every token by itself."""
+def tokenwise_siblings(model, attention: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules next to an attention in its layer whose parameters all belong to linear layers.
+
+    Those are MLPs, which compute every token independently of the others.
+    """
     layer = next((m for m in model.modules() if any(child is attention for child in m.children())), None)
     found = []
     for sibling in [] if layer is None else layer.children():
@@ -372,9 +477,11 @@ def _siblings_by_token(model, attention: torch.nn.Module) -> list[torch.nn.Modul
     return found
 
 
-def _limited_to(rows: torch.Tensor, tokens: int, forward: Callable) -> Callable:
-    """`forward` of a module that takes every token by itself, for these rows of its input (1, tokens, D) alone; the
-    others give 0. As it is where it is called in another way or doesn't give a tensor."""
+def limited_to(rows: torch.Tensor, tokens: int, forward: Callable) -> Callable:
+    """The `forward` of a token-wise module, limited to these rows of its input (1, tokens, D); the others' output is 0.
+
+    It is not limited where its input has another shape, where it gets further arguments, or where it returns no tensor.
+    """
 
     def limited(x, *args, **kwargs):
         if args or kwargs or x.dim() != 3 or x.shape[:2] != (1, tokens):
@@ -404,46 +511,3 @@ def _interface(module, query, key, value, attention_mask, scaling=None, softcap=
 
 
 AttentionInterface.register(IMPLEMENTATION, _interface)
-
-
-def _attend_own(q, k, v, width: int, scale, softcap):
-    """Queries (H, N, D) over their own keys (K, N, D), in runs of `width` that don't see each other."""
-    group = len(q) // len(k)
-    q, k, v = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in (q, k, v))  # runs, H or K, width, D
-    if group > 1 and width <= SHORT_RUN:
-        mask = torch.full((width, width), -math.inf, dtype=q.dtype, device=q.device).triu(1).repeat(group, 1)
-        folded = q.unflatten(1, (-1, group)).flatten(2, 3)  # runs, K, G width, D
-        out, lse = attend(folded, k, v, scale, softcap, mask=mask)
-        out, lse = (x.unflatten(2, (group, width)).flatten(1, 2) for x in (out, lse))
-    else:
-        if group > 1:
-            k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        out, lse = attend(q, k, v, scale, softcap, causal=True)
-    return out.transpose(0, 1).flatten(1, 2), lse.transpose(0, 1).flatten(1, 2)
-
-
-def _attend_shared(q, k, v, scale, softcap, mask=None):
-    """Queries (H, N, D) over the same keys (K, M, D), of which a mask (N, M) hides some.
-
-    Without one the G heads of a key head are queries of one call; with one it would have to be G times as long.
-    """
-    shape = len(k), len(q) // len(k), q.shape[1]  # K, G, N
-    if mask is None:
-        out, lse = attend(q.reshape(1, shape[0], -1, q.shape[2]), k.unsqueeze(0), v.unsqueeze(0), scale, softcap)
-    else:
-        k, v = (x.unsqueeze(1).expand(-1, shape[1], -1, -1) for x in (k, v))
-        out, lse = attend(q.unflatten(0, shape[:2]), k, v, scale, softcap, mask=mask)
-    return out.reshape(*q.shape[:2], -1), lse.reshape(q.shape[:2])
-
-
-def _attend_staircase(q, k, v, scale, softcap):
-    """Queries (H, M runs, D), run n of which sees the keys 0..n of (K, M, D): every token of the runs and every one of
-    the G heads of a key head is a causal attention of its own, so that nothing is computed to be masked out."""
-    key_heads, keys, _ = v.shape
-    group, width = len(q) // key_heads, q.shape[1] // keys
-    folded = q.unflatten(1, (keys, width)).unflatten(0, (key_heads, group))  # K, G, M, width, D
-    folded = folded.permute(1, 3, 0, 2, 4).flatten(0, 1)
-    out, lse = attend(folded, k.unsqueeze(0), v.unsqueeze(0), scale, softcap, causal=True)
-    out = out.unflatten(0, (group, width)).permute(2, 0, 3, 1, 4)  # K, G, M, width, D
-    lse = lse.unflatten(0, (group, width)).permute(2, 0, 3, 1)
-    return out.flatten(2, 3).flatten(0, 1), lse.flatten(2, 3).flatten(0, 1)

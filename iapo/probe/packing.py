@@ -1,21 +1,25 @@
 """What goes through the model together: completions packed into forwards without padding, and who sees whom.
 
-A pack is some trajectories, prompts that several completions share standing among them once, and their probes. Its
-first forward has the trajectories and as many probes as have room beside them, the others have probes that read its
-keys and values; or all probes read those of somebody else's forward of the same sequences. Everything here is
-about integers: no model, no floating-point number.
+A pack is some trajectories and their probes. A prompt that several of its completions share is in it once. Its first
+forward has the trajectories and as many probes as fit. Its other forwards have probes only, which read the keys and
+values that the first one stored. Or all forwards have probes only, and read the keys and values of a forward that the
+caller made of the same sequences.
+
+Everything here is about integers: no model, no floating-point number.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 
-from iapo.probe.attention import Part, Range
+from iapo.probe.attention import AttentionPart, KeyRange
 
-# Largest queries x keys of a block whose keys are masked, half of them, as a share of the squared tokens per forward,
-# and in any case: a larger one makes fewer calls and more work in vain. Tried on a CPU with 768 tokens only.
+# Limits of a block whose keys are masked, in queries x keys, half of which are masked out: as a share of the squared
+# tokens per forward, and in any case. A larger block makes fewer calls and more wasted work. The share was tuned on a
+# CPU with 768 tokens only.
 MASKED_SHARE = 1 / 24
 MASKED_AREA = 2**20
 
@@ -24,9 +28,9 @@ class Completion(NamedTuple):
     """A prompt (L_i,), its response (R_i,), where it is probed and what is probed for.
 
     Attributes:
-        positions: (J_i,) response tokens in front of each probe, increasing from 0, see `probe_positions`. What comes
-            after the last of them is not looked at.
-        answer: (A_i,) tokens to score after the probe; None for the entropy of the next token.
+        positions: (J_i,) response tokens before each probe, increasing from 0, see `probe_positions`. Response tokens
+            after the last position are not read.
+        answer: (A_i,) tokens to score after the probe. None: measure the entropy of the next token.
     """
 
     prompt: torch.Tensor
@@ -36,11 +40,12 @@ class Completion(NamedTuple):
 
     @property
     def trajectory(self) -> torch.Tensor:
+        """The response up to its last position."""
         return self.response[: int(self.positions[-1])]
 
     @property
     def answered(self) -> int:
-        """Answer tokens that stand behind the probe: all but the last, which is only predicted."""
+        """Answer tokens that follow the probe in the input: all but the last, which is only predicted."""
         return 0 if self.answer is None else max(len(self.answer) - 1, 0)
 
     @property
@@ -49,8 +54,8 @@ class Completion(NamedTuple):
         return self.answer is not None and len(self.answer) == 0
 
 
-class Place(NamedTuple):
-    """Where the keys of a completion's prompt and trajectory stand among those kept of one forward."""
+class KVSlot(NamedTuple):
+    """Where the keys and values of a completion's prompt and trajectory are among the stored ones."""
 
     prompt: slice
     trajectory: slice
@@ -62,16 +67,16 @@ class Forward(NamedTuple):
     Attributes:
         token_ids, position_ids: (N,).
         parts: who sees what.
-        stored: the first tokens, those of trajectories, whose keys and values are kept.
-        runs: (row, first, last): the probes in it, in order, by the places of their positions.
-        scored: (M,) the tokens whose logits count; None: there are no probes.
-        probe_of_scored: (M,) the probe that each of them belongs to.
-        targets: (M,) the tokens whose log-probabilities are asked for; None: the entropies are.
+        stored: this many tokens, the first ones, are those of trajectories, and their keys and values are stored.
+        runs: (row, first, last): the probes in it, in order: those at a row's positions first..last.
+        scored: (M,) the tokens whose logits count. None: there are no probes.
+        probe_of_scored: (M,) number of the probe that each of them belongs to.
+        targets: (M,) the tokens whose log-probabilities are asked for. None: the entropies are.
     """
 
     token_ids: torch.Tensor
     position_ids: torch.Tensor
-    parts: list[Part]
+    parts: Sequence[AttentionPart]
     stored: int = 0
     runs: Sequence[tuple[int, int, int]] = ()
     scored: torch.Tensor | None = None
@@ -82,18 +87,18 @@ class Forward(NamedTuple):
 def probe_positions(
     length: int, stride: int = 1, boundaries: torch.Tensor | None = None, max_gap: int = 64
 ) -> torch.Tensor:
-    """Numbers of response tokens in front of the probes of a region of `length` tokens; (J,), increasing, 0 to length.
+    """(J,) where a region of `length` tokens is probed, in tokens before the probe; increasing, from 0 to length.
 
     Args:
-        stride: without boundaries: 0, k, 2k, ... and the last.
-        boundaries: (length,) 1 on tokens that end a step: probed are 0, the places after them, the last, and as few
-            places in between, evenly, as leave no gap longer than `max_gap`.
+        stride: without boundaries the positions are 0, k, 2k, ... and the last.
+        boundaries: (length,) 1 on tokens that end a step. The positions are 0, the one after each of these tokens, the
+            last, and as few in between, evenly, as leave no gap longer than `max_gap`.
     """
     if boundaries is None:
         return torch.tensor([*range(0, length, stride), length])
     ends = sorted({0, length, *(boundaries[:length].nonzero().flatten() + 1).tolist()})
     positions = [0]
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in pairwise(ends):
         pieces = math.ceil((end - start) / max_gap)
         positions += [start + (end - start) * k // pieces for k in range(1, pieces + 1)]
     return torch.tensor(positions)
@@ -102,7 +107,7 @@ def probe_positions(
 def packs(completions: Sequence[Completion], max_tokens: int) -> list[list[list[int]]]:
     """Packs of groups of row numbers; the completions of a group have the same prompt.
 
-    A pack's trajectories have at most `max_tokens` tokens, a shared prompt counted once; one row always fits.
+    A pack's trajectories have at most `max_tokens` tokens, a shared prompt counted once. One row always fits.
     """
     result: list[list[list[int]]] = []
     room = 0
@@ -124,7 +129,7 @@ def packs(completions: Sequence[Completion], max_tokens: int) -> list[list[list[
 
 
 def _by_prompt(completions: Sequence[Completion]) -> list[list[int]]:
-    """The rows with something to score, in groups that have the same prompt."""
+    """The rows with something to score, grouped by prompt."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, completion in enumerate(completions):
         if not completion.nothing_to_score:
@@ -134,12 +139,12 @@ def _by_prompt(completions: Sequence[Completion]) -> list[list[int]]:
 
 def trajectory_forward(
     completions: Sequence[Completion], groups: Sequence[Sequence[int]]
-) -> tuple[Forward, dict[int, Place]]:
-    """A forward of the trajectories of a pack, an element of `packs`, and where each of its rows then stands."""
+) -> tuple[Forward, dict[int, KVSlot]]:
+    """A forward of the trajectories of a pack, an element of `packs`, and the slots of its rows."""
     tokens, positions = [], []
-    places: dict[int, Place] = {}
-    own: list[Range] = []
-    prompts: list[Range] = []
+    slots: dict[int, KVSlot] = {}
+    own: list[KeyRange] = []
+    prompts: list[KeyRange] = []
     end = 0
 
     def place(ids: torch.Tensor, first_position: int) -> slice:
@@ -148,7 +153,7 @@ def trajectory_forward(
         positions.append(torch.arange(first_position, first_position + len(ids)))
         where = slice(end, end + len(ids))
         if len(ids):
-            own.append(Range(where, None, len(ids)))
+            own.append(KeyRange(where, None, len(ids)))
         end = where.stop
         return where
 
@@ -156,21 +161,24 @@ def trajectory_forward(
         prompt_ids = completions[group[0]].prompt
         prompt = place(prompt_ids, 0)
         for i in group:
-            places[i] = Place(prompt, place(completions[i].trajectory, len(prompt_ids)))
+            slots[i] = KVSlot(prompt, place(completions[i].trajectory, len(prompt_ids)))
         if end > prompt.stop:
-            prompts.append(Range(slice(prompt.stop, end), prompt, 1))
-    return Forward(torch.cat(tokens), torch.cat(positions), [own, prompts], end), places
+            prompts.append(KeyRange(slice(prompt.stop, end), prompt, 1))
+    return Forward(torch.cat(tokens), torch.cat(positions), [own, prompts], end), slots
 
 
-def places_of_sequences(completions: Sequence[Completion], starts: Sequence[int]) -> dict[int, Place]:
-    """Where rows stand in somebody else's forward of their whole sequences, prompt and response, from `starts` on."""
-    places = {}
+def slots_of_sequences(completions: Sequence[Completion], starts: Sequence[int]) -> dict[int, KVSlot]:
+    """The slots in a forward of whole sequences, prompt and response, that start at `starts`.
+
+    Rows with nothing to score get none.
+    """
+    slots = {}
     for i, (completion, start) in enumerate(zip(completions, starts, strict=True)):
         if completion.nothing_to_score:
             continue
         response = start + len(completion.prompt)
-        places[i] = Place(slice(start, response), slice(response, response + len(completion.trajectory)))
-    return places
+        slots[i] = KVSlot(slice(start, response), slice(response, response + len(completion.trajectory)))
+    return slots
 
 
 def forwards_of_pack(
@@ -180,78 +188,65 @@ def forwards_of_pack(
     max_tokens: int,
     chunk_size: int | None = None,
 ) -> Iterator[Forward]:
-    """The forwards of a pack: its trajectories and the first probes, as far as there is room, then the other probes.
+    """The forwards of a pack: its trajectories with the first probes, as far as there is room, then the other probes.
 
     Args:
-        chunk_size: probes per forward; None: as many as `max_tokens` holds, at least one beside no trajectories.
+        chunk_size: probes per forward. None: as many as `max_tokens` holds; at least one where there are only probes.
     """
-    trajectories, places = trajectory_forward(completions, groups)
-    chunks = _chunks(completions, places, len(probe_ids), max_tokens, chunk_size, trajectories.stored)
+    trajectories, slots = trajectory_forward(completions, groups)
+    chunks = _chunks(completions, slots, len(probe_ids), max_tokens, chunk_size, trajectories.stored)
     first = next(chunks)
-    yield _probe_forward(completions, places, probe_ids, first, max_tokens, trajectories) if first else trajectories
+    yield _probe_forward(completions, slots, probe_ids, first, max_tokens, trajectories) if first else trajectories
     for chunk in chunks:
-        yield _probe_forward(completions, places, probe_ids, chunk, max_tokens)
+        yield _probe_forward(completions, slots, probe_ids, chunk, max_tokens)
 
 
 def probe_forwards(
     completions: Sequence[Completion],
-    places: dict[int, Place],
+    slots: dict[int, KVSlot],
     probe_ids: torch.Tensor,
     max_tokens: int,
     chunk_size: int | None = None,
 ) -> Iterator[Forward]:
-    """The forwards of the probes of the rows in `places`, over the keys and values that stand there."""
-    for chunk in _chunks(completions, places, len(probe_ids), max_tokens, chunk_size):
-        yield _probe_forward(completions, places, probe_ids, chunk, max_tokens)
+    """The forwards of the probes of the rows in `slots`, which read the keys and values that are stored there."""
+    for chunk in _chunks(completions, slots, len(probe_ids), max_tokens, chunk_size):
+        yield _probe_forward(completions, slots, probe_ids, chunk, max_tokens)
 
 
 def _probe_forward(
     completions: Sequence[Completion],
-    places: dict[int, Place],
+    slots: dict[int, KVSlot],
     probe_ids: torch.Tensor,
     chunk: Sequence[tuple[int, int]],
     max_tokens: int,
     trajectories: Forward | None = None,
 ) -> Forward:
-    """One forward of the probes of a chunk, of the trajectories in front of them if they are given."""
-    tokens, positions, runs, scored, targets = [], [], [], [], []
-    own, prompts, prefixes, stairs = parts = [], [], [], []
-    end = stored = 0
+    """One forward of the probes of a chunk, after the trajectories if these are given."""
+    parts = _ProbeParts([], [], [], [])
+    tokens, positions, runs, scored, probe_of_scored, targets = [], [], [], [], [], []
+    end = stored = probes = 0
     if trajectories:
         tokens, positions = [trajectories.token_ids], [trajectories.position_ids]
         for part, given in zip(parts, trajectories.parts, strict=False):
             part.extend(given)
         end = stored = trajectories.stored
     for i, first, last in _runs(chunk, completions, len(probe_ids), min(MASKED_SHARE * max_tokens**2, MASKED_AREA)):
-        completion, (prompt, response) = completions[i], places[i]
+        completion = completions[i]
         before = completion.positions[first : last + 1]
         count = len(before)
         suffix = probe_ids if completion.answer is None else torch.cat([probe_ids, completion.answer[:-1]])
         width = len(suffix)
-        queries = slice(end, end + count * width)
-        end = queries.stop
-        _extend(own, Range(queries, None, width))
-        lowest, highest = (response.start + int(before[k]) for k in (0, -1))
-        if prompt.stop == response.start:  # one range of keys instead of two
-            prefixes.append(Range(queries, slice(prompt.start, lowest), width))
-        else:
-            _extend(prompts, Range(queries, prompt, 1))
-            if lowest > response.start:
-                prefixes.append(Range(queries, slice(response.start, lowest), width))
-        if highest > lowest:
-            later = slice(queries.start + width, queries.stop)
-            seen = before[1:] - before[0]
-            staircase = len(seen) == int(seen[-1])
-            stairs.append(Range(later, slice(lowest, highest), width, None if staircase else seen, staircase))
+        parts.add_run(slice(end, end + count * width), width, slots[i], before)
         tokens.append(suffix.repeat(count))
         positions.append((len(completion.prompt) + before[:, None] + torch.arange(width)).flatten())
-        # The logits that count: of the last probe token and of the answer tokens behind it.
+        # The logits that count are those of the last probe token and of the answer tokens after it.
         offsets = torch.arange(len(probe_ids) - 1, width)
-        scored.append((torch.arange(queries.start, queries.stop, width)[:, None] + offsets).flatten())
+        scored.append((torch.arange(end, end + count * width, width)[:, None] + offsets).flatten())
+        probe_of_scored.append(torch.arange(probes, probes + count).repeat_interleave(len(offsets)))
         runs.append((i, first, last))
         if completion.answer is not None:
             targets.append(completion.answer.repeat(count))
-    per_probe = [completions[i].answered + 1 for i, first, last in runs for _ in range(first, last + 1)]
+        end, probes = end + count * width, probes + count
     return Forward(
         torch.cat(tokens),
         torch.cat(positions),
@@ -259,13 +254,46 @@ def _probe_forward(
         stored,
         runs,
         torch.cat(scored),
-        torch.arange(len(per_probe)).repeat_interleave(torch.tensor(per_probe)),
+        torch.cat(probe_of_scored),
         torch.cat(targets) if targets else None,
     )
 
 
-def _extend(part: list[Range], r: Range) -> None:
-    """Append a range, or make it one with the last if it goes on with the same keys and width."""
+class _ProbeParts(NamedTuple):
+    """What the tokens of a forward of probes see.
+
+    Attributes:
+        own: their own sequence; the trajectories' tokens too, where the forward has some.
+        prompts: whole prompts; the trajectories' tokens too.
+        prefixes: what all probes of a run see of their trajectory.
+        stairs: what each probe sees of it beyond that.
+    """
+
+    own: list[KeyRange]
+    prompts: list[KeyRange]
+    prefixes: list[KeyRange]
+    stairs: list[KeyRange]
+
+    def add_run(self, queries: slice, width: int, slot: KVSlot, before: torch.Tensor) -> None:
+        """Add the probes of one run, `width` tokens each, which follow the first `before` (n,) trajectory tokens."""
+        _extend(self.own, KeyRange(queries, None, width))
+        start = slot.trajectory.start
+        lowest, highest = start + int(before[0]), start + int(before[-1])
+        if slot.prompt.stop == start:  # one range of keys instead of two
+            self.prefixes.append(KeyRange(queries, slice(slot.prompt.start, lowest), width))
+        else:
+            _extend(self.prompts, KeyRange(queries, slot.prompt, 1))
+            if lowest > start:
+                self.prefixes.append(KeyRange(queries, slice(start, lowest), width))
+        if highest > lowest:  # the first probe sees nothing more
+            later = slice(queries.start + width, queries.stop)
+            seen = before[1:] - before[0]
+            staircase = len(seen) == int(seen[-1])
+            self.stairs.append(KeyRange(later, slice(lowest, highest), width, None if staircase else seen, staircase))
+
+
+def _extend(part: list[KeyRange], r: KeyRange) -> None:
+    """Append a range, or merge it into the last one if that has the same keys and width and ends where it starts."""
     if part and (part[-1].keys, part[-1].width, part[-1].queries.stop) == (r.keys, r.width, r.queries.start):
         part[-1] = part[-1]._replace(queries=slice(part[-1].queries.start, r.queries.stop))
     else:
@@ -273,7 +301,7 @@ def _extend(part: list[Range], r: Range) -> None:
 
 
 def longest(completions: Sequence[Completion], probe_length: int) -> int:
-    """Tokens of the longest sequence that the model sees at once: prompt, response, probe and answer."""
+    """Tokens of the longest sequence that the model sees: prompt, trajectory, probe and answer."""
     return probe_length + max((len(c.prompt) + len(c.trajectory) + c.answered for c in completions), default=0)
 
 
@@ -284,19 +312,26 @@ def forward_count(
     count = 0
     for groups in packs(completions, max_tokens):
         rows = [i for group in groups for i in group]
-        beside = sum(len(completions[group[0]].prompt) for group in groups)
-        beside += sum(len(completions[i].trajectory) for i in rows)
-        count += len(list(_chunks(completions, rows, probe_length, max_tokens, chunk_size, beside)))
+        stored = sum(len(completions[group[0]].prompt) for group in groups)
+        stored += sum(len(completions[i].trajectory) for i in rows)
+        count += len(list(_chunks(completions, rows, probe_length, max_tokens, chunk_size, stored)))
     return count
 
 
 def _chunks(
-    completions, rows, probe_length: int, max_tokens: int, chunk_size: int | None, beside: int = 0
+    completions: Sequence[Completion],
+    rows: Collection[int],
+    probe_length: int,
+    max_tokens: int,
+    chunk_size: int | None,
+    stored: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
-    """(row, place of its position) of the probes of each forward; forwards of about the same size, none a remainder.
+    """The probes of each forward, as (row, number of its position).
+
+    Forwards have about the same size, so that none is a small remainder.
 
     Args:
-        beside: other tokens in the first forward; it has no probes if there is no room.
+        stored: trajectory tokens in the first forward, which has no probes if there is no room.
     """
     needed = {i: probe_length + completions[i].answered for i in rows}
     if not needed:
@@ -307,13 +342,13 @@ def _chunks(
     def share(total: int) -> int:
         return min(math.ceil(total / math.ceil(total / max_tokens)) + widest - 1, max_tokens)
 
-    room = share(beside + total) - beside
-    if beside and room < widest:
+    room = share(stored + total) - stored
+    if stored and room < widest:
         yield []
-        beside = 0
+        stored = 0
         room = share(total)
-    size = share(beside + total)
-    chunk = []
+    size = share(stored + total)
+    chunk: list[tuple[int, int]] = []
     for i, tokens in needed.items():
         for j in range(len(completions[i].positions)):
             if chunk and (tokens > room or len(chunk) == chunk_size):
@@ -324,9 +359,14 @@ def _chunks(
     yield chunk
 
 
-def _runs(chunk, completions, probe_length: int, masked_area: float) -> Iterator[tuple[int, int, int]]:
-    """(row, first, last): the probes of a chunk in runs of one completion, cut where their stairs get too large, unless
-    they are at consecutive positions and need no mask."""
+def _runs(
+    chunk: Sequence[tuple[int, int]], completions: Sequence[Completion], probe_length: int, masked_area: float
+) -> Iterator[tuple[int, int, int]]:
+    """(row, first, last): the probes of a chunk in runs of one completion.
+
+    A run is cut where its stairs would need a mask larger than `masked_area`. Probes at consecutive positions need no
+    mask and are never cut.
+    """
     row, first, last = *chunk[0], chunk[0][1]
     positions = completions[row].positions.tolist()
     for i, j in chunk[1:]:

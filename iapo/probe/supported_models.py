@@ -11,13 +11,12 @@ def check_model(model, length: int) -> None:
     Raises:
         ValueError: recurrent state, sliding or chunked attention shorter than `length`, no position ids (ALiBi),
             rotary frequencies that depend on the length, more tokens than learned positions, positions that don't
-            count from 0, attention that isn't causal, an encoder-decoder, prompt or prefix tuning, or the model is in
-            training mode.
+            count from 0, attention that isn't causal, an encoder-decoder, prompt or prefix tuning, or training mode.
     """
     if model.training:
         raise ValueError("model: in training mode, where dropout would blur the entropies; call model.eval() first.")
     reason = unsupported(model.config, length)
-    # FSDP1 and PEFT wrap the model in one whose own forward takes anything.
+    # FSDP1 and PEFT wrap the model in a module whose forward accepts any argument.
     unwrapped = getattr(model, "_fsdp_wrapped_module", model)
     if hasattr(unwrapped, "get_base_model"):
         if reason is None and unwrapped.active_peft_config.is_prompt_learning:

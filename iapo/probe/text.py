@@ -1,21 +1,20 @@
-"""What a response's text says about its tokens: where the reasoning ends, where its steps end, what it answers."""
+"""What a response's text says about its tokens: where the reasoning and its steps end, what it answers, how it ends."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
-from iapo.answer_format import final_answer as final_answer  # what reads a response is in this module
 from iapo.config import IapoConfig
 
-# What a reasoning step ends with; after the last of them only white space may follow in the same token.
+# A token ends a reasoning step if its text ends with one of these, white space aside.
 STEP_ENDS = (".", "!", "?", ";", "。", "！", "？", "；")
 
 
 def reasoning_length(response_ids: Sequence[int], decode: Callable[[Sequence[int]], str], marker: str) -> int:
     """Tokens before the one in which the first `marker` begins; all of them if there is none (a truncated completion).
 
-    The text is searched, not the token ids: a tokenizer may merge the marker's first character with the text before
-    it. A token that holds both counts as part of the marker.
+    The text is searched, not the token ids, because a tokenizer may merge the marker's first character with the text
+    before it. A token that holds both counts as part of the marker.
 
     Args:
         response_ids: the T token ids of one response.
@@ -40,16 +39,31 @@ def reasoning_length(response_ids: Sequence[int], decode: Callable[[Sequence[int
 
 
 def step_ends(decode: Callable[[Sequence[int]], str], vocabulary: int) -> torch.Tensor:
-    """(V,) 1 for tokens that end a reasoning step: with a new line in them, or ending in one of `STEP_ENDS`.
+    """(V,) 1 for tokens that end a reasoning step: they contain a new line or end with one of `STEP_ENDS`.
 
-    A point inside a number counts too: a probe more, not a wrong one.
+    A point inside a number counts too. That adds a probe, and no probe is wrong.
+
+    Args:
+        decode: token ids -> text.
+        vocabulary: V.
     """
     texts = (decode([token]) for token in range(vocabulary))
     return torch.tensor(["\n" in text or text.rstrip().endswith(STEP_ENDS) for text in texts])
 
 
-def region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer, ends: set[int]) -> int:
-    """Response tokens that are probed: `iapo.probe.text`, never the token that ends the completion."""
+def region_length(
+    response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer, ends: Collection[int]
+) -> int:
+    """Tokens of the region of a response, which is what is probed: its first tokens, as `config.region` says.
+
+    The token that ends the completion is never in it. With region "reasoning" the region ends before the first
+    `config.exit_marker`, if there is one.
+
+    Args:
+        response: (R,) token ids.
+        mask: (R,) 1 on the response's tokens, right-padded. Without a 1 the region is empty.
+        ends: the tokens that end a completion, see `end_tokens`.
+    """
     length = int(mask.sum())
     if length and int(response[length - 1]) in ends:
         length -= 1
@@ -59,18 +73,29 @@ def region_length(response: torch.Tensor, mask: torch.Tensor, config: IapoConfig
 
 
 def answer_ids(tokenizer, probe: str, answer: str) -> torch.Tensor:
-    """The tokens of `answer` as they stand behind the probe; some tokenizers write a text's first word otherwise."""
-    before, both = (tokenizer.encode(text, add_special_tokens=False) for text in (probe, probe + answer))
-    alone = both[: len(before)] == before
-    ids = both[len(before) :] if alone else tokenizer.encode(answer, add_special_tokens=False)
+    """(A,) the tokens of `answer` as they follow the probe.
+
+    Some tokenizers encode the first word of a text differently, so probe and answer are encoded together. Where the
+    answer changes the probe's own tokens, it is encoded alone.
+    """
+    probe_tokens, together = (tokenizer.encode(text, add_special_tokens=False) for text in (probe, probe + answer))
+    separable = together[: len(probe_tokens)] == probe_tokens
+    ids = together[len(probe_tokens) :] if separable else tokenizer.encode(answer, add_special_tokens=False)
     return torch.tensor(ids, dtype=torch.long)
 
 
-def decode(tokenizer, ids) -> str:
+def decode(tokenizer, ids: Sequence[int]) -> str:
+    """The text of token ids as the model wrote it: special tokens and spaces are kept."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def end_tokens(tokenizer, generation_config) -> set[int]:
-    """Every token that ends a completion: the tokenizer's and those of the generation config, one or a list."""
+    """Every token that ends a completion: the tokenizer's and those of the generation config, where generation stops.
+
+    They may differ: Qwen's chat models end with <|im_end|> or <|endoftext|>, and the tokenizer names one of them.
+
+    Args:
+        generation_config: its `eos_token_id` is one id, a list or None; may be None itself.
+    """
     listed = getattr(generation_config, "eos_token_id", None)
     return {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}

@@ -21,18 +21,14 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
+from iapo.answer_format import final_answer
 from iapo.config import IapoConfig
-from iapo.information import (
-    check_exactness,
-    default_max_tokens,
-    exit_entropies,
-    exit_entropies_after,
-    forward_to_share,
-)
 from iapo.probe.attention import can_capture
-from iapo.probe.packing import Completion, forward_count, longest, places_of_sequences, probe_forwards, probe_positions
+from iapo.probe.measure import default_max_tokens, exit_entropies, exit_entropies_after, forward_to_share
+from iapo.probe.naive import check_exactness
+from iapo.probe.packing import Completion, forward_count, longest, probe_forwards, probe_positions, slots_of_sequences
 from iapo.probe.supported_models import check_model
-from iapo.probe.text import answer_ids, decode, end_tokens, final_answer, region_length, step_ends
+from iapo.probe.text import answer_ids, decode, end_tokens, region_length, step_ends
 
 VENDOR = "iapo"
 
@@ -84,8 +80,8 @@ class IapoEngine(FSDPEngineWithLMHead):
             assert all(
                 offsets[i + 1] - offsets[i] == len(c.prompt) + len(c.response) for i, c in work.completions.items()
             )
-            places = places_of_sequences(completions, [offsets[i] for i in work.completions])
-            probes = list(probe_forwards(completions, places, work.probe_ids, work.max_tokens))
+            slots = slots_of_sequences(completions, [offsets[i] for i in work.completions])
+            probes = list(probe_forwards(completions, slots, work.probe_ids, work.max_tokens))
             forwards = self._maximum_over_ranks(len(probes))
             values = exit_entropies_after(self.module, completions, probes, keys_and_values, device=get_device_id())
             self._idle_forwards(forwards - len(probes))
