@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import iapo
 from benchmarks.measure import machine, table
 from iapo.advantage import masked_zscore
+from iapo.answer_format import final_answer
 from iapo.information import exit_entropies, information_gain
 from iapo.probe.packing import Completion, probe_positions
-from iapo.probe.text import final_answer, reasoning_length, step_ends
+from iapo.probe.text import reasoning_length, step_ends
 from iapo.tasks import verbose_arithmetic
 from iapo.tasks.tiny_model import prompt_ids
 

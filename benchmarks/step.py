@@ -12,6 +12,7 @@ warms up.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -134,7 +135,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--against: {options.against} holds no iapo/train.py; give a checkout of this repository")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        prepare("verbose_arithmetic", folder / "data")
+        with contextlib.redirect_stdout(sys.stderr):
+            prepare("verbose_arithmetic", folder / "data")
         if options.against or options.trl:
             result = compare(options, folder)
         else:

@@ -202,7 +202,7 @@ def test_the_share_of_a_step_is_the_median_of_verls_timers(capsys, monkeypatch):
         step, "run", lambda overrides, count, folder, checkout=None: steps if "variant=iapo" in overrides else steps[:1]
     )
     step.main(["--rows"])
-    names = [cells(line)[0] for line in capsys.readouterr().out.splitlines()[3:] if line]
+    names = [cells(line)[0] for line in capsys.readouterr().out.splitlines()[3:]]
     assert names[0] == "grpo" and names[-1] == "grpo, again" and {"dapo", "iapo_rate+dapo"} < set(names)
     step.main([])
     rows = {name: numbers for name, *numbers in map(cells, capsys.readouterr().out.splitlines()[3:])}
