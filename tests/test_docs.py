@@ -134,9 +134,21 @@ def test_the_algorithm_alone_runs_as_the_readme_shows_it(monkeypatch):
     assert "verl" not in code
 
 
-def test_the_readme_names_every_variant():
-    named = set(re.findall(r"`(\w+)`", (ROOT / "README.md").read_text().split("## Methods")[1].split("\n## ")[0]))
-    assert {path.stem for path in (ROOT / "recipes" / "variant").glob("*.yaml")} <= named
+def test_the_readme_lists_every_method_as_its_page_does():
+    row = re.compile(r"^\| (.*`.*) \| (?:.* \|)? ?([^|]+) \| ([^|]+) \|$", re.MULTILINE)
+
+    def listed(page: Path) -> dict[str, tuple[list[str], str]]:
+        """What a page's table of methods says by variant: papers and stages."""
+        table = next(part for part in page.read_text().split("\n\n") if "| acts on |" in part)
+        found = {}
+        for names, papers, stages in row.findall(table):
+            for name in re.findall(r"`(\w+)`", names):
+                found[name] = sorted(set(re.findall(r"\d{4}\.\d{5}", papers))), stages
+        return found
+
+    readme, page = listed(ROOT / "README.md"), listed(ROOT / "docs" / "methods.md")
+    assert set(readme) == {path.stem for path in (ROOT / "recipes" / "variant").glob("*.yaml")}
+    assert readme == page
 
 
 def test_configuration_has_every_key_with_its_default():
