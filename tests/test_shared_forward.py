@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from iapo.information import exit_entropy_naive
 from tests.conftest import make_model
+from tests.ranks import run_ranks
 from tests.test_worker import CONFIG, EOS, OTHER_EOS, Tokenizer, make_rows
 
 CONFIGS = {
@@ -147,7 +147,7 @@ def results(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(port, folder), nprocs=2)
+    run_ranks(run_rank, port, folder)
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
