@@ -26,7 +26,7 @@ def test_the_competitor_equals_the_naive_reference(models, chunk_size):
 @pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_flex_attention_equals_the_naive_reference(models, monkeypatch, family, stride):
-    """In torch's own uncompiled reference: a kernel takes half a minute to compile, and `--flex` checks it."""
+    """By torch's own uncompiled reference. A kernel takes half a minute to compile; `--flex` checks it."""
     called = Mock(wraps=torch.nn.attention.flex_attention.flex_attention)
     monkeypatch.setattr(flex_attention, "flex_attention", called)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
