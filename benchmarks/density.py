@@ -1,8 +1,8 @@
 """What sparser probes, another score and bf16 do to the advantage: python -m benchmarks.density
 
-Completions of the embedded model are measured at every position; then sparser, by another score, or in bf16. The
-informativeness term (the gains' z-scores within a completion) and the information rate are compared by their rank
-correlation with full density.
+Completions of the embedded model are measured at every position, then at fewer positions, by another score, or in bf16.
+The informativeness term (the gains' z-scores within a completion) and the information rate are compared with those of
+full density by their rank correlation.
 """
 
 import argparse

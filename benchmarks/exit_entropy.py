@@ -1,11 +1,11 @@
 """The exit-entropy pass against its floor and its competitors: python -m benchmarks.exit_entropy
 
-The floor is a plain forward of as many tokens as the pass must push through the model, S + P (T + 1) per completion, as
-causal sequences as long as the trajectory, so that a token attends to about as many others on average. `/ floor` is the
-ratio to it, `/ probes` that to a plain forward of the P (T + 1) probe tokens alone, which is what the pass adds where
-the trajectories' keys and values are there already, as in training. Times are medians of interleaved
-repeats. `peak MiB` is what tensors take beyond the loaded model, and the last column its ratio to that of a plain
-forward of one trajectory that keeps its keys and values.
+The floor is a plain forward of as many tokens as the pass must push through the model, S + P (T + 1) per completion.
+Its causal sequences are as long as the trajectory, so that a token attends to about as many others on average.
+`/ floor` is the ratio of the seconds to the floor's. `/ probes` is their ratio to those of a plain forward of the
+P (T + 1) probe tokens only: this is what the pass adds where the trajectories' keys and values exist already, as in
+training. Times are medians of interleaved repeats. `peak MiB` is what tensors take besides the loaded model. The last
+column is its ratio to that of a plain forward of one trajectory that keeps its keys and values.
 """
 
 import argparse
@@ -72,8 +72,10 @@ def make_completions(vocabulary: int, T: int, B: int, density: str) -> list[Comp
 
 
 def plain(model, tokens: int, length: int, scored: int, device: str, rows: int) -> None:
-    """Forwards of `tokens` tokens in sequences of `length`, the last one shorter, `rows` of them at a time, with logits
-    for `scored` tokens, spread evenly but for rounding."""
+    """Forwards of `tokens` tokens in sequences of `length`, the last one shorter, `rows` sequences at a time.
+
+    They make logits for `scored` tokens, which are spread evenly over the sequences, rounding aside.
+    """
     left = tokens
     with torch.no_grad():
         while left > 0:
@@ -92,7 +94,7 @@ def ours(model, completions, probe_ids, device: str, max_tokens: int | None = No
 
 
 def keys_of_a_plain_forward(model, completions, device: str) -> tuple[KeysAndValues, dict[int, KVSlot]]:
-    """What training has anyway: one forward of whole sequences, and where the completions stand in it."""
+    """What training has anyway: the keys and values of one forward of whole sequences, and the completions' slots."""
     sequences = [torch.cat([c.prompt, c.response]) for c in completions]
     starts = torch.tensor([0, *map(len, sequences)]).cumsum(0).tolist()
     positions = torch.cat([torch.arange(len(ids)) for ids in sequences])[None].to(device)
@@ -125,8 +127,10 @@ def naive(model, completions, probe_ids, device: str) -> list[torch.Tensor]:
 
 
 def check(probe_ids, device: str, flex: bool) -> None:
-    """What is timed is also right: the methods against the naive reference, with large random weights, fewer key heads
-    than heads, in one forward and in several."""
+    """Compare what is timed with the naive reference, in one forward and in several.
+
+    The model has large random weights, so that the entropies differ, and fewer key heads than heads.
+    """
     model = make_model("small", device, num_key_value_heads=2).float()
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -155,7 +159,7 @@ def check(probe_ids, device: str, flex: bool) -> None:
     compare("KV copies", partial(copies, chunk_size=4), ["full"], 1e-4)
     if flex:
         compare("ours by FlexAttention", ours_by_flex_attention, ["full"], 1e-4)
-    if device != "cpu":  # other kernels serve half precision, which is what is timed
+    if device != "cpu":  # the timed half precision uses other kernels
         model.bfloat16()
         expected = {density: naive(model, rows[density], probe_ids, device) for density in DENSITIES}
         compare("ours in bf16, naive too", ours, DENSITIES, 0.3)
@@ -163,14 +167,14 @@ def check(probe_ids, device: str, flex: bool) -> None:
 
 
 def best_chunk(model, completions, probe_ids, device: str) -> int:
-    """The competitor's best chunk size, found on a short completion; longer ones take minutes and prefer the same."""
+    """The competitor's best chunk size on a short completion. Longer ones take minutes, and their best is the same."""
     functions = {n: partial(copies, model, completions, probe_ids, device, n) for n in COPIES}
     seconds = interleaved(functions, 1, device, "best chunk of the copies")
     return min(seconds, key=seconds.get)
 
 
 def pushed_tokens(T: int, B: int, P: int, density: str) -> tuple[int, int]:
-    """Tokens that a pass must push through the model, and those of them that are the probes'."""
+    """Tokens that a pass must push through the model, and how many of them are probe tokens."""
     probes = P * sum(len(c.positions) for c in make_completions(2, T, B, density))
     return PROMPT + B * T + probes, probes
 
@@ -246,8 +250,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     model = make_model(options.shape, device)
-    # glibc keeps freed memory for later only up to the largest block that was ever freed; a training process has freed
-    # large ones, and without, short sequences are slowed by page faults.
+    # glibc keeps freed memory only up to the size of the largest block that was ever freed. A training process has
+    # freed large blocks. Without one, page faults slow short sequences down.
     torch.zeros(30 * 2**20, dtype=torch.uint8)
     print(machine(device))
     check(torch.arange(1, options.probe + 1), device, options.flex)

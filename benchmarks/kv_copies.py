@@ -1,7 +1,7 @@
 """The competitor: exit entropies with one copy of the prefix's keys and values per position.
 
-What the released research code does, written fairly: only prefixes are copied, chunks run over growing prefixes, the
-copies of a chunk go through the model as one batch, and the benchmark takes the best chunk size.
+This is what the released research code does, in a fair form: only prefixes are copied, the prefixes grow from chunk to
+chunk, the copies of a chunk go through the model as one batch, and the benchmark takes the best chunk size.
 """
 
 import torch

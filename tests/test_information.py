@@ -11,6 +11,7 @@ from iapo.information import (
     entropy,
     exit_entropies,
     exit_entropies_after,
+    exit_entropies_naive,
     exit_entropy,
     exit_entropy_naive,
     forward_to_share,
@@ -19,6 +20,7 @@ from iapo.information import (
 )
 from iapo.probe import attention, output_layer, packing
 from iapo.probe.measure import default_max_tokens, interpolate
+from iapo.probe.naive import interpolated
 from tests.conftest import CONFIGS, DEVICES, VOCAB, make_batch, make_model
 
 PROBE = [5, 11, 7]
@@ -116,11 +118,12 @@ def test_answers_equal_naive_for_every_family(models, family):
 
 
 def test_the_surprisal_of_one_token_answers_bounds_the_entropy(models):
-    """H = sum_a p(a) (-log p(a)): scoring every word of the vocabulary as the answer gives the entropy back."""
+    """H = sum_a p(a) (-log p(a)): scoring every word of the vocabulary as the answer gives the entropy again."""
     batch = make_batch([4], [3])
-    words = [exit_entropy(models["llama"], *batch, PROBE, answers=[torch.tensor([word])]) for word in range(VOCAB)]
-    surprisals = torch.stack(words).double()
-    expected = exit_entropy(models["llama"], *batch, PROBE)
+    every_word = [torch.tensor([word]) for word in range(VOCAB)]
+    copies = [x.expand(VOCAB, -1) for x in batch]
+    surprisals = exit_entropy(models["llama"], *copies, PROBE, answers=every_word).double()
+    expected = exit_entropy(models["llama"], *batch, PROBE)[0]
     torch.testing.assert_close(((-surprisals).exp() * surprisals).sum(0).float(), expected, atol=1e-5, rtol=0)
 
 
@@ -203,9 +206,12 @@ def test_stride_keeps_probed_values_and_the_sum_of_gains(models):
 
 
 def test_interpolation_by_hand():
-    values, positions = torch.tensor([4.0, 2.0, 3.0]), torch.tensor([0, 2, 6])
-    assert interpolate(values, positions, 8).tolist() == [4.0, 3.0, 2.0, 2.25, 2.5, 2.75, 3.0, 3.0, 3.0]
+    values, positions = [4.0, 2.0, 3.0], [0, 2, 6]
+    expected = [4.0, 3.0, 2.0, 2.25, 2.5, 2.75, 3.0, 3.0, 3.0]
+    assert interpolate(torch.tensor(values), torch.tensor(positions), 8).tolist() == expected
+    assert [interpolated(values, positions, t) for t in range(9)] == expected
     assert interpolate(torch.tensor([1.5]), torch.tensor([0]), 2).tolist() == [1.5, 1.5, 1.5]
+    assert [interpolated([1.5], [0], t) for t in range(3)] == [1.5, 1.5, 1.5]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -444,7 +450,7 @@ def rows_through(model, module, run):
 
 
 @pytest.mark.parametrize("score_answers", [False, True])
-def test_the_last_layer_works_for_what_is_scored_alone(models, score_answers):
+def test_the_last_layer_works_for_scored_tokens_only(models, score_answers):
     model, probe = models["llama"], [5, 6, 7]
     prompt, response = torch.arange(10), torch.arange(20)
     answer = torch.tensor([8, 9, 10, 11]) if score_answers else None
@@ -458,14 +464,14 @@ def test_the_last_layer_works_for_what_is_scored_alone(models, score_answers):
     assert rows(first.mlp.down_proj, 1000) == [30 + probe_tokens]
     assert rows(last.mlp.down_proj, 1000) == [scored]
     assert rows(last.self_attn.k_proj, 1000) == [30 + probe_tokens]
-    alone, *others = rows(first.mlp.down_proj, 31)  # no room for a probe beside the trajectory
+    alone, *others = rows(first.mlp.down_proj, 31)  # no room for a probe in the trajectory's forward
     assert alone == 30 and sum(others) == probe_tokens
     alone, *others = rows(last.mlp.down_proj, 31)
-    assert alone == 1 and sum(others) == scored  # of the trajectory one that nobody reads
+    assert alone == 1 and sum(others) == scored  # one trajectory token, whose output nobody reads
 
 
 class Gated(torch.nn.Module):
-    """Mixes neighbouring tokens by a parameter of its own, beside linear layers."""
+    """Has linear layers, but also mixes neighbouring tokens by a parameter of its own."""
 
     def __init__(self, mlp):
         super().__init__()
@@ -484,7 +490,7 @@ class Routed(torch.nn.Module):
         return self.mlp(x), "router logits"
 
 
-def test_only_what_takes_tokens_by_themselves_is_limited(models):
+def test_only_tokenwise_modules_are_limited():
     layer = make_model("llama").model.layers[1]
 
     def siblings():
@@ -536,7 +542,7 @@ def test_every_family_passes_the_comparison_with_plain_forwards(models, family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_mixes_tokens_by_a_way_of_its_own_is_refused(dtype):
-    """Nothing in its config or its modules says so."""
+    """Neither its config nor its modules show it."""
 
     class Mixing(torch.nn.Module):
         def __init__(self, mlp):
@@ -555,7 +561,7 @@ def test_a_model_that_mixes_tokens_by_a_way_of_its_own_is_refused(dtype):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("score_answers", [False, True])
 def test_the_model_s_own_attention_with_a_mask_gives_the_same(models, monkeypatch, implementation, score_answers):
-    """The fallback for models whose attention can't be replaced, on one whose can, so both are compared."""
+    """The fallback for models whose attention can't be replaced, forced on a model whose attention can be."""
     model = make_model("qwen2")
     model.set_attn_implementation(implementation)
     batch = make_batch([3, 9, 9, 6], [13, 0, 5, 20])
@@ -577,7 +583,7 @@ def test_the_model_s_own_attention_with_a_mask_gives_the_same(models, monkeypatc
 
 
 def test_a_model_with_an_attention_of_its_own_is_served():
-    """GPT-J has no attention interface: learned nothing of ours, it gets a mask and a cache."""
+    """GPT-J doesn't use the attention interface, so it gets a mask and a cache."""
     config = transformers.GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=8)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -612,7 +618,7 @@ def test_ragged_completions_are_checked_before_the_first_forward(models):
 
 
 def packed_forward(model, rows):
-    """One forward of whole sequences without padding, as trainers make it for log-probs, and where each starts."""
+    """One forward of whole sequences without padding, as trainers make for log-probs, and where they start."""
     sequences = [torch.cat([row.prompt, row.response]) for row in rows]
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     with torch.no_grad():
@@ -626,7 +632,7 @@ def packed_forward(model, rows):
 
 
 def random_rows(score_answers):
-    """Rows of which two share a prompt and three go on behind their last probe."""
+    """Five rows: two share a prompt, and three responses are longer than their last position."""
     generator = torch.Generator().manual_seed(1)
 
     def ids(n):
@@ -650,7 +656,7 @@ def random_rows(score_answers):
 
 @pytest.mark.parametrize("score_answers", [False, True])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_somebody_else_s_forward_is_shared_and_left_as_it_is(models, family, score_answers):
+def test_the_keys_of_the_caller_s_forward_serve_and_the_forward_is_unchanged(models, family, score_answers):
     model, rows, probe = models[family], random_rows(score_answers), torch.tensor(PROBE)
     name = model.config._attn_implementation
     function, layer_forward = attention.ALL_ATTENTION_FUNCTIONS[name], model.get_output_embeddings().forward
@@ -662,16 +668,9 @@ def test_somebody_else_s_forward_is_shared_and_left_as_it_is(models, family, sco
     assert attention.ALL_ATTENTION_FUNCTIONS[name] is function and not model._forward_hooks
     probes = packing.probe_forwards(rows, packing.slots_of_sequences(rows, starts), probe, max_tokens=50)
     result = exit_entropies_after(model, rows, probes, keys_and_values)
-    for row, h in zip(rows, result, strict=True):
-        ids = torch.cat([row.prompt, row.trajectory])[None]
-        everything = torch.ones_like(ids)
-        boundaries = torch.zeros(1, len(row.trajectory))
-        boundaries[:, row.positions[1:] - 1] = 1
-        options = dict(boundaries=boundaries, answers=[row.answer] if score_answers else None)
-        expected = exit_entropy_naive(model, ids, everything, everything[:, len(row.prompt) :], PROBE, **options)[0]
-        torch.testing.assert_close(h[: len(expected)], expected, atol=1e-5, rtol=1e-6)
-        n = len(row.trajectory)
-        assert len(h) == len(row.response) + 1 and (h[n:] == h[n]).all()
+    expected = exit_entropies_naive(model, rows, PROBE)
+    assert [len(h) for h in expected] == [len(row.response) + 1 for row in rows]
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-6)
 
 
 @settings(max_examples=25)

@@ -29,7 +29,7 @@ def test_gains_by_hand():
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     h = next_token_entropies(entropy, mask)
     assert h.tolist() == [[2.0, 0.5, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0]]
-    # Before the first token 2 nats, behind it 0.5; nothing comes after the last, so it gains nothing.
+    # 2 nats before the first token, 0.5 after it. No token follows the last one, so it gains nothing.
     assert information_gain(h, mask).tolist() == [[1.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
 
 

@@ -60,7 +60,7 @@ def test_half_precision_over_a_large_vocabulary_agrees_with_float64(device, dtyp
 
 
 def test_fsdp1_units_inside_the_output_layer_are_refused():
-    """Stand-ins for what FSDP1 makes of an adapter: the module as `_fsdp_wrapped_module` of another."""
+    """FSDP1 makes a module the `_fsdp_wrapped_module` of another; the adapter here is imitated that way."""
     model = make_model("qwen2")
 
     def unit(module):

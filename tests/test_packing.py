@@ -55,7 +55,7 @@ def test_forwards_by_hand():
     trajectories, slots = trajectory_forward(rows, [[0, 1]])
     assert slots == {0: (slice(0, 2), slice(2, 4)), 1: (slice(0, 2), slice(4, 5))}
     first, second = probe_forwards(rows, slots, PROBE, max_tokens=100, chunk_size=4)
-    assert trajectories.token_ids.tolist() == [1, 2, 3, 4, 7]  # token 6 is behind the last position
+    assert trajectories.token_ids.tolist() == [1, 2, 3, 4, 7]  # token 6 is after the last position
     assert trajectories.position_ids.tolist() == [0, 1, 2, 3, 2]
     own, prompts = trajectories.parts
     assert own == [KeyRange(slice(0, 2), None, 2), KeyRange(slice(2, 4), None, 2), KeyRange(slice(4, 5), None, 1)]
@@ -65,14 +65,14 @@ def test_forwards_by_hand():
     assert first.runs == [(0, 0, 2), (1, 0, 0)] and first.scored.tolist() == [1, 3, 5, 7]
     own, prompts, prefixes, (stairs,) = first.parts
     assert own == [KeyRange(slice(0, 8), None, 2)]
-    # The first row stands right behind the prompt, which is part of its prefix.
+    # The first row directly follows the prompt, which is part of its prefix.
     assert prefixes == [KeyRange(slice(0, 6), slice(0, 2), 2)] and prompts == [KeyRange(slice(6, 8), slice(0, 2), 1)]
     assert stairs == KeyRange(slice(2, 6), slice(2, 4), 2, staircase=True)  # the first probe sees nothing more
     assert second.runs == [(1, 1, 1)]
     assert second.parts[2] == [KeyRange(slice(0, 2), slice(4, 5), 2)]  # a prefix that needs no mask
 
 
-def test_probes_at_consecutive_positions_need_no_mask_and_others_little_ones(monkeypatch):
+def test_probes_at_consecutive_positions_need_no_mask_and_others_small_ones(monkeypatch):
     row = completion([1], [*range(10)], [0, 1, 2, 3, 5, 7, 9])
     slots = {0: KVSlot(slice(0, 1), slice(1, 11))}
     (probes,) = probe_forwards([row], slots, PROBE, max_tokens=100)
@@ -87,7 +87,7 @@ def test_probes_at_consecutive_positions_need_no_mask_and_others_little_ones(mon
     assert masked[:3] == (slice(10, 14), slice(6, 10), 2) and masked.visible.tolist() == [2, 4]
 
 
-def test_answers_stand_behind_the_probe_but_for_their_last_token():
+def test_answers_follow_the_probe_without_their_last_token():
     row = completion([1], [3], [0, 1], torch.tensor([8, 9, 10]))
     slots = {0: KVSlot(slice(0, 1), slice(1, 2))}
     (probes,) = probe_forwards([row], slots, PROBE, max_tokens=100)
@@ -96,7 +96,7 @@ def test_answers_stand_behind_the_probe_but_for_their_last_token():
     assert probes.probe_of_scored.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_places_in_somebody_elses_forward_by_hand():
+def test_slots_in_the_caller_s_forward_by_hand():
     """Whole sequences, one after the other."""
     rows = [
         completion([1, 2], [3, 4, 6], [0, 2]),

@@ -1,4 +1,4 @@
-"""Exit entropies by verl's own log-prob forwards: its real FSDP2 engine and training worker on two gloo ranks."""
+"""Exit entropies by verl's own log-prob forwards, with its real FSDP2 engine and training worker on two gloo ranks."""
 
 import os
 from dataclasses import asdict, replace
@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
-from iapo.information import exit_entropy_naive
+from iapo.information import exit_entropies_naive
 from tests.conftest import make_model
+from tests.ranks import run_ranks
 from tests.test_worker import CONFIG, EOS, OTHER_EOS, Tokenizer, make_rows
 
 CONFIGS = {
@@ -62,7 +62,7 @@ def make_worker(folder, **model_config):
 
 
 def make_data(rows, config=None):
-    """What verl's trainer sends for old log-probs, and our entry if there is a `config`."""
+    """What verl's trainer sends for old log-probs, with our entry if there is a `config`."""
     from tensordict import TensorDict
     from verl.utils import tensordict_utils as tu
 
@@ -88,7 +88,7 @@ def make_data(rows, config=None):
 
 
 def answering_rows(batch, rank):
-    """The rows of the other test, of which those with room write the probe and the answer "12" near their end."""
+    """The rows of the worker's test; those with room for it write the probe and the answer "12" near their end."""
     rows = make_rows(batch, rank)
     for row, _ in rows:
         if len(row.response) >= 13:
@@ -111,9 +111,8 @@ def run_rank(rank, port, folder):
         worker = make_worker(folder, **settings)
         worker.actor.engine.module.register_forward_hook(lambda *_: forwards.append(1))
         first_batch, first_config = CASES[0]
-        worker.compute_exit_entropy(
-            make_data(answering_rows(first_batch, rank), CONFIGS[first_config])
-        )  # compares, once
+        # The first call compares the pass with plain forwards.
+        worker.compute_exit_entropy(make_data(answering_rows(first_batch, rank), CONFIGS[first_config]))
         for batch, name in CASES if kind == "shared" else CASES[:1]:
             rows, config = answering_rows(batch, rank), CONFIGS[name]
             alone = worker.compute_log_prob(make_data(rows))
@@ -147,14 +146,14 @@ def results(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(run_rank, args=(port, folder), nprocs=2)
+    run_ranks(run_rank, port, folder)
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("batch,name", CASES)
 def test_shared_equals_separate(results, batch, name):
-    """Log-probs and entropies, which must not change by a bit, are compared in `run_rank`."""
+    """`run_rank` compares log-probs and entropies, which must be equal bit for bit."""
     for rank in range(2):
         result = results[f"shared-{batch}-{name}-{rank}"]
         for a, b in zip(result["shared"]["exit_entropy"], result["separate"]["exit_entropy"], strict=True):
@@ -163,7 +162,7 @@ def test_shared_equals_separate(results, batch, name):
             assert all(map(torch.equal, result["shared"][field], result["separate"][field]))
     first, second = (results[f"shared-{batch}-{name}-{rank}"] for rank in range(2))
     assert torch.cat(first["shared"]["exit_entropy"]).std() > 0.1  # so equality says something
-    assert first["calls"] == second["calls"]  # though the ranks' work is unequal
+    assert first["calls"] == second["calls"]  # although the ranks' work is unequal
 
 
 def test_shared_equals_the_naive_reference(results):
@@ -171,14 +170,8 @@ def test_shared_equals_the_naive_reference(results):
     for rank in range(2):
         values = results[f"shared-some padding-every position-{rank}"]["shared"]["exit_entropy"]
         for (row, mask), h in zip(answering_rows("some padding", rank), values, strict=True):
-            assert len(h) == len(row.response) + 1
-            if not mask.any():
-                assert h.tolist() == [0.0] * len(h)
-                continue
-            ids = torch.cat([row.prompt, row.trajectory])[None]
-            everything = torch.ones_like(ids)
-            expected = exit_entropy_naive(model, ids, everything, everything[:, len(row.prompt) :], [5, 11])[0]
-            torch.testing.assert_close(h[: len(expected)], expected, atol=1e-5, rtol=0)
+            (expected,) = exit_entropies_naive(model, [row], [5, 11])
+            torch.testing.assert_close(h, expected if mask.any() else 0 * expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["eager", "padded"])

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from iapo.config import IapoConfig
 from iapo.information import exit_entropy_naive
 from iapo.probe.packing import Completion, probe_positions
 from tests.conftest import VOCAB, make_model
+from tests.ranks import run_ranks
 
 CONFIG = IapoConfig(alpha=1.0, max_tokens_per_micro_batch=40, exit_marker="Z", probe="pq")
 Z = VOCAB - 1
@@ -131,6 +131,9 @@ def make_data(rows):
 
 def run_rank(rank, folder):
     os.environ["VERL_PLATFORM"] = "cpu"
+    # FlexAttention without compiling, which takes longer than all forwards.
+    torch._dynamo.config.disable = True
+    torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     torch.set_num_threads(1)
     import torch.distributed as dist
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -161,7 +164,7 @@ def run_rank(rank, folder):
 def results(tmp_path_factory):
     """A folder with what each rank returned, and the tokens of its forwards, for each of `WRAPPINGS` and `ROWS`."""
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(run_rank, args=(folder,), nprocs=2)
+    run_ranks(run_rank, folder)
     return folder
 
 

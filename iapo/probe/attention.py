@@ -192,7 +192,7 @@ class Cascade:
         return self.attend_parts(layer, last)
 
     def attend_parts(self, layer: LayerInput, last: bool) -> torch.Tensor:
-        """(N, H, D) `attend` once everything is stored, in a forward with scored tokens unless `last` is False."""
+        """(N, H, D) outputs of a layer whose keys and values are stored; of the last layer, the scored tokens'."""
         merged = merge([self._attend_part(part, layer, last) for part in self._parts])
         return merged.to(layer.value.dtype).transpose(0, 1)
 
