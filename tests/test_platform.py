@@ -107,3 +107,21 @@ def test_a_run_is_refused_where_vllm_would_leave_the_plugin_out(monkeypatch):
     monkeypatch.setattr("iapo.launch.machine.entry_points", lambda **_: ())
     with pytest.raises(ConfigError, match="its vLLM plugin isn't installed"):
         check_vllm_plugin()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_log_probs_in_blocks_are_verls_bit_for_bit(monkeypatch, dtype):
+    import torch
+    from verl.utils.torch_functional import logprobs_from_logits_v2
+
+    from iapo.verl_adapter import cpu_workarounds
+
+    monkeypatch.setattr(cpu_workarounds, "NUMBERS_AT_A_TIME", 3 * 11)  # blocks of three tokens
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(10, 11, generator=generator, dtype=torch.float64).to(getattr(torch, dtype)).requires_grad_()
+    labels = torch.randint(0, 11, (10,), generator=generator)
+    ours, verls = (f(logits, labels) for f in (cpu_workarounds.log_probs_from_logits, logprobs_from_logits_v2))
+    assert torch.equal(ours, verls)
+    gradients = [torch.autograd.grad(x.square().sum(), logits)[0] for x in (ours, verls)]
+    assert torch.equal(*gradients)
+    torch.testing.assert_close(ours.float(), logits.float().log_softmax(-1)[range(10), labels], atol=2e-2, rtol=0)

@@ -13,6 +13,7 @@ def apply() -> None:
     single_gloo_backend()
     unpinned_offload()
     fsdp1_states_on_cpu()
+    log_probs_of_many_rows()
 
 
 def name_vllm_cpu() -> None:
@@ -78,3 +79,34 @@ def fsdp1_states_on_cpu() -> None:
     import torch.distributed.fsdp._init_utils as init_utils
 
     init_utils._check_module_states_for_sync_module_states = lambda module_states: None
+
+
+# Float32 logits whose exponentials `log_probs_from_logits` holds at a time (64 MB).
+NUMBERS_AT_A_TIME = 2**24
+
+
+def log_probs_of_many_rows() -> None:
+    """Without flash-attn's kernel verl computes the log-probability of each token by calls of its own, to save memory.
+    That takes more time than the embedded model itself. Here blocks of tokens are computed, which take as little.
+
+    Goes when verl does so.
+    """
+    import verl.utils.torch_functional as torch_functional
+
+    torch_functional.logprobs_from_logits_v2 = log_probs_from_logits
+
+
+def log_probs_from_logits(logits, labels):
+    """(N,) log p_n = z_{n, label_n} - logsumexp z_n from logits z (N, V) and labels (N,), bit for bit verl's.
+
+    In half precision by log_softmax, as verl does, because logsumexp is too coarse there.
+    """
+    import torch
+
+    picked = logits.gather(-1, labels[..., None])[..., 0]
+    rows = max(NUMBERS_AT_A_TIME // logits.shape[-1], 1)
+    if logits.dtype in (torch.float32, torch.float64):
+        return picked - torch.cat([block.logsumexp(-1) for block in logits.split(rows)])
+    blocks = zip(logits.split(rows), labels.split(rows), strict=True)
+    parts = [block.log_softmax(-1).gather(-1, own[..., None])[..., 0] for block, own in blocks]
+    return torch.cat(parts)
