@@ -767,7 +767,7 @@ def test_a_ray_that_does_not_start_fails_the_run_with_one_last_line(verbose_arit
     result = run_command("platform=cpu", f"run_dir={tmp_path}/r", RAY_TMPDIR=f"{tmp_path}/file")
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("iapo.train: the run failed: ")
-    assert "Traceback" in result.stderr  # behind the one line, for whoever has to mend it
+    assert "Traceback" in result.stderr  # before the one line, for whoever has to fix it
     assert (tmp_path / "r" / "starts.jsonl").is_file()
 
 
