@@ -107,7 +107,7 @@ def explored(tokens: list[str], chosen: dict[int, str], correct: bool) -> dict[i
     if not correct:
         return {place: EXPLORED[1] if right else EXPLORED[2] for place, right in digits(tokens).items()}
     right = [place for place, is_right in digits(tokens).items() if is_right]  # a few mistakes are made good later
-    return {place: EXPLORED[0] for place in right} | {place: f"{chosen[place]}, right answer" for place in chosen}
+    return dict.fromkeys(right, EXPLORED[0]) | {place: f"{chosen[place]}, right answer" for place in chosen}
 
 
 def probability_and_exploration(model, prompt: torch.Tensor, response: torch.Tensor, correct: bool) -> torch.Tensor:

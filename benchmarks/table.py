@@ -89,9 +89,8 @@ class Table:
         if job.name not in self._outcomes:
             if (outcome := self._recorded(job)) is not None:
                 self._outcomes[job.name] = outcome
-            elif (samples := self._last_validation(job, name)) is not None:
-                if self._made_as_now(job):
-                    self._outcomes[job.name] = self._evaluate(job, samples)
+            elif (samples := self._last_validation(job, name)) is not None and self._made_as_now(job):
+                self._outcomes[job.name] = self._evaluate(job, samples)
         return self._outcomes.get(job.name)
 
     def _record_file(self, job: Job) -> Path:

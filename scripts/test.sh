@@ -5,6 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh cpu --dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/mypy
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # Two processes, a file in one of them and in its order: one gets to the end-to-end runs early, which often wait, and the
 # other does the rest.

@@ -181,7 +181,7 @@ def test_padding_rows_get_nothing_and_change_nothing():
     config = IapoConfig(alpha=0.5, beta=0.1, rho=0.3)
     expected, _ = iapo_advantage(config=config, **inputs)
     padded = {
-        name: torch.cat([value, torch.zeros_like(value[:1])]) if isinstance(value, torch.Tensor) else value + ["pad"]
+        name: torch.cat([value, torch.zeros_like(value[:1])]) if isinstance(value, torch.Tensor) else [*value, "pad"]
         for name, value in inputs.items()
     }
     padded["correct"][-1] = 1  # verl copies its padding rows from a real one

@@ -98,7 +98,7 @@ def test_terms_reach_the_advantage_and_padding_rows_get_none(verl_v1):
 def test_without_the_trainer_the_error_says_what_to_do(verl_v1):
     DataProto, compute, _ = verl_v1
     data, keys = batch(DataProto)
-    with pytest.raises(RuntimeError, match="trainer.v1.trainer_mode=iapo"):
+    with pytest.raises(RuntimeError, match=r"trainer\.v1\.trainer_mode=iapo"):
         compute(data, keys, "iapo", config=OmegaConf.create({}))
 
 

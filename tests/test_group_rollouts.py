@@ -46,7 +46,7 @@ class Queue:
     async def async_kv_batch_put(self, keys, fields, tags, partition_id):
         self.calls += 1
         for i, key in enumerate(keys):
-            self.rows[partition_id, key] = ({name: fields[name][i] for name in fields.keys()}, tags[i])
+            self.rows[partition_id, key] = ({name: fields[name][i] for name in fields.keys()}, tags[i])  # noqa: SIM118, a TensorDict
 
     async def async_kv_put(self, key, partition_id, tag):
         self.statuses.append((key, partition_id, tag["status"]))

@@ -172,7 +172,7 @@ def test_refusals_are_one_line(tmp_path, capsys, arguments, message):
 @pytest.mark.parametrize("entry", [{"knob": "a.b"}, {"values": [1]}, {"knob": "a", "values": [1, 2, 3, 4, 5]}])
 def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
     (tmp_path / "table.yaml").write_text(yaml.safe_dump({"methods": {"m": entry | {"why": "w"}}}))
-    with pytest.raises(ValueError, match="methods.m needs both knob and 1 to 4 values, or neither"):
+    with pytest.raises(ValueError, match=r"methods\.m needs both knob and 1 to 4 values, or neither"):
         load_methods(tmp_path / "table.yaml")
 
 

@@ -33,7 +33,7 @@ def test_dynamic_sampling_that_finds_no_mixed_group_stops_with_the_reason(monkey
     trainer.global_steps, trainer._refilled = 7, 0
     for _ in range(MAX_REFILLS * 2):
         assert trainer._add_prompts_to_generate(2) == 2
-    with pytest.raises(RuntimeError, match="^algorithm.filter_groups: 400 extra prompts of step 7 .*enable=false"):
+    with pytest.raises(RuntimeError, match=r"^algorithm\.filter_groups: 400 extra prompts of step 7 .*enable=false"):
         trainer._add_prompts_to_generate(2)
     assert sum(drawn) == MAX_REFILLS * 4  # the refused ones were not drawn
 
@@ -76,7 +76,7 @@ def test_every_batch_is_shown_and_an_empty_one_stops_the_run(monkeypatch):
     monkeypatch.setattr(ReplayBuffer, "sample", lambda self, **_: (batches.pop(0), {"x": 1}))
     shown = []
     buffer = make_buffer(lambda *arguments: shown.append(arguments))[1]
-    batch, metrics = buffer.sample(global_steps=7, partition_id="train", batch_size=4)
+    batch, _metrics = buffer.sample(global_steps=7, partition_id="train", batch_size=4)
     assert shown == [(batch, {"x": 1}, 4)]
     with pytest.raises(NoCompletion, match="none of the 4 prompts of step 8"):
         buffer.sample(global_steps=8, partition_id="val", batch_size=4)

@@ -4,6 +4,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ class Tokenizer:
     """Decodes a few tokens to letters of their own, all others to x; encodes letters."""
 
     eos_token_id = EOS
-    letters = {5: "p", 11: "q", 12: "1", 13: "2", 14: "e", 15: ".", Z: "Z"}
+    letters: ClassVar = {5: "p", 11: "q", 12: "1", 13: "2", 14: "e", 15: ".", Z: "Z"}
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens

@@ -16,7 +16,7 @@ Shape suffixes as in `iapo.information`.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -60,7 +60,8 @@ class Batch:
     def rows(self, chosen: torch.Tensor) -> "Batch":
         """The batch of the `chosen` rows alone, given as (B,) bool or as row numbers."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[chosen] for k, v in own.items() if isinstance(v, torch.Tensor)})
+        rows: dict[str, Any] = {k: v[chosen] for k, v in own.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **rows)
 
 
 class Method:

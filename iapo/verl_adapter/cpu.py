@@ -26,7 +26,7 @@ def use_all_cores(ranks: int) -> None:
 
 def register() -> None:
     """Register the platform `cpu` and apply the work-arounds that it needs in this process."""
-    import iapo.verl_adapter.cpu_platform  # noqa: F401, registers the platform
+    import iapo.verl_adapter.cpu_platform
     import iapo.verl_adapter.packed_attention  # noqa: F401, for model.override_config.attn_implementation
     from iapo.verl_adapter import cpu_workarounds
 

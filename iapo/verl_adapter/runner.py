@@ -5,7 +5,7 @@ from verl.trainer.main_ppo import TaskRunnerV1
 
 class IapoTaskRunner(TaskRunnerV1.__ray_metadata__.modified_class):
     def run(self, config):
-        import iapo.verl_adapter.estimator  # noqa: F401
+        import iapo.verl_adapter.estimator
         import iapo.verl_adapter.trainer  # noqa: F401
 
         super().run(config)

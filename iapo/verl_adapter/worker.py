@@ -52,7 +52,7 @@ class IapoWorker(ActorRolloutRefWorker):
             verl's fields, those of `compute_exit_entropy`, and `exit_entropy_seconds`: (B,) what the latter took on
             this rank.
         """
-        if "iapo" not in data.keys():
+        if "iapo" not in data:
             return super().compute_log_prob(data)
         engine, timing = self.actor.engine, {}
         if engine.can_share_forward:
