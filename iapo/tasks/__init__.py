@@ -1,0 +1,1 @@
+"""The embedded task and its model, and the verifier that judges answers in processes of its own."""
