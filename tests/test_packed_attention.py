@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo.verl_adapter.packed_attention import IMPLEMENTATION, packed_attention
-from tests.conftest import make_model
+from iapo.verl_adapter.packed_attention import IMPLEMENTATION, lacking, packed_attention
+from tests.conftest import CONFIGS, make_model
 
 
 def packed_row(lengths):
@@ -86,3 +86,20 @@ def test_a_window_as_long_as_the_row_changes_nothing():
     x = torch.randn(1, 2, 4, 4)
     out, _ = packed_attention(None, x, x, x, None, sliding_window=4)
     assert torch.equal(out, packed_attention(None, x, x, x, None)[0])
+
+
+@pytest.mark.parametrize(
+    "family,changes,length,expected",
+    [
+        ("qwen2", {}, 500, None),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, 100, "a softcap"),
+        ("mistral", {"sliding_window": 100}, 101, "a sliding window"),
+        ("mistral", {"sliding_window": 100}, 100, None),
+        ("qwen2", {"sliding_window": 100}, 500, None),  # none of its layers uses it
+    ],
+)
+def test_what_a_model_needs_is_known_before_it_runs(family, changes, length, expected):
+    config = CONFIGS[family]()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    assert lacking(config, length) == expected

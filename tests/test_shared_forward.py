@@ -21,6 +21,7 @@ CONFIGS = {
 CASES = [*(("some padding", name) for name in CONFIGS), ("only padding", "every position")]
 KINDS = {
     "shared": dict(override_config={"attn_implementation": "sdpa"}),
+    "packed": dict(override_config={"attn_implementation": "iapo_packed"}),
     "eager": dict(override_config={"attn_implementation": "eager"}),
     "padded": dict(override_config={"attn_implementation": "sdpa"}, use_remove_padding=False),
 }
@@ -172,6 +173,14 @@ def test_shared_equals_the_naive_reference(results):
         for (row, mask), h in zip(answering_rows("some padding", rank), values, strict=True):
             (expected,) = exit_entropies_naive(model, [row], [5, 11])
             torch.testing.assert_close(h, expected if mask.any() else 0 * expected, atol=1e-5, rtol=0)
+
+
+def test_attention_per_sequence_shares_its_forwards_too(results):
+    for rank in range(2):
+        packed, masked = (results[f"{kind}-some padding-every position-{rank}"] for kind in ("packed", "shared"))
+        assert packed["calls"] == masked["calls"] < packed["separate_calls"] + 2
+        for a, b in zip(packed["shared"]["exit_entropy"], masked["shared"]["exit_entropy"], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["eager", "padded"])

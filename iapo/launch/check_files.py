@@ -176,6 +176,7 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     yield from problems
     if iapo.probes and not problems:
         yield from _probing(config, iapo, model_config, tokenizer)
+    yield from _attention(config, model_config)
 
 
 def _probing(config: DictConfig, iapo: IapoConfig, model_config, tokenizer) -> Iterator[str]:
@@ -208,6 +209,18 @@ def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
             f"actor_rollout_ref.model.path: {path} has a tokenizer without a chat template; add chat_template.jinja, "
             "or set actor_rollout_ref.model.custom_chat_template."
         )
+
+
+def _attention(config: DictConfig, model_config) -> Iterator[str]:
+    """platform=cpu has an attention of its own, which is not for every model."""
+    from iapo.verl_adapter.packed_attention import IMPLEMENTATION, lacking
+
+    key = "actor_rollout_ref.model.override_config.attn_implementation"
+    if OmegaConf.select(config, key) == IMPLEMENTATION:
+        length = config.data.max_prompt_length + config.data.max_response_length
+        if name := lacking(model_config, length):
+            path = config.actor_rollout_ref.model.path
+            yield f"{key}: {IMPLEMENTATION} lacks {name}, which {path} has; set it to sdpa."
 
 
 def _positions(config: DictConfig, model_config) -> Iterator[str]:

@@ -60,6 +60,16 @@ def packed_attention(
     return out[None], None
 
 
+def lacking(config, length: int) -> str | None:
+    """What a model with this Hugging Face config needs at `length` tokens and this kernel lacks; None: nothing."""
+    text = config.get_text_config(decoder=True)
+    window = getattr(text, "sliding_window", None)
+    windowed = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
+    if getattr(text, "attn_logit_softcapping", None):
+        return "a softcap"
+    return "a sliding window" if windowed and window is not None and window < length else None
+
+
 def _lengths(position_ids: torch.Tensor) -> list[int]:
     """Tokens of each sequence: one begins wherever a position doesn't continue the one before."""
     position_N = position_ids[0]
