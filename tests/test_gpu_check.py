@@ -38,7 +38,7 @@ def test_exactness_is_of_both_models_and_precisions(tmp_path):
 
 def test_a_pass_that_is_wrong_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "exit_entropy", lambda *batch: gpu_check.exit_entropy_naive(*batch) + 0.01)
-    with pytest.raises(ValueError, match="pass and plain forwards differ by 0.01 nats"):
+    with pytest.raises(ValueError, match=r"pass and plain forwards differ by 0\.01 nats"):
         rows_of(tmp_path, "exactness")
 
 
