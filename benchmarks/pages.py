@@ -108,7 +108,7 @@ def markdown(found: dict) -> str:
             "Knobs: each value was trained with the first seed, and chosen on the validation split: the fewest tokens "
             f"among those at most {100 * TOLERANCE:g} point below GRPO's Pass@1, else the highest Pass@1. A choice "
             "whose mean over all seeds is further below there was given up for the next; if none holds, the highest "
-            "mean stands."
+            "mean is kept."
         )
         for name, row in found["rows"].items():
             for lost in row["given_up"]:

@@ -14,7 +14,7 @@ from iapo.data import write_parquets
 ROOT = Path(__file__).parent.parent
 REFERENCE, UNTRAINED = "grpo", "untrained"
 
-# What the table itself says of a run, beside the knobs, or counts on.
+# What the table itself says of a run, apart from the knobs, or relies on.
 RESERVED = {"variant", "data", "data.val_files", "seed", "run_dir", "trainer.total_training_steps", "trainer.test_freq"}
 RESERVED |= {"trainer.val_before_train", "trainer.val_only", "trainer.validation_data_dir", "trainer.default_local_dir"}
 RESERVED |= {"actor_rollout_ref.rollout.val_kwargs.n"}

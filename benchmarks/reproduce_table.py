@@ -8,13 +8,13 @@ one that the validation split chooses also with the others:
     and the highest Pass@1 if none is; of GRPO's own values the one with the highest Pass@1.
 
 A choice whose mean over all seeds there turns out to be more than 1 point below GRPO's is given up for the next best;
-if none holds, the one with the highest mean stands.
+if none holds, the one with the highest mean is kept.
 The rule asks what a user asks, how short at no loss of accuracy, and needs no exchange rate between tokens and points.
 
 The output folder gets results.json, table.md, pareto.png, the runs, and a record of what each complete run showed.
-Start the same command again to go on after a stop: complete runs are kept, others go on from their last checkpoint,
+Start the same command again to resume after a stop: complete runs are kept, others resume from their last checkpoint,
 failed ones are tried again. A record stands for its run: runs/ may be deleted, and the folder moved to another machine
-to go on there. key=value goes to every run, as in iapo.train.
+to resume there. key=value goes to every run, as in iapo.train.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main(
     try:
         options = parse(arguments)
         plan = make_plan(options)
-        # Each run has a Ray of its own, where with an address all would join one, and the data beside the results.
+        # Each run has a Ray of its own, where with an address all would join one, and the data next to the results.
         os.environ.pop("RAY_ADDRESS", None)
         os.environ["IAPO_DATA_DIR"] = str(plan.out / "data")
         say(f"{len(plan.methods)} methods, {plan.jobs} runs of {plan.steps} steps; checking them")
@@ -124,12 +124,12 @@ def main(
         try:
             return reproduce(Table(plan, config_of, configs), options.jobs, train, interval_s)
         except SystemExit as stopped:
-            say(f"stopped; the same command goes on: {command()}")
+            say(f"stopped; the same command resumes: {command()}")
             return stopped.code
 
 
 def earlier_rows(plan: Plan) -> set[str]:
-    """The rows of the table that stands in the output folder."""
+    """The rows of the table in the output folder."""
     try:
         return set(json.loads((plan.out / "results.json").read_text())["rows"])
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or what is there is none: it is written anew

@@ -3,8 +3,8 @@
 Completions of the embedded model, or of one trained from it, are measured at every position, and each token of their
 reasoning is given its role in verbose arithmetic: part of a necessary addition, of a repeated one, or filler. The first
 table says what the gains s and the term, their z-score within a completion, amount to by role. The second looks at the
-first token behind a necessary addition, which is where the model has the choice: go on, repeat it, or write filler. The
-third says what the exploration adjustment gives to those tokens and to the digits of results, mistakes among them. The
+first token after a necessary addition, where the model has the choice: continue, repeat it, or write filler. The third
+says what the exploration adjustment gives to those tokens and to the digits of results, mistakes among them. The
 last line says how far the information rate is a price on length alone. --runs instead counts the tokens of each role in
 what runs wrote at their last validation.
 """
@@ -29,8 +29,8 @@ from iapo.probe.packing import Completion, probe_positions
 from iapo.tasks.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS, answer, extract_answer, parse_prompt
 from iapo.tools.evaluate import last_dump, read_samples
 
-ROLES = ("opening marker", "operands", "result", "';' behind it", "repeated addition", "filler words")
-CHOICES = ("goes on", "repeats it", "writes filler")
+ROLES = ("opening marker", "operands", "result", "';' after it", "repeated addition", "filler words")
+CHOICES = ("continues", "repeats it", "writes filler")
 EXPLORED = (
     "right digit, right answer",
     "right digit, wrong answer",
@@ -64,13 +64,13 @@ def _of_step(step: list[str]) -> list[str]:
     result, end = match.start("result"), match.start("end")
     named, place = [], 0
     for token in step:
-        named.append("operands" if place < result else "result" if place < end else "';' behind it")
+        named.append("operands" if place < result else "result" if place < end else "';' after it")
         place += len(token)
     return named
 
 
 def next_token_entropies(model, completions: list[Completion]) -> list[torch.Tensor]:
-    """(L + 1,) nats each: entropy of the next token in front of each token of a reasoning and behind the last one."""
+    """(L + 1,) nats each: entropy of the next token before each token of a reasoning and after the last one."""
     found = []
     for completion in completions:
         with torch.no_grad():
@@ -79,12 +79,16 @@ def next_token_entropies(model, completions: list[Completion]) -> list[torch.Ten
     return found
 
 
+def choice_of(token: str) -> str:
+    return "repeats it" if token == REPEAT_WORDS[0] else "writes filler" if token in FILLER_WORDS else "continues"
+
+
 def choices(tokens: list[str], found: list[str]) -> dict[int, str]:
-    """What the first token behind each necessary addition begins, by its place. `found` are the tokens' roles."""
+    """What the first token after each necessary addition begins, by its place. `found` are the tokens' roles."""
     return {
-        place + 1: "repeats it" if token == REPEAT_WORDS[0] else "writes filler" if token in FILLER_WORDS else "goes on"
+        place + 1: choice_of(token)
         for place, (role, token) in enumerate(zip(found[:-1], tokens[1:], strict=True))
-        if role == "';' behind it"
+        if role == "';' after it"
     }
 
 
@@ -252,7 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
         for choice in CHOICES
         if choice in found
     ]
-    print("\n" + table(["behind an addition it", "times", "mean gain", "mean term"], rows))
+    print("\n" + table(["after an addition it", "times", "mean gain", "mean term"], rows))
     rows = [
         [name, f"{len(found[name])}", f"{found[name][:, 0].mean():.3f}", f"{found[name][:, 1].mean():+.3f}"]
         for name in EXPLORED

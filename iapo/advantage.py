@@ -6,7 +6,7 @@
            + rho   * norm(rate_i; rates of the correct)   information rate (ours)
 
 The first three terms are the paper's (arXiv 2602.19049, section on the advantage); norm(x; v) = (x - mean v) / std v.
-docs/algorithm.md puts each equation beside its code. Shape suffixes as in `iapo.information`.
+docs/algorithm.md shows each equation with its code. Shape suffixes as in `iapo.information`.
 """
 
 from collections.abc import Hashable, Sequence

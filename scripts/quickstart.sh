@@ -35,7 +35,7 @@ stop() { # signal number
     trap '' INT TERM # a second one must not cut the clean-up short
     kill "$training" 2>/dev/null || true
     wait
-    echo "quickstart: stopped; this goes on from the last checkpoint, if there is one: cd ${PWD@Q} && ${command[*]@Q}" >&2
+    echo "quickstart: stopped; this resumes from the last checkpoint, if there is one: cd ${PWD@Q} && ${command[*]@Q}" >&2
     exit $((128 + $1))
 }
 "${command[@]}" >>"$run_dir/train.log" 2>&1 &

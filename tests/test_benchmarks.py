@@ -111,13 +111,13 @@ def tables(text: str) -> list[dict[str, list[float]]]:
 def test_roles_by_hand():
     tokens = ["<think>", *"1+2=3;", " wait", " again:", *"1+2=3;", " hmm", " so", ";", *"3+40=43;", *"43+", *"5=4"]
     expected = ["opening marker"]
-    expected += ["operands"] * 4 + ["result", "';' behind it"] + ["repeated addition"] * 8 + ["filler words"] * 3
-    expected += ["operands"] * 5 + ["result"] * 2 + ["';' behind it"] + ["operands"] * 5 + ["result"]
+    expected += ["operands"] * 4 + ["result", "';' after it"] + ["repeated addition"] * 8 + ["filler words"] * 3
+    expected += ["operands"] * 5 + ["result"] * 2 + ["';' after it"] + ["operands"] * 5 + ["result"]
     assert roles.roles(tokens) == expected
     assert roles.roles([*"1+2;", *"3+"]) == ["filler words"] * 6  # no additions
     assert set(roles.roles(tokens)) == set(roles.ROLES)
-    assert list(roles.choices(tokens, expected).values()) == ["repeats it", "goes on"]
-    assert roles.choices([*"1+2=3;", " so"], ["';' behind it"] * 7)[6] == "writes filler"
+    assert list(roles.choices(tokens, expected).values()) == ["repeats it", "continues"]
+    assert roles.choices([*"1+2=3;", " so"], ["';' after it"] * 7)[6] == "writes filler"
 
 
 def test_digits_of_results_by_hand():
@@ -134,7 +134,7 @@ def test_digits_of_results_by_hand():
         equals[0] + 1: "right digit, right answer",
         equals[0] + 2: "right digit, right answer",
         tokens.index(" wait"): "repeats it, right answer",
-        tokens.index("2") + 2: "goes on, right answer",
+        tokens.index("2") + 2: "continues, right answer",
     }
 
 
@@ -173,7 +173,7 @@ def test_next_token_entropy_falls_where_no_filler_begins(capsys, monkeypatch):
     assert roles.main(["--prompts", "4", "--group", "4", "--score", "next_token_entropy"]) == 0
     _, by_choice, _ = tables(capsys.readouterr().out)
     # Behind an addition the model has three ways on, behind a further number one, behind a filler word many.
-    assert by_choice["writes filler"][1] < 0 < min(by_choice["goes on"][1], by_choice["repeats it"][1])
+    assert by_choice["writes filler"][1] < 0 < min(by_choice["continues"][1], by_choice["repeats it"][1])
 
 
 def test_the_roles_of_a_runs_completions_are_counted(capsys, tmp_path):

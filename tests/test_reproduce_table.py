@@ -348,7 +348,7 @@ def test_a_failed_run_is_reported_and_tried_again_and_loses_no_other(tmp_path, m
     "of_2,of_4,tried",  # validation Pass@1 with the second seed; GRPO's mean is 0.45
     [
         (0.0, 0.8, [2, 4]),  # means of 0.397 and 0.825
-        (0.0, 0.0, [2, 4]),  # 0.397 and 0.425: neither holds, the higher mean stands
+        (0.0, 0.0, [2, 4]),  # 0.397 and 0.425: neither holds, the higher mean is kept
         (0.06, 0.0, [4, 2]),  # 0.427 and 0.425
     ],
 )
@@ -554,8 +554,8 @@ def test_a_stop_ends_all_runs_and_says_how_to_go_on(tmp_path, number):
         assert "iapo.train: stopped by SIGTERM" in (runs / name / "train.log").read_text()
     assert not any(child.is_running() for child in children)
     last = output.splitlines()[-1]
-    assert last.startswith("table: stopped; the same command goes on: ")
-    assert shlex.split(last.partition("goes on: ")[2]) == ["bash", "scripts/reproduce_table.sh", *arguments]
+    assert last.startswith("table: stopped; the same command resumes: ")
+    assert shlex.split(last.partition("resumes: ")[2]) == ["bash", "scripts/reproduce_table.sh", *arguments]
 
 
 def start_sleeper(folder, seconds=60):

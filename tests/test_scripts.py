@@ -152,7 +152,7 @@ def test_quickstart_says_how_to_go_on_after_a_stop(tmp_path, number):
     assert calls(tmp_path) == ["train stopped"]
     (folder,) = (tmp_path / "runs").iterdir()
     (line,) = errors.splitlines()
-    assert line.startswith("quickstart: stopped; this goes on from the last checkpoint, if there is one: ")
+    assert line.startswith("quickstart: stopped; this resumes from the last checkpoint, if there is one: ")
     command = shlex.split(line.partition("there is one: ")[2])
     assert command[-2:] == [f"run_dir=runs/{folder.name}", "iapo.probe='a b'"] and "iapo.train" in command
 

@@ -22,7 +22,7 @@ class GtpoTrajectory(Method):
 
     `<H>_i` is the mean next-token entropy of completion i. Two runs of tokens can be in conflict: one from the start of
     a completion and one from its end, where the tokens of the format are. A token belongs to the first run if it, and
-    every token before it, also stands at the same position of some completion of the group with the other sign of A.
+    every token before it, is also at the same position of some completion of the group with the other sign of A.
     The second run is the same with positions counted from the end. The paper calls this conflict-aware gradient
     correction, and the entropy term entropy-based regularisation. Like the paper, the recipe takes the mean per
     completion first and has no KL.

@@ -180,7 +180,7 @@ def output_fields(work: RankWork, values: Sequence[torch.Tensor], data: TensorDi
     - exit_entropy: R_i + 1 values per completion in nats, constant after its region; with
       `iapo.score=answer_logprob` the surprisals of its answer.
     - region_mask: R_i; 1 on the tokens whose information was measured.
-    - probe_tokens: one number, the tokens that were pushed through the model for it, beside its trajectory.
+    - probe_tokens: one number, the tokens that were pushed through the model for it, without its trajectory.
 
     All are 0 for the rows that verl pads a batch with.
     """

@@ -80,7 +80,7 @@ class IapoTrainer(PPOTrainerSync):
         self._refilled = 0
 
     def _add_prompts_to_generate(self, num_prompts: int) -> int:
-        """verl's refill of groups that dynamic sampling dropped; it would go on for ever if none is ever mixed."""
+        """verl's refill of groups that dynamic sampling dropped; it would never end if none is ever mixed."""
         self._refilled += num_prompts
         limit = MAX_REFILLS * self.config.data.train_batch_size
         if self._refilled > limit:
@@ -318,7 +318,7 @@ class IapoTrainer(PPOTrainerSync):
 
 
 def pad_with_last(nested: torch.Tensor) -> torch.Tensor:
-    """(B, max length) from a jagged tensor; a row goes on with its last value."""
+    """(B, max length) from a jagged tensor; a row is filled up with its last value."""
     rows = nested.unbind()
     width = max(len(row) for row in rows)
     return torch.stack([torch.cat([row, row[-1].expand(width - len(row))]) for row in rows])
