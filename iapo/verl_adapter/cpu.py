@@ -15,8 +15,8 @@ def requested() -> bool:
 def use_all_cores(ranks: int) -> None:
     """Let the training in this process use its share of the cores instead of one: generation waits while it trains.
 
-    Only sensible with GOMP_SPINCOUNT=0, which `iapo train` sets. Otherwise threads that wait for work keep the cores
-    of other processes busy, and a step takes several times as long.
+    Only sensible with the small GOMP_SPINCOUNT that `iapo train` sets. By default threads that wait for work keep the
+    cores of other processes busy, and next to another run a step takes several times as long.
     """
     if requested():
         import torch
