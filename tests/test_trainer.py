@@ -180,3 +180,23 @@ def test_without_old_log_probs_the_loss_is_that_of_the_policy_itself():
         loss, _ = loss_of_own_policy(partial(ppo_loss, config=actor), output, data)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     assert all(map(torch.equal, *results)) and any(gradient.any() for gradient in results[0][1:])
+
+
+@pytest.mark.parametrize(
+    "processor,replays,teacher,limited",
+    [
+        (None, False, False, True),
+        ("images", False, False, False),
+        (None, True, False, False),
+        (None, False, True, False),
+    ],
+)
+def test_workers_fetch_all_where_more_than_text_is_read(processor, replays, teacher, limited):
+    trainer = object.__new__(IapoTrainer)
+    trainer.processor, trainer.use_teacher_policy = processor, teacher
+    rollout = {"enable_rollout_routing_replay": replays}
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
+    batch = KVBatchMeta(keys=["a_0_0"], tags=[{}], partition_id="train")
+    with trainer._reads(batch, ["responses"]):
+        assert batch.fields == (["responses"] if limited else None)
+    assert batch.fields is None

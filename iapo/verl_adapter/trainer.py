@@ -199,9 +199,10 @@ class IapoTrainer(PPOTrainerSync):
     def _reads(self, batch: KVBatchMeta, fields: list[str]) -> Iterator[None]:
         """Let the workers fetch these fields only: the others, texts and dictionaries, cost more than the tensors.
 
-        Of models with other inputs than text, or with routes to replay, everything is fetched.
+        Everything is fetched where more is read: of inputs other than text, of routes to replay, of teachers.
         """
-        if self.processor is None and not self.config.actor_rollout_ref.rollout.enable_rollout_routing_replay:
+        replays = self.config.actor_rollout_ref.rollout.enable_rollout_routing_replay
+        if self.processor is None and not replays and not self.use_teacher_policy:
             batch.fields = fields
         try:
             yield
