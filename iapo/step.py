@@ -7,7 +7,8 @@ The methods of `iapo.methods` act by `select` and `weigh`, and one of them may h
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
@@ -43,6 +44,12 @@ class StepInputs:
     correct: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+
+    def rows(self, chosen: torch.Tensor) -> "StepInputs":
+        """The inputs of these rows alone."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {k: v[chosen] for k, v in own.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,8 @@ def step_advantage(
     real_B = response_mask.bool().any(1) if methods else torch.ones(len(rewards), dtype=torch.bool)
     batch, kept = select(methods, everything.rows(real_B))
     rows = real_B.nonzero().flatten()[kept]
-
-    def of_rows(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x[rows]
-
+    chosen = inputs.rows(rows)
+    region_mask = None if chosen.region_mask is None else chosen.region_mask * batch.response_mask
     own = next((method.outcome_advantage for method in methods if "outcome_advantage" in acts_by(method)), None)
     outcome = (
         own(batch) if own else grpo_advantage(batch.rewards, batch.response_mask, batch.group, inputs.divide_by_std)
@@ -102,10 +107,10 @@ def step_advantage(
         batch.response_mask,
         inputs.config,
         index=batch.group.tolist(),
-        exit_entropy=of_rows(inputs.exit_entropy),
-        region_mask=None if inputs.region_mask is None else of_rows(inputs.region_mask * response_mask),
-        old_log_probs=of_rows(inputs.old_log_probs),
-        correct=of_rows(inputs.correct),
+        exit_entropy=chosen.exit_entropy,
+        region_mask=region_mask,
+        old_log_probs=chosen.old_log_probs,
+        correct=chosen.correct,
     )
     advantages, loss_mask = weigh(methods, batch, advantages)
 

@@ -16,7 +16,7 @@ class NoCompletion(RuntimeError):
     def __init__(self, prompts: int, step: int):
         super().__init__(
             f"rollout: none of the {prompts} prompts of step {step} gave a completion; the first error is in the log "
-            "above, from AgentLoopWorkerTQ."
+            "above, from the rollout worker."
         )
 
 
