@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 from verl.experimental.agent_loop import agent_loop as verls
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+from verl.workers.rollout.llm_server import LLMServerClient
 
-from iapo.verl_adapter.group_rollouts import GroupRolloutManager, GroupRolloutWorker
+from iapo.verl_adapter.group_rollouts import GroupClient, GroupRolloutManager, GroupRolloutWorker
 
 PROMPT = [3, 4, 5]
 
@@ -164,3 +165,50 @@ def test_what_it_does_not_serve_goes_verls_way(monkeypatch):
 def test_the_manager_starts_these_workers():
     manager = GroupRolloutManager(OmegaConf.create({"actor_rollout_ref": {"rollout": {}, "model": {}}}), None)
     assert issubclass(manager.agent_loop_workers_class.__ray_metadata__.modified_class, GroupRolloutWorker)
+
+
+class Servers:
+    """A client of verl's whose load balancer is this object, which counts."""
+
+    def __init__(self, fails=0):
+        self.acquired, self.released, self.fails = 0, [], fails
+
+    async def acquire(self, request_id, **_):
+        if self.fails:
+            self.fails -= 1
+            raise RuntimeError("No available servers in load balancer")
+        self.acquired += 1
+        return f"server {self.acquired}", None
+
+
+def group_client(servers):
+    client = LLMServerClient(config=None)
+    client._acquire_server = servers.acquire
+    client._release_server = lambda server_id, request_id=None: servers.released.append(server_id)
+    return GroupClient(client)
+
+
+def test_a_group_asks_for_its_server_once_and_gives_it_back_once():
+    async def one(client, number):
+        server, _ = await client._acquire_server(str(number))
+        await asyncio.sleep(0.001 * number)
+        client._release_server(server, str(number))
+        return server
+
+    async def turns(client):
+        first = await asyncio.gather(*(one(client, number) for number in range(8)))
+        return first, await one(client, 0)
+
+    servers = Servers()
+    assert asyncio.run(turns(group_client(servers))) == (["server 1"] * 8, "server 2")
+    assert servers.acquired == 2 and servers.released == ["server 1", "server 2"]
+
+
+def test_a_group_asks_again_after_a_load_balancer_without_servers():
+    async def twice(client):
+        with pytest.raises(RuntimeError, match="No available servers"):
+            await client._acquire_server("a")
+        return await client._acquire_server("a")
+
+    servers = Servers(fails=1)
+    assert asyncio.run(twice(group_client(servers))) == ("server 1", None)

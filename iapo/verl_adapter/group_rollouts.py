@@ -1,9 +1,8 @@
-"""Rollouts by groups: the completions of a prompt are scored by one call and stored by one.
+"""Rollouts by groups: the completions of a prompt are routed, scored and stored by one call each.
 
-verl's worker makes four remote calls per completion. On a CPU with short completions that costs more than sampling
-them. This worker runs verl's agent loops as they are, and makes for the whole group the calls that verl makes for each
-completion. A group waits for its last completion before it is scored, so platform=gpu, where rewards can be slow,
-leaves it off.
+verl's worker makes these calls for every completion. On a CPU with short completions they cost more than sampling. This
+worker runs verl's agent loops as they are, and makes for the whole group the calls that verl makes for each completion.
+A group waits for its last completion before it is scored, so platform=gpu, where rewards can be slow, leaves it off.
 
     actor_rollout_ref.rollout.agent.agent_loop_manager_class=iapo.verl_adapter.group_rollouts.GroupRolloutManager
 """
@@ -23,6 +22,37 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.v1 import AgentLoopManagerTQ
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ, logger
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.rollout.llm_server import LLMServerClient
+
+
+class GroupClient(LLMServerClient):
+    """Sends the requests of one group to one server, for which it asks the load balancer once.
+
+    It gives the server back when no request is under way, so a later turn may go to another one.
+    """
+
+    def __init__(self, client: LLMServerClient):
+        super().__init__(client.config)
+        self._client = client
+        self._under_way = 0
+        self._server: asyncio.Future | None = None
+
+    async def _acquire_server(self, request_id: str, **extra) -> tuple:
+        if self._server is None:
+            self._server = asyncio.ensure_future(self._client._acquire_server(request_id, **extra))
+        try:
+            server = await self._server
+        except Exception:
+            self._server = None  # the next request asks again
+            raise
+        self._under_way += 1
+        return server
+
+    def _release_server(self, server_id: str, request_id: str | None = None) -> None:
+        self._under_way -= 1
+        if self._under_way == 0:
+            self._server = None
+            self._client._release_server(server_id, request_id)
 
 
 class GroupRolloutWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
@@ -56,10 +86,13 @@ class GroupRolloutWorker(AgentLoopWorkerTQ.__ray_metadata__.modified_class):
     ) -> tuple[dict, list[BaseException]]:
         """The outputs of the group's agent loops by their number, and what the others raised."""
         config = self.config.actor_rollout_ref.rollout
+        client = self.llm_client
+        if type(client) is LLMServerClient:  # a subclass may route every request on its own
+            client = GroupClient(client)
         agent_loop = hydra.utils.instantiate(
             config=_agent_loop_registry[agent_name],
             trainer_config=DictConfigWrap(config=self.config),
-            server_manager=self.llm_client,
+            server_manager=client,
             tokenizer=self.tokenizer,
             processor=self.processor,
             hf_model_type=self.hf_model_type,
