@@ -91,11 +91,14 @@ def fingerprint(config: Mapping, settings: Mapping, places: Mapping[str, str]) -
 def changes_result(config: Mapping) -> dict[str, object]:
     """The keys of a resolved configuration that change a result and aren't at their documented default."""
     defaults = documented_defaults(json.dumps(sorted(_targets(config).items())))
-    return {
+    found = {
         key: value
         for key, value in by_dotted_key(config).items()
         if not _is_in(key, WITHOUT_EFFECT) and not (key in defaults and defaults[key] == value)
     }
+    if found.get("algorithm.adv_estimator") == "grpo":  # verl's; the same bits as ours with all weights 0
+        found["algorithm.adv_estimator"] = "iapo"
+    return found
 
 
 def _is_in(key: str, sections: tuple[str, ...]) -> bool:

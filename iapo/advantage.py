@@ -16,6 +16,10 @@ import torch
 from iapo.config import IapoConfig
 from iapo.information import information_gain, information_rate
 
+# Values whose spread is at most this share of the largest of them, or of 1, count as equal: what is left of them after
+# their mean is taken away is rounding.
+ROUNDING = 1e-6
+
 
 def masked_zscore(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """z = (x - mean) / std over the last dimension, over masked-in entries only.
@@ -28,14 +32,17 @@ def masked_zscore(values: torch.Tensor, mask: torch.Tensor, eps: float = 1e-6) -
 
     Returns:
         (..., T) float32 with population (not sample) standard deviation, so sum(z) = 0 and mean(z^2) = 1 over the
-        valid entries. 0 outside the mask, and 0 everywhere where the variance is zero or fewer than two are valid.
+        valid entries. 0 outside the mask, and 0 everywhere where the variance is zero, the values are equal up to
+        `ROUNDING`, or fewer than two are valid.
     """
     mask = mask.bool()
+    spread = torch.where(mask, values, -torch.inf).amax(-1, True) - torch.where(mask, values, torch.inf).amin(-1, True)
     values = torch.where(mask, values.float(), 0.0)
+    differ = spread > ROUNDING * values.abs().amax(-1, keepdim=True).clamp(min=1)
     count = mask.sum(-1, keepdim=True).clamp(min=1)
     centred = torch.where(mask, values - values.sum(-1, keepdim=True) / count, 0.0)
     std = (centred.square().sum(-1, keepdim=True) / count).sqrt()
-    return torch.where(std > eps, centred / std.clamp(min=eps), 0.0)
+    return torch.where(differ & (std > eps), centred / std.clamp(min=eps), 0.0)
 
 
 def grpo_advantage(
@@ -43,8 +50,10 @@ def grpo_advantage(
 ) -> torch.Tensor:
     """A_i = (r_i - mean r) / (std r + 1e-6) over the completions of i's group, on every token of completion i.
 
-    GRPO (arXiv 2402.03300, section 4.1), with the sample standard deviation; bit for bit verl's
-    `compute_grpo_outcome_advantage`.
+    GRPO (arXiv 2402.03300, section 4.1), with the sample standard deviation. It is bit for bit verl's
+    `compute_grpo_outcome_advantage`, with two exceptions where it is 0 and verl's is not. verl gives a completion that
+    is alone in its group, because other rollouts failed, its raw reward. And where equal rewards are no binary
+    fractions, such as 0.1, verl divides what rounding leaves of r - mean r by 1e-6.
 
     Args:
         rewards: (B,).
@@ -53,18 +62,21 @@ def grpo_advantage(
         divide_by_std: False leaves the division out (Dr. GRPO, arXiv 2503.20783, section 3.2).
 
     Returns:
-        (B, T), 0 outside of the mask. A completion that is alone in its group keeps its reward, as in verl: its mean
-        counts as 0 and its standard deviation as 1. Groups of equal rewards get 0.
+        (B, T), 0 outside of the mask, in groups of one, and in groups whose rewards are equal up to `ROUNDING`.
     """
-    advantage_B = rewards.clone()
+    advantage_B = torch.zeros_like(rewards)
     for number in group.unique():
         rows = (group == number).nonzero().flatten()
-        rewards_G = rewards[rows]
-        alone = len(rows) == 1
-        centred_G = rewards_G - (torch.tensor(0.0) if alone else rewards_G.mean())
-        std = torch.tensor(1.0) if alone else rewards_G.std()
-        advantage_B[rows] = centred_G / (std + 1e-6) if divide_by_std else centred_G
+        advantage_B[rows] = centred(rewards[rows])
+        if divide_by_std and len(rows) > 1:
+            advantage_B[rows] /= rewards[rows].std() + 1e-6
     return advantage_B[:, None] * response_mask
+
+
+def centred(rewards_G: torch.Tensor) -> torch.Tensor:
+    """(G,) r - mean r; exactly 0 for a single reward and where all are equal up to `ROUNDING`."""
+    equal = rewards_G.max() - rewards_G.min() <= ROUNDING * rewards_G.abs().max().clamp(min=1)
+    return torch.zeros_like(rewards_G) if equal else rewards_G - rewards_G.mean()
 
 
 def informativeness(exit_entropy: torch.Tensor, region_mask: torch.Tensor) -> torch.Tensor:
@@ -102,7 +114,8 @@ def relative_information_rate(
 
     A z-score within a completion moves credit between its tokens; this term compares completions, the same on each of
     their tokens: of two correct ones that carry the same information, the shorter gains. h_0 is one number per prompt,
-    so where the trace always settles the answer (h_T near 0) this is norm(1 / tokens), a price on length.
+    so where the trace always settles the answer (h_T near 0) this is norm(1 / tokens), a price on length. Information
+    below zero counts as none: divided by its tokens, it would make the longer of two completions the better one.
 
     Args:
         exit_entropy: (B, T + 1) in nats.
@@ -113,7 +126,7 @@ def relative_information_rate(
     Returns:
         (B,) float32; 0 where fewer than two completions of the group are correct or their rates are equal.
     """
-    rates_B = information_rate(exit_entropy, response_mask)
+    rates_B = information_rate(exit_entropy, response_mask).clamp(min=0)
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(index):
         members.setdefault(group, []).append(i)

@@ -143,7 +143,7 @@ def test_equals_plain_python(rows, weights, gate, extra):
         gains = zscores([h[t] - h[t + 1] for t in range(region)]) if region else []
         sign = 1 if correct else -1
         confidence = zscores([sign * math.exp(x) for x in log_probs])
-        right = [(row[3][0] - row[3][-1]) / len(row[4]) for row in rows if row[0] == group and row[1]]
+        right = [max(row[3][0] - row[3][-1], 0) / len(row[4]) for row in rows if row[0] == group and row[1]]
         place = sum(row[0] == group and row[1] for row in rows[:i])
         rate = zscores(right)[place] if correct else 0.0
         for t in range(length):
@@ -270,4 +270,38 @@ def test_grpo_is_verls_bit_for_bit(groups, seed, by_std):
     expected, _ = core_algos.compute_grpo_outcome_advantage(
         rewards_BT, mask, np.array(groups), norm_adv_by_std_in_grpo=by_std
     )
+    alone = torch.tensor([groups.count(group) == 1 for group in groups])
+    expected[alone] = 0  # verl's is the raw reward
     assert torch.equal(grpo_advantage(rewards, mask, torch.tensor(groups), by_std), expected)
+
+
+@pytest.mark.parametrize("by_std", [True, False])
+@pytest.mark.parametrize("reward", [0.1, 0.7, 100.1])
+def test_grpo_gives_nothing_for_what_rounding_leaves_of_equal_rewards(reward, by_std):
+    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+    rewards, mask, group = torch.full((8,), reward), torch.ones(8, 2), torch.zeros(8, dtype=torch.long)
+    rewards_BT = torch.cat([rewards[:, None], torch.zeros(8, 1)], 1)
+    verls, _ = core_algos.compute_grpo_outcome_advantage(
+        rewards_BT, mask, group.numpy(), norm_adv_by_std_in_grpo=by_std
+    )
+    assert (verls != 0).all() and len(verls.sign().unique()) == 1
+    assert (grpo_advantage(rewards, mask, group, by_std) == 0).all()
+    assert (masked_zscore(rewards, torch.ones(8)) == 0).all()
+    rewards[0] += 3e-6 * max(1, reward)  # a difference beyond rounding counts
+    assert (grpo_advantage(rewards, mask, group, by_std)[0] > 0).all()
+
+
+def test_grpo_gives_nothing_to_a_completion_alone():
+    rewards, mask = torch.tensor([1.5, -1.5, 0.0]), torch.ones(3, 2)
+    advantages = grpo_advantage(rewards, mask, torch.tensor([0, 1, 1]))
+    assert (advantages[0] == 0).all() and (advantages[1:] != 0).all()
+
+
+def test_negative_information_gives_no_rate():
+    # Both lost two nats, the second over twice as many tokens: its rate is -0.5 nats per token, the other's -1.
+    h = torch.tensor([[1.0, 2, 3, 3, 3], [1.0, 1, 2, 2, 3]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    assert relative_information_rate(h, torch.ones(2), mask, ["a", "a"]).tolist() == [0, 0]
+    # Of one that gained and one that lost, the first is better, by one standard deviation.
+    h[0, 2:] = 0.5
+    torch.testing.assert_close(relative_information_rate(h, torch.ones(2), mask, ["a", "a"]), torch.tensor([1.0, -1]))

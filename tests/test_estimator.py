@@ -65,8 +65,8 @@ def test_the_outcome_by_hand(verl_v1, by_std, scale):
     config = OmegaConf.create({"norm_adv_by_std_in_grpo": by_std})
     with estimator.bind(StepInputs(IapoConfig())):
         advantages, _ = estimator.compute_iapo_advantage(rewards, mask, ["a", "a", "alone"], config)
-    # 1 above and below their mean; one alone keeps its reward, in verl, which happens where other rollouts failed.
-    expected = torch.tensor([[1 / scale, 1 / scale], [-1 / scale, 0], [0.5, 0]])
+    # 1 above and below their mean; one is alone because other rollouts failed.
+    expected = torch.tensor([[1 / scale, 1 / scale], [-1 / scale, 0], [0, 0]])
     torch.testing.assert_close(advantages, expected, atol=1e-5, rtol=0)
 
 

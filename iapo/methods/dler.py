@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from iapo.advantage import masked_zscore
+from iapo.advantage import centred, masked_zscore
 from iapo.methods.base import Batch, Method, check_number
 
 
@@ -58,9 +58,9 @@ class Dler(Method):
         return torch.where(batch.lengths > self.target_length, self.truncated_reward, batch.rewards)
 
     def outcome_advantage(self, batch: Batch) -> torch.Tensor:
-        advantage_B = batch.rewards.clone()
+        advantage_B = torch.zeros_like(batch.rewards)
         for rows in batch.groups():
-            advantage_B[rows] -= batch.rewards[rows].mean()
+            advantage_B[rows] = centred(batch.rewards[rows])
         mask_BT = self._counted(batch)
         advantage_BT = advantage_B[:, None].expand(mask_BT.shape)
         return masked_zscore(advantage_BT.flatten(), mask_BT.flatten()).view(mask_BT.shape)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from iapo.advantage import centred
 from iapo.methods.base import Batch, Method, check_number
 
 
@@ -77,9 +78,9 @@ class GtpoTrajectory(Method):
 
 def centred_rewards(batch: Batch) -> torch.Tensor:
     """(B,) r_i - mean of the group's rewards; exactly 0 where only rounding makes it another number."""
-    centred_B = batch.rewards.clone()
+    centred_B = torch.zeros_like(batch.rewards)
     for rows in batch.groups():
-        centred_B[rows] -= batch.rewards[rows].mean()
+        centred_B[rows] = centred(batch.rewards[rows])
     return torch.where(centred_B.abs() > 1e-6, centred_B, 0.0)
 
 

@@ -30,7 +30,8 @@ def table(first: Validation, last: Validation) -> str:
 
 
 def _percent(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f}%" if before else ""
+    """The change in percent; as a difference where one of the two isn't positive, so that percent mean nothing."""
+    return f"{100 * (after / before - 1):+.1f}%" if before > 0 and after > 0 else f"{after - before:+.4f}"
 
 
 def print_table(run_dir: Path) -> None:

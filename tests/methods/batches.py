@@ -73,7 +73,7 @@ row_lists = st.builds(
 
 
 def grpo_naive(groups, rewards, by_std=True) -> list[float]:
-    """verl's GRPO advantage per completion: 0 where the rewards of a group are equal; the reward of one alone.
+    """verl's GRPO advantage per completion: 0 where the rewards of a group are equal, and for one alone.
 
     Args:
         by_std: divide by the standard deviation of the group's rewards; Dr. GRPO doesn't.
@@ -81,8 +81,8 @@ def grpo_naive(groups, rewards, by_std=True) -> list[float]:
     result = []
     for group, reward in zip(groups, rewards, strict=True):
         members = [r for g, r in zip(groups, rewards, strict=True) if g == group]
-        mean, std = (statistics.mean(members), statistics.stdev(members)) if len(members) > 1 else (0.0, 1.0)
-        result.append((reward - mean) / (std + 1e-6 if by_std else 1.0))
+        std = statistics.stdev(members) if len(members) > 1 else 0.0
+        result.append((reward - statistics.mean(members)) / (std + 1e-6 if by_std else 1.0))
     return result
 
 
