@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     # Imported only now, so that a Ctrl-C during these seconds gets its one line too.
     from iapo.launch.checks import ConfigError
     from iapo.launch.folder_lock import FolderInUse
-    from iapo.launch.machine import CPU_ENVIRONMENT, choose_platform
+    from iapo.launch.machine import choose_platform, cpu_environment
     from iapo.tools.report import print_table
 
     overrides = [argument for argument in arguments if argument != "--dry-run"]
@@ -40,11 +40,11 @@ def main(arguments: list[str]) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of source code
     # It would repeat at every start what is set here.
     logging.getLogger("verl.plugin.platform.platform_manager").addFilter(lambda r: r.levelno > logging.INFO)
-    if platform == "cpu":
-        os.environ.update(CPU_ENVIRONMENT)
-    from iapo.launch.compose import checked_config
-
     try:
+        if platform == "cpu":
+            os.environ.update(cpu_environment(os.environ))
+        from iapo.launch.compose import checked_config  # imports verl, which reads these
+
         config = checked_config([f"platform={platform}", *overrides], files=not dry_run)
         if dry_run:
             from omegaconf import OmegaConf

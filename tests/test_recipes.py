@@ -181,7 +181,7 @@ def test_recipes_of_any_form_that_hydra_takes_are_compared(tmp_path, monkeypatch
 
 def test_variants_differ_where_they_should():
     grpo, dapo, iapo, rate = (changed(f"variant={name}") for name in ("grpo", "dapo", "iapo", "iapo_rate"))
-    assert [c.algorithm.adv_estimator for c in (grpo, dapo, iapo, rate)] == ["grpo", "iapo", "iapo", "iapo"]
+    assert [c.algorithm.adv_estimator for c in (grpo, dapo, iapo, rate)] == ["iapo"] * 4
     assert [IapoConfig.from_mapping(c.iapo).is_grpo for c in (grpo, dapo)] == [True, True]
     assert not any(c.methods for c in (grpo, dapo, iapo, rate))
     assert (iapo.iapo.alpha > 0, iapo.iapo.beta > 0, iapo.iapo.rho) == (True, True, 0)
@@ -240,9 +240,30 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["iapo.alpha=-1"], "iapo.alpha: -1 must be a number >= 0"),
         (["iapo.gate=some"], "iapo.gate: 'some' must be one of"),
         (["iapo.share_log_prob_forward=1"], "iapo.share_log_prob_forward: 1 must be true or false"),
-        (["variant=grpo", "iapo.alpha=0.1"], "^iapo.alpha=0.1: no effect with algorithm.adv_estimator=grpo"),
-        (["variant=[iapo_rate,grpo]"], "^iapo.rho=.*: no effect with .*=grpo; leave grpo out of variant"),
-        (["variant=[grpo,gfpo]"], "^methods.gfpo: no effect with algorithm.adv_estimator=grpo; leave grpo out"),
+        (
+            ["iapo.rho=1", "algorithm.adv_estimator=rloo"],
+            "^iapo.rho=1: no effect with algorithm.adv_estimator=rloo; set",
+        ),
+        (["variant=gfpo", "algorithm.adv_estimator=grpo"], "^methods.gfpo: no effect with .*=grpo; set .*=iapo.$"),
+        (
+            ["trainer.val_only=true", "trainer.val_before_train=false"],
+            "^trainer.val_before_train: false leaves nothing to do with trainer.val_only=true; set it to true.$",
+        ),
+        (
+            ["actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum-norm"],
+            "^actor_rollout_ref.actor.loss_scale_factor: None, so .* divides by the longest response of each micro",
+        ),
+        (
+            ["data.truncation=left"],
+            "^data.truncation: 'left' has no effect in verl's v1 trainer; leave it at 'error'.$",
+        ),
+        (["data.return_full_prompt=true"], "^data.return_full_prompt: True has no effect in verl's v1 trainer"),
+        (
+            ["data.reward_fn_key=source"],
+            "^data.reward_fn_key: 'source' has no effect in verl's v1 trainer; leave it at",
+        ),
+        (["data.train_max_samples=null"], "^data.train_max_samples: None must be a whole number of at least -1.$"),
+        (["trainer.logger=[swanlab]"], "^trainer.logger: 'swanlab' needs the package swanlab, which isn't installed"),
         (["methods=null"], "^methods: None must be a mapping of names to sections"),
         (["variant=gfpo", "methods.gfpo.k=1"], "^methods.gfpo.k: 1 must be a whole number of at least 2.$"),
         (["variant=gfpo", "methods.gfpo.k=8"], "^methods.gfpo.k: 8 of actor_rollout_ref.rollout.n=8 completions"),
@@ -457,7 +478,8 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
     rows = {"reward_model": REWARD, "data_source": ["x"] * 16}
     pq.write_table(pa.table({"prompt": PROMPT[:15] + long} | rows), "d/train.parquet")
     pq.write_table(pa.table({"prompt": PROMPT[:1] + long * 15} | rows), "d/test.parquet")
-    check(changed("data=d", *SHORT, "data.train_batch_size=15", "actor_rollout_ref.rollout.n=2"))
+    with pytest.warns(UserWarning, match="^data.train_files: 1 of the 16 prompts are left out, because they have more"):
+        check(changed("data=d", *SHORT, "data.train_batch_size=15", "actor_rollout_ref.rollout.n=2"))
     with pytest.raises(
         ConfigError,
         match=r"^data.max_prompt_length: 32 tokens hold only 15 of the 16 prompts of .*train.parquet, 16 are needed;",
@@ -466,7 +488,10 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
     pq.write_table(pa.table({"prompt": long * 16} | rows), "d/test.parquet")
     with pytest.raises(ConfigError, match=r"hold only 0 of the 16 prompts of .*/d/test.parquet, 1 are needed"):
         check(changed("data=d", *SHORT, "data.train_batch_size=15"))
-    check(changed("data=d", *SHORT, "data.filter_overlong_prompts=false"))
+    with pytest.raises(
+        ConfigError, match=r"^data.filter_overlong_prompts: false, but 32 tokens hold only 15 of the 16"
+    ):
+        check(changed("data=d", *SHORT, "data.filter_overlong_prompts=false"))
     two = f"data.train_files=[{os.getcwd()}/d/train.parquet,{os.getcwd()}/d/train.parquet]"
     pq.write_table(pa.table({"prompt": PROMPT} | rows), "d/test.parquet")
     check(changed("data=d", *SHORT, two, "data.train_batch_size=30"))
@@ -480,6 +505,48 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
     quoted = f'actor_rollout_ref.model.custom_chat_template="{template}"'
     with pytest.raises(ConfigError, match=r"only 0 of .*/train.parquet \(the chat template refuses some: no system"):
         check(changed(quoted))
+
+
+def test_prompts_must_last_for_the_steps(verbose_arithmetic):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Path("d").mkdir()
+    rows = {"prompt": PROMPT, "reward_model": REWARD, "data_source": ["x"] * 16}
+    for split in ("train", "test"):
+        pq.write_table(pa.table(rows), f"d/{split}.parquet")
+    run = ["data=d", *SHORT, "data.train_batch_size=6", "trainer.total_training_steps=5"]
+    run.append("actor_rollout_ref.actor.ppo_mini_batch_size=6")
+    check(changed(*run, "trainer.total_epochs=3"))  # two steps of an epoch, and four prompts left
+    message = (
+        "^trainer.total_training_steps: 5, but 16 prompts give 4 steps of 6 in trainer.total_epochs=2; set "
+        "trainer.total_epochs to at least 3, or trainer.total_training_steps=4.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check(changed(*run, "trainer.total_epochs=2"))
+    check(changed(*run, "trainer.total_epochs=2", "trainer.total_training_steps=null"))
+    with pytest.raises(ConfigError, match=r"but 7 prompts give 2 steps of 6 in "):
+        check(changed(*run, "trainer.total_epochs=2", "data.train_max_samples=7"))
+
+
+def test_the_rows_that_are_checked_are_those_that_verl_chooses(verbose_arithmetic):
+    """Half of the prompts are too long; which half is read depends on the seed."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    from iapo.launch.check_prompts import chosen_messages
+
+    Path("d").mkdir()
+    prompts = [[{"role": "user", "content": f"{number}+1="}] for number in range(16)]
+    pq.write_table(pa.table({"prompt": prompts, "reward_model": REWARD, "data_source": ["x"] * 16}), "d/train.parquet")
+    tokenizer = AutoTokenizer.from_pretrained(Path(train.__file__).parent / "assets/tiny")
+    for seed, shuffle in ((0, True), (1, True), (0, False)):
+        options = [f"data.seed={seed}", f"data.shuffle={shuffle}", "data.train_max_samples=5"]
+        config = changed("data=d", *SHORT, *options)
+        dataset = RLHFDataset(config.data.train_files, tokenizer, config.data, max_samples=5)
+        assert chosen_messages(config, "train_files") == [row["prompt"] for row in dataset.dataframe]
 
 
 @pytest.mark.parametrize(
@@ -639,7 +706,9 @@ def run_command(*arguments, **environment):
 
 
 def test_the_command_fails_before_ray_with_exit_status_2(verbose_arithmetic):
-    result = run_command("platform=cpu", "variant=grpo", "iapo.alpha=0.1", "actor_rollout_ref.rollout.n=1")
+    result = run_command(
+        "platform=cpu", "variant=iapo", "algorithm.adv_estimator=rloo", "actor_rollout_ref.rollout.n=1"
+    )
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("iapo.train: ")]
     assert len(lines) == 2 and "Traceback" not in result.stderr
@@ -661,7 +730,7 @@ def test_ctrl_c_before_ray_is_one_line(tmp_path):
 
 def test_dry_run_prints_the_resolved_configuration(monkeypatch, capsys):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # which the command sets
-    for name, value in machine.CPU_ENVIRONMENT.items():
+    for name, value in machine.cpu_environment({}).items():
         monkeypatch.setenv(name, value)
     assert train.main(["--dry-run", "platform=cpu", "variant=iapo", "iapo.alpha=0.05"]) == 0
     printed = capsys.readouterr().out

@@ -15,7 +15,9 @@ from yaml import YAMLError
 
 from iapo.config import IapoConfig
 from iapo.data import NAMES
+from iapo.launch.check_prompts import prompt_problems
 from iapo.launch.provenance import differences, saved_config, tracker_file
+from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
 
 # What verl's DAPORewardManager passes to a reward function, by keyword.
@@ -25,7 +27,7 @@ REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 def file_problems(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     """Everything that is wrong with the files; the prompts are read only if nothing else is wrong."""
     problems = [*_paths(config), *_reward(config), *_data(config), *_resume(config), *_model(config, iapo)]
-    yield from problems or _prompts(config)
+    yield from problems or prompt_problems(config)
 
 
 def _paths(config: DictConfig) -> Iterator[str]:
@@ -74,7 +76,7 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    path = Path(str(name)).expanduser()
+    path, prompt = Path(str(name)).expanduser(), config.data.prompt_key
     if name is None or not path.is_file():
         known = path.parent.name in NAMES
         make = f"make it with python -m iapo.data {path.parent.name} --out {path.parent.parent}, or " if known else ""
@@ -83,28 +85,28 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            rows = file.read(columns=[c for c in ("prompt", "data_source") if c in schema.names])
+            rows = file.read(columns=[c for c in (prompt, "data_source") if c in schema.names])
     except (OSError, pyarrow.ArrowInvalid) as error:
         yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
         return
-    missing = [column for column in ("prompt", "data_source", "reward_model") if column not in schema.names]
+    missing = [column for column in (prompt, "data_source", "reward_model") if column not in schema.names]
     if missing:
         yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
-        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, rows))
+        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, rows, prompt))
 
 
-def _columns(schema, rows) -> Iterator[str]:
-    """What verl would fail on or leave out without a word; `rows` has the columns prompt and data_source."""
+def _columns(schema, rows, prompt_key: str) -> Iterator[str]:
+    """What verl would fail on or leave out without a word; `rows` has the columns `prompt_key` and data_source."""
     import pyarrow.types as types
 
-    prompt, reward = schema.field("prompt").type, schema.field("reward_model").type
+    prompt, reward = schema.field(prompt_key).type, schema.field("reward_model").type
     is_list = types.is_list(prompt) or types.is_large_list(prompt) or types.is_fixed_size_list(prompt)
     if not is_list or not {"role", "content"} <= _fields(prompt.value_type):
-        yield f"prompt: {prompt} must be a list of chat messages, structs with role and content."
+        yield f"{prompt_key}: {prompt} must be a list of chat messages, structs with role and content."
     if "ground_truth" not in _fields(reward):
         yield f'reward_model: {reward} must be a struct with ground_truth, as {{"style": "rule", "ground_truth": "4"}}.'
-    for name, fix in (("prompt", "each must hold chat messages"), ("data_source", "each must name the data set")):
+    for name, fix in ((prompt_key, "each must hold chat messages"), ("data_source", "each must name the data set")):
         if count := rows[name].null_count:
             yield f"{name}: {count} rows are null; {fix}."
 
@@ -114,44 +116,6 @@ def _fields(kind) -> set[str]:
     import pyarrow.types as types
 
     return {field.name for field in kind} if types.is_struct(kind) else set()
-
-
-def _prompts(config: DictConfig) -> Iterator[str]:
-    """verl leaves out prompts that are too long or that it can't format, and fails if too few are left."""
-    import pyarrow.parquet
-    from transformers import AutoTokenizer
-
-    data, model = config.data, config.actor_rollout_ref.model
-    if not data.filter_overlong_prompts or data.custom_cls.path:
-        return
-    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    options = OmegaConf.to_container(data.get("apply_chat_template_kwargs") or OmegaConf.create())
-    options |= {"chat_template": model.custom_chat_template, "tokenize": False, "add_generation_prompt": True}
-    for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
-        if field == "train_files" and config.trainer.val_only:
-            continue
-        names = [data[field]] if isinstance(data[field], str) else data[field]
-        columns = [pyarrow.parquet.read_table(name, columns=["prompt"])["prompt"] for name in names]
-        total, found, reason = sum(map(len, columns)), 0, ""
-        for messages in (scalar.as_py() for column in columns for scalar in column):
-            try:
-                text = tokenizer.apply_chat_template(messages, **options)
-            except Exception as error:  # whatever the template raises; verl takes the next prompt
-                reason = reason or f" (the chat template refuses some: {' '.join(str(error).split())})"
-                continue
-            found += len(tokenizer.encode(text, add_special_tokens=False)) <= data.max_prompt_length
-            if found == needed:
-                break
-        if total < needed:
-            yield (
-                f"data.{field}: {data[field]} has {total} rows, {needed} are needed; give more, or lower "
-                "data.train_batch_size."
-            )
-        elif found < needed:
-            yield (
-                f"data.max_prompt_length: {data.max_prompt_length} tokens hold only {found} of the {total} prompts of "
-                f"{data[field]}{reason}, {needed} are needed; raise it."
-            )
 
 
 def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
@@ -172,7 +136,7 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             "(model=/a/folder) or a hub name that this machine can reach."
         )
         return
-    problems = [*_model_files(config, tokenizer), *_positions(config, model_config)]
+    problems = [*_model_files(config, tokenizer), *_positions(config, model_config), *_bucket(config, model_config)]
     yield from problems
     if iapo.probes and not problems:
         yield from _probing(config, iapo, model_config, tokenizer)
@@ -221,6 +185,18 @@ def _attention(config: DictConfig, model_config) -> Iterator[str]:
         if name := lacking(model_config, length):
             path = config.actor_rollout_ref.model.path
             yield f"{key}: {IMPLEMENTATION} lacks {name}, which {path} has; set it to sdpa."
+
+
+def _bucket(config: DictConfig, model_config) -> Iterator[str]:
+    try:
+        name, needed = largest_weight(model_config)
+    except (ValueError, KeyError):  # no causal language model of transformers; `_probing` and verl say more
+        return
+    size = OmegaConf.select(config, KEY)
+    if size is None:  # not filled in yet
+        return
+    if not isinstance(size, int) or isinstance(size, bool) or size < needed:
+        yield f"{KEY}: {size} MiB don't hold {name} of {needed}; set it to at least {needed}, or to null."
 
 
 def _positions(config: DictConfig, model_config) -> Iterator[str]:

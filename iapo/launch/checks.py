@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -37,7 +38,13 @@ def check(config: DictConfig, files: bool = True) -> None:
         raise ConfigError(str(error)) from None
     problems = list(check_numbers(config))
     if not problems:  # the checks below compare them
-        problems += [*_terms(config, iapo), *_trainer(config), *_overlong(config), *_methods(config, iapo)]
+        problems += [
+            *_terms(config, iapo),
+            *_trainer(config),
+            *_data(config),
+            *_overlong(config),
+            *_methods(config, iapo),
+        ]
         problems += [*_engine(config, iapo), *_format(config, iapo)]
         if files:
             problems += file_problems(config, iapo)
@@ -76,6 +83,8 @@ NUMBERS = (
     ("actor_rollout_ref.rollout.temperature", float, 0.01),  # vLLM takes less for greedy, or raises it
     ("actor_rollout_ref.actor.optim.lr", float, 0),
     ("actor_rollout_ref.actor.ppo_mini_batch_size", int, 1),
+    ("data.train_max_samples", int, -1),
+    ("data.val_max_samples", int, -1),
     ("trainer.total_training_steps", int, 1),
     ("trainer.total_epochs", int, 1),
     ("trainer.test_freq", int, -1),
@@ -83,6 +92,20 @@ NUMBERS = (
     ("trainer.nnodes", int, 1),
     ("trainer.n_gpus_per_node", int, 0),
 )
+
+
+# What verl's loggers import, where that has another name.
+LOGGER_PACKAGES = {"vemlp_wandb": "volcengine_ml_platform"}
+BUILT_IN_LOGGERS = ("console", "file")
+
+# By option of `data`: the one value with which it says what happens. Prompts that are too long are left out or refused.
+UNREAD_DATA_OPTIONS = {
+    "truncation": "error",
+    "return_raw_input_ids": False,
+    "return_raw_chat": True,
+    "return_full_prompt": False,
+    "reward_fn_key": "data_source",
+}
 
 
 def check_numbers(config: DictConfig) -> Iterator[str]:
@@ -103,8 +126,8 @@ def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         weights = {"iapo.alpha": iapo.alpha, "iapo.beta": iapo.beta, "iapo.rho": iapo.rho}
         given = " ".join(f"{name}={weight}" for name, weight in weights.items() if weight)
         yield (
-            f"{given}: no effect with algorithm.adv_estimator={estimator}; leave {estimator} out of variant=[...], "
-            "set algorithm.adv_estimator=iapo, or set the weights to 0."
+            f"{given}: no effect with algorithm.adv_estimator={estimator}; set algorithm.adv_estimator=iapo, or the "
+            "weights to 0."
         )
 
 
@@ -122,6 +145,15 @@ def _trainer(config: DictConfig) -> Iterator[str]:
     if config.algorithm.filter_groups.enable and config.algorithm.filter_groups.metric not in ("acc", "reward"):
         metric = config.algorithm.filter_groups.metric
         yield f"algorithm.filter_groups.metric: {metric!r} must be 'acc' (DAPO) or 'reward'."
+    if config.trainer.val_only and not config.trainer.val_before_train:  # verl would train one step
+        yield "trainer.val_before_train: false leaves nothing to do with trainer.val_only=true; set it to true."
+    actor = config.actor_rollout_ref.actor
+    if actor.loss_agg_mode == "seq-mean-token-sum-norm" and not actor.loss_scale_factor:
+        yield (
+            f"actor_rollout_ref.actor.loss_scale_factor: {actor.loss_scale_factor}, so loss_agg_mode="
+            "seq-mean-token-sum-norm divides by the longest response of each micro-batch, and a token's weight depends "
+            f"on its neighbours; set it to data.max_response_length={config.data.max_response_length}."
+        )
     mini_batch, batch = config.actor_rollout_ref.actor.ppo_mini_batch_size, config.data.train_batch_size
     if mini_batch > batch:  # verl would pad the batch up to it
         yield (
@@ -130,8 +162,18 @@ def _trainer(config: DictConfig) -> Iterator[str]:
     known = Tracking.supported_backend
     chosen = config.trainer.logger
     for name in [chosen] if isinstance(chosen, str) else chosen or []:
+        package = LOGGER_PACKAGES.get(name, name)
         if name not in known:
             yield f"trainer.logger: {name!r} must be one of {', '.join(known)}."
+        elif name not in BUILT_IN_LOGGERS and find_spec(package) is None:
+            yield f"trainer.logger: {name!r} needs the package {package}, which isn't installed; install it or drop it."
+
+
+def _data(config: DictConfig) -> Iterator[str]:
+    """Options that verl's v1 trainer accepts and never reads."""
+    for name, only in UNREAD_DATA_OPTIONS.items():
+        if (value := OmegaConf.select(config, f"data.{name}")) != only:
+            yield f"data.{name}: {value!r} has no effect in verl's v1 trainer; leave it at {only!r}."
 
 
 def _overlong(config: DictConfig) -> Iterator[str]:
@@ -157,8 +199,8 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     estimator = config.algorithm.adv_estimator
     if methods and estimator != "iapo":
         yield (
-            f"methods.{next(iter(methods))}: no effect with algorithm.adv_estimator={estimator}; leave {estimator} out "
-            "of variant=[...], or set algorithm.adv_estimator=iapo."
+            f"methods.{next(iter(methods))}: no effect with algorithm.adv_estimator={estimator}; set "
+            "algorithm.adv_estimator=iapo."
         )
     rollouts, length = config.actor_rollout_ref.rollout.n, config.data.max_response_length
     for name, method in methods.items():

@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from iapo.config import IapoConfig
 from iapo.data import prepare
 from iapo.launch.checks import ConfigError, check, check_numbers, check_with_verl
-from iapo.launch.machine import CPU_ENVIRONMENT, ENGINE_VENDOR, check_machine, gpu_count
+from iapo.launch.machine import ALL_CORES, ENGINE_VENDOR, check_machine, cpu_environment, gpu_count
 from iapo.launch.provenance import by_dotted_key
+from iapo.launch.weights import size_bucket
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -38,6 +39,7 @@ def checked_config(overrides: list[str], files: bool = True) -> DictConfig:
     if files:
         prepare_data(config)
         check_machine(config)
+        size_bucket(config)
     check(config, files=files)
     check_with_verl(config)
     return config
@@ -68,19 +70,32 @@ def resolve(overrides: list[str]) -> DictConfig:
             data = Path(str(first)).parent.name if choices.data == "parquet" else choices.data
             config.trainer.experiment_name = config.trainer.experiment_name or f"{variant}-{model}-{data}"
             config.run_dir = os.path.abspath(config.run_dir or Path("runs") / config.trainer.experiment_name)
-            environment = {"TENSORBOARD_DIR": f"{config.run_dir}/tensorboard", "VERL_ENGINE_VENDOR": ENGINE_VENDOR}
-            if config.trainer.device == "cpu":
-                environment |= CPU_ENVIRONMENT
-            config.ray_kwargs.ray_init.runtime_env.env_vars = environment
+            set_environment(config)
             if os.environ.get("RAY_ADDRESS"):  # Ray refuses resources for a cluster that is running already
                 config.ray_kwargs.ray_init.num_cpus = None
                 config.ray_kwargs.ray_init.num_gpus = None
         if wrong := [line for line in check_numbers(config) if line.startswith("data.")]:
             raise ConfigError("\n".join(wrong))  # other keys are computed from these
         OmegaConf.resolve(config)
+        for name in ("exit_marker", "probe", "answer_end"):  # neither a shell nor Hydra makes a line break of \n
+            if isinstance(text := config.iapo[name], str):
+                config.iapo[name] = text.replace("\\n", "\n")
         return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(str(error), getattr(error, "override", None))) from None
+
+
+def set_environment(config: DictConfig) -> None:
+    """Complete the environment of the run's processes; what the user gave, here or in the shell, stays."""
+    given = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
+    given = {name: str(value) for name, value in given.items()}
+    environment = {"TENSORBOARD_DIR": f"{config.run_dir}/tensorboard", "VERL_ENGINE_VENDOR": ENGINE_VENDOR} | given
+    if config.trainer.device == "cpu":
+        users = {
+            name: value for name, value in os.environ.items() if name != ALL_CORES or "OMP_NUM_THREADS" not in given
+        }
+        environment |= cpu_environment(users | given)
+    config.ray_kwargs.ray_init.runtime_env.env_vars = environment
 
 
 def chosen_variants(overrides: list[str]) -> list[str]:

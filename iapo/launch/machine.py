@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 import torch
@@ -14,9 +15,12 @@ from iapo.verl_adapter.vllm_plugin import ENTRY_POINT
 ENGINE_VENDOR = "iapo"
 
 # What platform=cpu needs in the environment of every process, before verl is imported.
-CPU_ENVIRONMENT = {
+CPU_NEEDS = {
     "VERL_PLATFORM": "cpu",
     "VERL_ENGINE_DEVICE": "cuda",  # verl's own switch: it has no engine for "cpu" and runs the one for "cuda"
+}
+# What suits it there. What the user sets in the environment, or in ray_kwargs.ray_init.runtime_env.env_vars, wins.
+CPU_SUITS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else vLLM puts the model into a process of its own, see platform/cpu.yaml
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else its one thread stays on one core, whoever else is there
@@ -25,6 +29,21 @@ CPU_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQ_NUM_THREADS": "1",
 }
+# Set unless the user chooses OMP_NUM_THREADS: a worker trains on its share of all cores, see `verl_adapter.cpu`.
+ALL_CORES = "IAPO_ALL_CORES"
+
+
+def cpu_environment(users: Mapping[str, str]) -> dict[str, str]:
+    """The environment of every process with platform=cpu, given what the user set.
+
+    Raises:
+        ConfigError: the user set another value than platform=cpu needs.
+    """
+    for name, value in CPU_NEEDS.items():
+        if users.get(name, value) != value:
+            raise ConfigError(f"{name}: {users[name]!r}, but platform=cpu needs {value!r}; unset the variable.")
+    suits = CPU_SUITS | {ALL_CORES: "0" if "OMP_NUM_THREADS" in users else "1"}
+    return CPU_NEEDS | {name: users.get(name, value) for name, value in suits.items()}
 
 
 def choose_platform(overrides: list[str]) -> str:

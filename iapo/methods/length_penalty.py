@@ -26,7 +26,8 @@ class LengthPenalty(Method):
     Zanette (arXiv 2502.04463, section 3), cosine the branch for correct answers of Yeo et al. (arXiv 2502.03373,
     section 3.1) with rewards from r to r - weight.
 
-    Degenerate cases: linear and sigmoid are 0 if all L are equal, and so for a single right answer.
+    Degenerate cases: linear and sigmoid are 0 if all L are equal, and so for a single right answer. Beyond max_length
+    cosine stays at -1.
 
     Differences: Kimi takes min and max over all completions of the group and gives wrong ones min(0, f), which rewards
     short failures; here the correct ones are compared among themselves. No code of Kimi k1.5 was found. Arora and
@@ -52,6 +53,13 @@ class LengthPenalty(Method):
         check_number("weight", self.weight)
         check_number("max_length", self.max_length, low=1, whole=True)
 
+    def problems(self, rollouts: int, max_response_length: int):
+        if self.form == "cosine" and self.max_length < max_response_length:  # beyond it the price would fall again
+            yield (
+                f"max_length: {self.max_length} is below data.max_response_length={max_response_length}; set it to the "
+                "same, so that the longest response costs most."
+            )
+
     def shape_reward(self, batch: Batch) -> torch.Tensor:
         rewards_B = batch.rewards.clone()
         for rows in batch.groups():
@@ -62,7 +70,7 @@ class LengthPenalty(Method):
 
     def _price(self, lengths: torch.Tensor) -> torch.Tensor:
         if self.form == "cosine":
-            return ((math.pi * lengths / self.max_length).cos() - 1) / 2
+            return ((math.pi * (lengths / self.max_length).clamp(max=1)).cos() - 1) / 2
         if lengths.min() == lengths.max():
             return torch.zeros_like(lengths)
         if self.form == "linear":

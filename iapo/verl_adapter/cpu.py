@@ -15,10 +15,12 @@ def requested() -> bool:
 def use_all_cores(ranks: int) -> None:
     """Let the training in this process use its share of the cores instead of one: generation waits while it trains.
 
+    Not where the user chose OMP_NUM_THREADS: `iapo train` then sets IAPO_ALL_CORES=0 (`iapo.launch.machine`).
+
     Only sensible with the small GOMP_SPINCOUNT that `iapo train` sets. By default threads that wait for work keep the
     cores of other processes busy, and next to another run a step takes several times as long.
     """
-    if requested():
+    if requested() and os.environ.get("IAPO_ALL_CORES") != "0":
         import torch
 
         torch.set_num_threads(max(len(os.sched_getaffinity(0)) // ranks, 1))

@@ -60,3 +60,17 @@ def test_equals_plain_python(rows, form, weight):
 def test_bad_knobs(knobs, message):
     with pytest.raises(ValueError, match=message):
         LengthPenalty(**knobs)
+
+
+def test_cosine_is_never_cheaper_for_a_longer_response():
+    lengths = [1, 32, 64, 65, 96, 128]
+    rows = [Row(0, length, True, 1.0, [0] * length, [0.0] * length) for length in lengths]
+    rewards = LengthPenalty("cosine", 1.0, max_length=64).shape_reward(make_batch(rows)).tolist()
+    assert rewards == sorted(rewards, reverse=True) and rewards[2:] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("form,problems", [("linear", 0), ("cosine", 1)])
+def test_a_price_that_ends_before_the_longest_response_is_refused(form, problems):
+    found = list(LengthPenalty(form, max_length=64).problems(8, 128))
+    assert len(found) == problems and not list(LengthPenalty(form, max_length=128).problems(8, 128))
+    assert all(line.startswith("max_length: 64 is below data.max_response_length=128; set it to") for line in found)

@@ -1,0 +1,114 @@
+"""The prompts that a run reads, as the model will see them: how long they are, and for how many steps they last."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+
+class Lengths(NamedTuple):
+    """Of a data set's prompts.
+
+    Attributes:
+        tokens: of every prompt that the chat template takes.
+        refused: prompts that it doesn't take, which verl leaves out.
+        reason: what it says of the first of them.
+    """
+
+    tokens: list[int]
+    refused: int = 0
+    reason: str = ""
+
+
+def prompt_problems(config: DictConfig) -> Iterator[str]:
+    """Prompts that don't fit, that are too few, or that don't last for the steps that are asked for.
+
+    Warns of prompts that verl leaves out without a word.
+    """
+    data = config.data
+    if data.custom_cls.path:  # it may read anything
+        return
+    for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
+        if field == "train_files" and config.trainer.val_only:
+            continue
+        found = lengths(config, chosen_messages(config, field))
+        fitting = sum(tokens <= data.max_prompt_length for tokens in found.tokens)
+        problems = list(_lengths(config, field, found, fitting, needed))
+        yield from problems
+        if field == "train_files" and not problems:
+            yield from _steps(config, fitting)
+
+
+def _lengths(config: DictConfig, field: str, found: Lengths, fitting: int, needed: int) -> Iterator[str]:
+    data, files = config.data, config.data[field]
+    limit, total = data.max_prompt_length, len(found.tokens) + found.refused
+    reason = f" (the chat template refuses some: {found.reason})" if found.refused else ""
+    if total < needed:
+        yield (
+            f"data.{field}: {files} has {total} rows, {needed} are needed; give more, or lower data.train_batch_size."
+        )
+    elif fitting < total and not data.filter_overlong_prompts:
+        yield (
+            f"data.filter_overlong_prompts: false, but {limit} tokens hold only {fitting} of the {total} prompts of "
+            f"{files}{reason}, and verl would cut the others on the left; set it to true to leave them out, or raise "
+            "data.max_prompt_length."
+        )
+    elif fitting < needed:
+        yield (
+            f"data.max_prompt_length: {limit} tokens hold only {fitting} of the {total} prompts of {files}{reason}, "
+            f"{needed} are needed; raise it."
+        )
+    elif fitting < total:
+        warnings.warn(
+            f"data.{field}: {total - fitting} of the {total} prompts are left out, because they have more than "
+            f"data.max_prompt_length={limit} tokens{reason}.",
+            stacklevel=2,
+        )
+
+
+def _steps(config: DictConfig, prompts: int) -> Iterator[str]:
+    """verl ends without its last checkpoint and validation when the epochs are over before the steps."""
+    wanted, epochs = config.trainer.total_training_steps, config.trainer.total_epochs
+    per_epoch = prompts // config.data.train_batch_size
+    if wanted is not None and wanted > per_epoch * epochs:
+        yield (
+            f"trainer.total_training_steps: {wanted}, but {prompts} prompts give {per_epoch * epochs} steps of "
+            f"{config.data.train_batch_size} in trainer.total_epochs={epochs}; set trainer.total_epochs to at least "
+            f"{-(-wanted // per_epoch)}, or trainer.total_training_steps={per_epoch * epochs}."
+        )
+
+
+def chosen_messages(config: DictConfig, field: str) -> list:
+    """The chat messages of the rows that verl reads: all, or those it chooses for data.{train,val}_max_samples."""
+    import pyarrow.parquet
+
+    data = config.data
+    names = [data[field]] if isinstance(data[field], str) else data[field]
+    tables = [pyarrow.parquet.read_table(name, columns=[data.prompt_key]) for name in names]
+    rows = [message for table in tables for message in table[data.prompt_key].to_pylist()]
+    most = data[field.replace("files", "max_samples")]
+    if not 0 < most < len(rows):
+        return rows
+    if not data.shuffle:
+        return rows[:most]
+    return [rows[i] for i in np.random.default_rng(data.seed).choice(len(rows), size=most, replace=False)]
+
+
+def lengths(config: DictConfig, prompts: Sequence) -> Lengths:
+    """Tokens of each prompt, by the chat template that the rollouts use."""
+    from transformers import AutoTokenizer
+
+    data, model = config.data, config.actor_rollout_ref.model
+    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    options = OmegaConf.to_container(data.get("apply_chat_template_kwargs") or OmegaConf.create())
+    options |= {"chat_template": model.custom_chat_template, "tokenize": False, "add_generation_prompt": True}
+    texts, refused, reason = [], 0, ""
+    for messages in prompts:
+        try:
+            texts.append(tokenizer.apply_chat_template(messages, **options))
+        except Exception as error:  # whatever the template raises; verl takes the next prompt
+            refused, reason = refused + 1, reason or " ".join(str(error).split())
+    tokens = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    return Lengths(tokens, refused, reason)
