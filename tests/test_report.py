@@ -3,8 +3,9 @@ import sys
 
 import pytest
 
-from iapo.metrics.console import ProgressConsole
+from iapo.metrics.console import Progress, ProgressConsole
 from iapo.metrics.file import MetricsFile
+from iapo.metrics.training import reward_metrics
 from iapo.metrics.validation import Validation, validation, validations
 from iapo.tools.report import draw, main, table
 
@@ -86,3 +87,35 @@ def test_console_shows_progress_and_time_left(capsys, monkeypatch):
     assert capsys.readouterr().out == "iapo: step 5/12 | accuracy 0.500 | tokens 40.2 | 1:45 left\n"
     console.log(held_out(0.8, 50.0), step=0)
     assert capsys.readouterr().out == "iapo: held-out: accuracy 0.800 tokens 50.0\n"
+
+
+def test_console_says_once_why_nothing_is_learned(capsys):
+    console = ProgressConsole(total_steps=12)
+    infos = [{"acc": 0.0, "failure_reason": "no_answer"}] * 3
+    console.log(reward_metrics([*infos, {"acc": 1.0, "failure_reason": ""}]), step=1)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    for step in (2, 3):
+        console.log(reward_metrics(infos) | {"iapo/information_rate": -0.01}, step=step)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4  # two of the steps
+    assert lines[1].startswith("iapo: step 2: no completion was judged, all are 'no_answer': none has one <answer>")
+    assert lines[2].startswith("iapo: step 2: information is negative on average")
+
+
+def test_shares_of_failures_are_metrics():
+    reasons = ["no_answer", "timeout", "error: MemoryError", "error: ValueError", "", "", "", ""]
+    metrics = reward_metrics([{"failure_reason": reason} for reason in reasons])
+    assert metrics == {"iapo/reward/no_answer": 1 / 8, "iapo/reward/timeout": 1 / 8, "iapo/reward/error": 1 / 4}
+    assert reward_metrics([{"acc": 1}]) == {"iapo/reward/acc": 1}
+
+
+def test_long_work_shows_what_is_done_and_the_time_left(capsys, monkeypatch):
+    now = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    progress = Progress("validation")
+    for done in (1, 4, 5, 8):
+        progress.show(done, 16)
+    assert capsys.readouterr().out.splitlines() == [
+        "iapo: validation: 4 of 16 prompts, 1:33 left",  # 31 s for 4
+        "iapo: validation: 8 of 16 prompts, 1:02 left",
+    ]

@@ -1,5 +1,7 @@
 """What the trainer adds to verl's, without a cluster; the step itself is tested in test_end_to_end.py."""
 
+import json
+import math
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -10,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.core_algos import kl_penalty
 from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils.config import omega_conf_to_dataclass
@@ -22,7 +25,7 @@ from iapo.launch.compose import resolve
 from iapo.methods import make_methods
 from iapo.verl_adapter.replay_buffer import NO_COMPLETION, IapoReplayBuffer, NoCompletion
 from iapo.verl_adapter.trainer import MAX_REFILLS, IapoTrainer, needs_old_log_probs, order_rows, pad_with_last
-from iapo.verl_adapter.worker import loss_of_own_policy
+from iapo.verl_adapter.worker import actor_loss, kl_beyond_cut
 
 
 def test_dynamic_sampling_that_finds_no_mixed_group_stops_with_the_reason(monkeypatch):
@@ -47,7 +50,7 @@ def make_buffer(on_batch, poll_interval=None):
 
 def test_the_buffer_is_verls_with_its_arguments():
     verls, ours = make_buffer(print, poll_interval=0.1)
-    own = {"poll_interval", "on_batch"}
+    own = {"poll_interval", "on_batch", "_progress", "_asked"}
     assert {k: v for k, v in vars(ours).items() if k not in own} == {
         k: v for k, v in vars(verls).items() if k not in own
     }
@@ -177,7 +180,8 @@ def test_without_old_log_probs_the_loss_is_that_of_the_policy_itself():
         data = TensorDict(fields, batch_size=2)
         numbers = dict(dp_size=1, batch_num_tokens=3, global_batch_size=2, max_response_len=2)
         assign_non_tensor(data, **numbers)
-        loss, _ = loss_of_own_policy(partial(ppo_loss, config=actor), output, data)
+        loss, metrics = actor_loss(partial(ppo_loss, config=actor), output, data)
+        assert metrics["actor/kl_beyond_cut"].aggregate() == 0
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     assert all(map(torch.equal, *results)) and any(gradient.any() for gradient in results[0][1:])
 
@@ -200,3 +204,50 @@ def test_workers_fetch_all_where_more_than_text_is_read(processor, replays, teac
     with trainer._reads(batch, ["responses"]):
         assert batch.fields == (["responses"] if limited else None)
     assert batch.fields is None
+
+
+def test_the_share_of_tokens_beyond_verls_cut_of_the_kl():
+    """Where the gradient of verl's estimate is exactly 0, by verl's own function."""
+    ratios = torch.tensor([1.0, 13.6, 13.7, 40.0, math.exp(-10.9), math.exp(-11.1), 100.0])
+    log_probs = torch.zeros(7, requires_grad=True)
+    estimate = kl_penalty(log_probs, ratios.log(), "low_var_kl")
+    (gradient,) = torch.autograd.grad(estimate.sum(), log_probs)
+    assert (gradient == 0).tolist() == [True, False, True, True, False, True, True]  # of the first it is 0 truly
+    mask = torch.tensor([1, 1, 1, 1, 1, 1, 0])
+    assert kl_beyond_cut(log_probs.detach(), ratios.log(), mask) == pytest.approx(3 / 6)
+    assert kl_beyond_cut(log_probs.detach(), ratios.log(), torch.zeros(7)) == 0
+    plus = kl_penalty(log_probs, ratios.log(), "low_var_kl+")
+    (gradient,) = torch.autograd.grad(plus.sum(), log_probs)
+    assert torch.equal(plus, estimate) and (gradient != 0).tolist() == [False, *[True] * 6]
+
+
+@pytest.mark.parametrize("rows,fields,message", [(1, ["a"], "holds 1 of 2 rows of"), (2, [], "holds no a for")])
+def test_what_is_fetched_must_have_every_row_and_field(monkeypatch, rows, fields, message):
+    stored = TensorDict({name: torch.zeros(rows) for name in fields}, batch_size=rows)
+    monkeypatch.setattr("transfer_queue.kv_batch_get", lambda **_: stored)
+    with pytest.raises(RuntimeError, match=f"^TransferQueue {message} "):
+        IapoTrainer._fetch(KVBatchMeta(keys=["a_0_0", "a_1_0"], tags=[{}, {}], partition_id="train"), ["a"])
+
+
+@pytest.mark.parametrize(
+    "resumed,steps,val_only,validates",
+    [
+        (4, [0, 4], False, False),  # the checkpoint's own validation is in the file
+        (4, [0], False, True),
+        (4, [0, 4], True, True),  # which asks for nothing else
+        (0, [0], False, True),  # a run that begins anew; its old lines are put aside
+        (4, None, False, True),
+    ],
+)
+def test_a_resumed_run_does_not_validate_again(monkeypatch, tmp_path, resumed, steps, val_only, validates):
+    if steps is not None:
+        numbers = {"val-core/a/acc/mean@1": 0.5, "val-aux/a/response_length/mean@1": 9.0}
+        lines = [json.dumps({"step": step, "data": numbers}) + "\n" for step in steps]
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    trainer = object.__new__(IapoTrainer)
+    trainer._resumed_step = resumed
+    options = {"val_only": val_only, "val_before_train": True}
+    trainer.config = OmegaConf.create({"run_dir": str(tmp_path), "trainer": options})
+    monkeypatch.setattr(PPOTrainerSync, "fit", lambda self, manager: None)
+    trainer.fit(None)
+    assert trainer.config.trainer.val_before_train == validates

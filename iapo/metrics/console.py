@@ -2,8 +2,43 @@
 
 import sys
 import time
+from collections.abc import Iterator
 
 from iapo.metrics.validation import validation
+
+# Why completions get no verdict, by the metric of their share, and what a user can do where it is all of them.
+WITHOUT_VERDICT = {
+    "no_answer": "none has one <answer> block; use a model that knows the format, an instruction, or another reward",
+    "several_answers": "each has several <answer> blocks; use a model that knows the format, or an instruction",
+    "unparsable": "math-verify finds no expression in the answers; look at them in validation/*.jsonl",
+    "timeout": "math-verify takes too long; raise reward.custom_reward_function.reward_kwargs.timeout_s",
+    "error": "the verifier failed on each; its log above says why",
+}
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+class Progress:
+    """A line now and then on work that takes long: how much is done, and the time left.
+
+    Args:
+        what: names the work.
+        every: seconds between two lines; work that takes less prints none.
+    """
+
+    def __init__(self, what: str, every: float = 30.0):
+        self._what, self._every = what, every
+        self._begin = self._last = time.monotonic()
+
+    def show(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < self._every or not 0 < done < total:
+            return
+        self._last = now
+        left = (now - self._begin) / done * (total - done)
+        print(f"iapo: {self._what}: {done} of {total} prompts, {clock(left)} left", flush=True, file=sys.stdout)
 
 
 class ProgressConsole:
@@ -15,6 +50,7 @@ class ProgressConsole:
 
     def __init__(self, total_steps: int):
         self._total = total_steps
+        self._said: set[str] = set()
         self._first: tuple[int, float] | None = None  # step and when it ended; it takes long, so it isn't counted
 
     def log(self, data: dict, step: int) -> None:
@@ -36,11 +72,27 @@ class ProgressConsole:
             else:
                 first, end = self._first
                 left = (now - end) / (step - first) * (self._total - step)
-                parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+                parts.append(f"{clock(left)} left")
         held_out = validation(step, data)
         if held_out:
             parts.append(f"held-out: accuracy {held_out.accuracy:.3f} tokens {held_out.tokens:.1f}")
         print("iapo: " + " | ".join(parts), flush=True, file=sys.stdout)
+        for line in warnings_of(data):
+            if line not in self._said:
+                print(f"iapo: step {step}: {line}", flush=True, file=sys.stdout)
+            self._said.add(line)
 
     def finish(self) -> None:
         pass
+
+
+def warnings_of(data: dict) -> Iterator[str]:
+    """What a step's metrics say about why nothing is learned."""
+    for reason, fix in WITHOUT_VERDICT.items():
+        if data.get(f"iapo/reward/{reason}") == 1:
+            yield f"no completion was judged, all are {reason!r}: {fix}."
+    if data.get("iapo/information_rate", 0) < 0:
+        yield (
+            "information is negative on average: the model is less certain of its answer after the reasoning than "
+            "before it; see docs/metrics.md."
+        )

@@ -1,5 +1,7 @@
 """The `iapo/*` metrics; docs/metrics.md says what each means. Pure functions of a step's tensors."""
 
+from collections import Counter
+
 import torch
 
 from iapo.advantage import advantage_shares
@@ -36,6 +38,7 @@ def information_metrics(
             "iapo/exit_entropy/start": h[:, 0].mean().item(),
             "iapo/exit_entropy/end": h[:, -1].mean().item(),
             "iapo/information_rate": information_rate(h, response_mask[real]).mean().item(),
+            "iapo/negative_information": (h[:, -1] > h[:, 0]).float().mean().item(),
         }
     if seconds:
         metrics["iapo/probe_tokens_per_second"] = probe_tokens / seconds
@@ -63,10 +66,15 @@ def method_metrics(methods: dict[str, Method], result: StepAdvantage, response_m
 
 
 def reward_metrics(infos: list[dict]) -> dict:
-    """Mean of every numeric entry of the training completions' reward infos, e.g. iapo/reward/acc."""
+    """Of the training completions: the mean of every number in their reward infos, and the share of each failure.
+
+    For example iapo/reward/acc and, by the infos' `failure_reason`, iapo/reward/no_answer. All of "error: <what>" count
+    as "error".
+    """
     names = sorted({name for info in infos for name, value in info.items() if isinstance(value, int | float)})
     metrics = {}
     for name in names:
         values = [float(info[name]) for info in infos if isinstance(info.get(name), int | float)]
         metrics[f"iapo/reward/{name}"] = sum(values) / len(values)
-    return metrics
+    reasons = Counter(str(info.get("failure_reason") or "").partition(":")[0] for info in infos)
+    return metrics | {f"iapo/reward/{reason}": n / len(infos) for reason, n in sorted(reasons.items()) if reason}

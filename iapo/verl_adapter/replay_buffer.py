@@ -6,6 +6,8 @@ from collections.abc import Callable
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+from iapo.metrics.console import Progress
+
 # What verl's buffer says when every rollout of a training step failed.
 NO_COMPLETION = "Sync replay buffer selected terminal groups with no materializable trajectories."
 
@@ -36,6 +38,8 @@ class IapoReplayBuffer(ReplayBuffer):
         super().__init__(**{name: getattr(built, name) for name in names})
         self.poll_interval = poll_interval or built.poll_interval
         self.on_batch = on_batch
+        self._progress = Progress("")
+        self._asked = 0
 
     def sample(self, *, global_steps: int, partition_id: str, batch_size: int) -> tuple[KVBatchMeta, dict]:
         """A batch of finished prompts, with its rows ordered and checked by `on_batch`.
@@ -43,6 +47,8 @@ class IapoReplayBuffer(ReplayBuffer):
         Raises:
             NoCompletion: where verl's own message is obscure, or an empty batch would be returned.
         """
+        self._progress = Progress("validation" if partition_id == "val" else f"rollouts of step {global_steps}")
+        self._asked = batch_size
         try:
             batch, metrics = super().sample(global_steps=global_steps, partition_id=partition_id, batch_size=batch_size)
         except RuntimeError as error:
@@ -53,3 +59,9 @@ class IapoReplayBuffer(ReplayBuffer):
             raise NoCompletion(batch_size, global_steps)
         self.on_batch(batch, metrics, batch_size)
         return batch, metrics
+
+    def _sampleable_terminal_keys(self, partition_id: str, *args):
+        """verl calls this at every look for finished rollouts."""
+        keys = super()._sampleable_terminal_keys(partition_id, *args)
+        self._progress.show(len(keys), self._asked)
+        return keys

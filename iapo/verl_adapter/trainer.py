@@ -3,6 +3,7 @@
 With `iapo.share_log_prob_forward` the pass goes with the old log-probs.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -23,11 +24,13 @@ from verl.utils.debug import marked_timer
 from iapo.config import IapoConfig
 from iapo.information import next_token_entropies
 from iapo.methods import Method, acts_by, load_states, make_methods, save_states
-from iapo.metrics.console import ProgressConsole
+from iapo.metrics.console import ProgressConsole, clock
 from iapo.metrics.file import MetricsFile
 from iapo.metrics.training import information_metrics, method_metrics, reward_metrics
+from iapo.metrics.validation import validations
 from iapo.probe.text import region_length
 from iapo.step import StepAdvantage, StepInputs
+from iapo.verl_adapter import dataset
 from iapo.verl_adapter.engine import INPUT_FIELDS, OUTPUT_FIELDS, jagged
 from iapo.verl_adapter.estimator import bind
 from iapo.verl_adapter.replay_buffer import IapoReplayBuffer
@@ -55,12 +58,16 @@ class IapoTrainer(PPOTrainerSync):
         self.config = config
         self.iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
         self.methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
+        if not config.data.custom_cls.path:
+            with open_dict(config):
+                config.data.custom_cls.update(path=f"pkg://{dataset.__name__}", name=dataset.NumberedDataset.__name__)
         if self._skips_old_log_prob:  # entropies come with old log-probs otherwise
             with open_dict(config):
                 config.actor_rollout_ref.actor.calculate_entropy = True
         self._result: StepAdvantage | None = None  # of the step at hand, from its advantage to its update
         self._refilled = 0  # prompts that dynamic sampling drew for the step at hand
-        self._resumed_step = 0  # last step of the checkpoint that this run resumes from
+        self._validation_began = self._validation_seconds = 0.0  # when the last one began and how long it took
+        self._resumed_step = 0  # last step of the checkpoint that this run resumes from; 0: it begins
         super().__init__(config)
 
     # -- wiring -------------------------------------------------------------------------------------------------
@@ -90,9 +97,25 @@ class IapoTrainer(PPOTrainerSync):
             )
         return super()._add_prompts_to_generate(num_prompts)
 
+    def fit(self, agent_loop_manager):
+        run_dir = Path(self.config.run_dir)
+        validated = [v.step for v in validations(run_dir)] if (run_dir / "metrics.jsonl").is_file() else []
+        if self._resumed_step > 0 and self._resumed_step in validated and not self.config.trainer.val_only:
+            self.config.trainer.val_before_train = False  # it was done before the stop
+        super().fit(agent_loop_manager)
+
     def on_validate_begin(self):
         super().on_validate_begin()
         self._attach_loggers()
+        size = f"{len(self.val_dataset)} prompts x {self.config.actor_rollout_ref.rollout.val_kwargs.n}"
+        limit = f"data.val_max_samples={self.config.data.val_max_samples}"
+        expected = f", about {clock(self._validation_seconds)}" if self._validation_seconds else ""
+        print(f"iapo: validation: {size} ({limit}){expected}", flush=True)
+        self._validation_began = time.monotonic()
+
+    def on_validate_end(self):
+        super().on_validate_end()
+        self._validation_seconds = time.monotonic() - self._validation_began
 
     def on_train_begin(self):
         super().on_train_begin()
@@ -310,6 +333,10 @@ class IapoTrainer(PPOTrainerSync):
         missing = [name for name in fields if name not in data]
         if missing:  # TransferQueue drops unknown fields in silence
             raise RuntimeError(f"TransferQueue holds no {', '.join(missing)} for partition {batch.partition_id!r}.")
+        if len(data) != len(batch.keys):  # and keys that it no longer has
+            raise RuntimeError(
+                f"TransferQueue holds {len(data)} of {len(batch.keys)} rows of partition {batch.partition_id!r}."
+            )
         return data
 
     @staticmethod

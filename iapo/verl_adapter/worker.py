@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.utils.debug.performance import simple_timer
+from verl.utils.metric import AggregationType, Metric
 from verl.utils.profiler import DistProfiler
 from verl.workers.engine_workers import ActorRolloutRefWorker
 from verl.workers.utils.padding import response_from_nested
@@ -22,7 +23,7 @@ class IapoWorker(ActorRolloutRefWorker):
     def init_model(self):
         super().init_model()
         if self.actor is not None:
-            self.actor.set_loss_fn(partial(loss_of_own_policy, self.loss_fn))
+            self.actor.set_loss_fn(partial(actor_loss, self.loss_fn))
             cpu.use_all_cores(self.world_size)
         if handle := getattr(self.rollout, "zmq_handle", None):  # vLLM's
             job_id = ray.get_runtime_context().get_job_id()
@@ -70,9 +71,36 @@ class IapoWorker(ActorRolloutRefWorker):
         return output
 
 
-def loss_of_own_policy(loss_fn: Callable, model_output: dict, data: TensorDict, dp_group=None):
-    """verl's loss. Where no old log-probs came along, the old policy is the one at hand: every ratio is exactly 1."""
+def actor_loss(loss_fn: Callable, model_output: dict, data: TensorDict, dp_group=None):
+    """verl's loss, with two additions.
+
+    Where no old log-probs came along, the old policy is the one at hand: every ratio is exactly 1. And with a reference
+    policy there is the metric `actor/kl_beyond_cut`, see `kl_beyond_cut`.
+    """
+    own = response_from_nested(model_output["log_probs"].detach(), data["response_mask"])
     if "old_log_probs" not in data:
-        own = model_output["log_probs"].detach()
-        data["old_log_probs"] = response_from_nested(own, data["response_mask"])
-    return loss_fn(model_output=model_output, data=data, dp_group=dp_group)
+        data["old_log_probs"] = own
+    share = None
+    if "ref_log_prob" in data:
+        share = kl_beyond_cut(own.values(), data["ref_log_prob"].values(), data["response_mask"].values())
+    loss, metrics = loss_fn(model_output=model_output, data=data, dp_group=dp_group)
+    if share is not None:
+        metrics["actor/kl_beyond_cut"] = Metric(value=share, aggregation=AggregationType.MEAN)
+    return loss, metrics
+
+
+def kl_beyond_cut(log_prob: torch.Tensor, ref_log_prob: torch.Tensor, mask: torch.Tensor) -> float:
+    """Share of the tokens whose KL estimate k3 exceeds 10, where verl cuts it, so that low_var_kl has no gradient.
+
+        k3 = r - log r - 1,    r = p_ref / p        (Schulman, 2020, http://joschu.net/blog/kl-approx.html)
+
+    It is 10 at r = 13.61 and at r = e^-11. verl's low_var_kl+ has the value of k3 and the gradient of (log r)^2 / 2
+    throughout.
+
+    Args:
+        log_prob, ref_log_prob: (N,) of the sampled tokens.
+        mask: (N,) 1 on the tokens that have a loss.
+    """
+    log_ratio = (ref_log_prob - log_prob).clamp(-20, 20)
+    beyond = (log_ratio.exp() - log_ratio - 1 > 10) & mask.bool()
+    return (beyond.sum() / mask.bool().sum().clamp(min=1)).item()
