@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import socket
@@ -20,7 +21,7 @@ from omegaconf import OmegaConf
 
 from iapo import train
 from iapo.config import IapoConfig
-from iapo.launch import compose, machine, provenance
+from iapo.launch import compose, machine, provenance, weights
 from iapo.launch.checks import ConfigError, check, check_with_verl
 from iapo.launch.folder_lock import FolderInUse, lock_run_dir
 from iapo.launch.provenance import by_dotted_key
@@ -853,3 +854,95 @@ def test_an_installed_wheel_composes_from_any_folder(tmp_path):
     assert result.returncode == 0, result.stderr
     assert f"path: {site}/iapo/assets/tiny" in result.stdout
     assert f"agent_loop_config_path: {site}/iapo/recipes/agent_loops.yaml" in result.stdout
+
+
+ENV_VARS = "ray_kwargs.ray_init.runtime_env.env_vars"
+
+
+def test_the_environment_is_the_users_where_it_may_be(monkeypatch):
+    for name in {*machine.cpu_environment({}), "TENSORBOARD_DIR"}:
+        monkeypatch.delenv(name, raising=False)
+    given = OmegaConf.select(resolve("platform=cpu", "run_dir=/r"), ENV_VARS)
+    assert (given.OMP_NUM_THREADS, given.IAPO_ALL_CORES, given.VERL_PLATFORM) == ("1", "1", "cpu")
+    assert given.TENSORBOARD_DIR == "/r/tensorboard"
+    for name, value in {"OMP_NUM_THREADS": "3", "VLLM_CPU_KVCACHE_SPACE": "4", "NOT_OURS": "x"}.items():
+        monkeypatch.setenv(name, value)
+    line = [f"+{ENV_VARS}.GOMP_SPINCOUNT=7", f"+{ENV_VARS}.MINE=a", f"+{ENV_VARS}.TENSORBOARD_DIR=/t"]
+    given = OmegaConf.select(resolve("platform=cpu", *line), ENV_VARS)
+    assert (given.OMP_NUM_THREADS, given.IAPO_ALL_CORES, given.VLLM_CPU_KVCACHE_SPACE) == ("3", "0", "4")
+    assert (given.GOMP_SPINCOUNT, given.MINE, given.TENSORBOARD_DIR) == ("7", "a", "/t")  # text: Ray takes no numbers
+    assert "NOT_OURS" not in given  # Ray's workers inherit it
+    # iapo.train sets the environment of its own process first; the second look must see the same.
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for name, value in machine.cpu_environment(os.environ).items():
+        monkeypatch.setenv(name, value)
+    given = OmegaConf.select(resolve("platform=cpu"), ENV_VARS)
+    assert (given.OMP_NUM_THREADS, given.IAPO_ALL_CORES) == ("1", "1")
+    given = OmegaConf.select(resolve("platform=cpu", f"+{ENV_VARS}.OMP_NUM_THREADS=2"), ENV_VARS)
+    assert (given.OMP_NUM_THREADS, given.IAPO_ALL_CORES) == ("2", "0")
+
+
+def test_what_the_platform_needs_is_refused_where_the_user_sets_something_else(monkeypatch):
+    with pytest.raises(ConfigError, match=r"^VERL_PLATFORM: 'cuda', but platform=cpu needs 'cpu'; unset the var"):
+        resolve("platform=cpu", f"+{ENV_VARS}.VERL_PLATFORM=cuda")
+
+
+@pytest.mark.parametrize("all_cores,changes", [("1", True), ("0", False), (None, True)])
+def test_a_worker_takes_all_cores_unless_the_user_chose(monkeypatch, all_cores, changes):
+    from iapo.verl_adapter import cpu
+
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    monkeypatch.delenv("IAPO_ALL_CORES", raising=False)
+    if all_cores:
+        monkeypatch.setenv("IAPO_ALL_CORES", all_cores)
+    cpu.use_all_cores(ranks=2)
+    assert chosen == ([3] if changes else [])
+
+
+def test_a_typed_line_break_is_one():
+    config = resolve("platform=cpu", 'iapo.probe="</think>\\n<answer>"', 'iapo.exit_marker="</think>"')
+    assert config.iapo.probe == "</think>\n<answer>" == IapoConfig().probe
+
+
+def test_the_buffer_for_weights_holds_the_largest_of_them(verbose_arithmetic):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tiny = AutoConfig.from_pretrained(Path(train.__file__).parent / "assets/tiny")
+    name, size = weights.largest_weight(tiny)
+    model = AutoModelForCausalLM.from_config(tiny)
+    assert dict(model.named_parameters())[name].nbytes == max(p.nbytes for p in model.parameters()) <= size * 2**20
+    config = changed("data=verbose_arithmetic")
+    weights.size_bucket(config)
+    assert OmegaConf.select(config, weights.KEY) == 16
+    check(config)
+    # A model like SmolLM2-135M, whose embedding has 49,152 x 576 weights of 4 bytes, 108 MiB.
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
+    large = json.loads(Path("m/config.json").read_text()) | {"vocab_size": 49152, "hidden_size": 576}
+    Path("m/config.json").write_text(json.dumps(large))
+    config = changed("data=verbose_arithmetic", "model=m")
+    weights.size_bucket(config)
+    assert OmegaConf.select(config, weights.KEY) == 108
+    check(config)
+    config = changed("data=verbose_arithmetic", "model=m", f"{weights.KEY}=16")
+    weights.size_bucket(config)
+    with pytest.raises(ConfigError, match=r"megabytes: 16 MiB don't hold model.embed_tokens.weight of 108; set"):
+        check(config)
+
+
+def test_another_column_may_hold_the_prompts(verbose_arithmetic):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Path("d").mkdir()
+    for split in ("train", "test"):
+        pq.write_table(
+            pa.table({"chat": PROMPT, "reward_model": REWARD, "data_source": ["x"] * 16}), f"d/{split}.parquet"
+        )
+    check(changed("data=d", *SHORT, "data.prompt_key=chat"))
+    with pytest.raises(ConfigError, match=r"^data.train_files: .* lacks the columns prompt; it has chat"):
+        check(changed("data=d", *SHORT))
+    with pytest.raises(ConfigError, match=r"^data.train_files: .* lacks the columns question; it has"):
+        check(changed("data=d", *SHORT, "data.prompt_key=question"))

@@ -119,3 +119,10 @@ def test_long_work_shows_what_is_done_and_the_time_left(capsys, monkeypatch):
         "iapo: validation: 4 of 16 prompts, 1:33 left",  # 31 s for 4
         "iapo: validation: 8 of 16 prompts, 1:02 left",
     ]
+
+
+def test_a_rate_below_zero_has_no_percent():
+    before, after = Validation(0, 0.5, 100.0, -0.01), Validation(9, 0.5, 50.0, 0.0223)
+    rate = table(before, after).splitlines()[-1]
+    assert rate.split()[-1] == "+0.0323" and "%" not in rate
+    assert table(before, after).splitlines()[-2].endswith("-50.0%")
