@@ -24,7 +24,8 @@ from iapo.config import IapoConfig
 from iapo.launch.compose import resolve
 from iapo.methods import make_methods
 from iapo.verl_adapter.replay_buffer import NO_COMPLETION, IapoReplayBuffer, NoCompletion
-from iapo.verl_adapter.trainer import MAX_REFILLS, IapoTrainer, needs_old_log_probs, order_rows, pad_with_last
+from iapo.verl_adapter.rows import fetch, order_rows, pad_with_last
+from iapo.verl_adapter.trainer import MAX_REFILLS, IapoTrainer, needs_old_log_probs
 from iapo.verl_adapter.worker import actor_loss, kl_beyond_cut
 
 
@@ -226,7 +227,7 @@ def test_what_is_fetched_must_have_every_row_and_field(monkeypatch, rows, fields
     stored = TensorDict({name: torch.zeros(rows) for name in fields}, batch_size=rows)
     monkeypatch.setattr("transfer_queue.kv_batch_get", lambda **_: stored)
     with pytest.raises(RuntimeError, match=f"^TransferQueue {message} "):
-        IapoTrainer._fetch(KVBatchMeta(keys=["a_0_0", "a_1_0"], tags=[{}, {}], partition_id="train"), ["a"])
+        fetch(KVBatchMeta(keys=["a_0_0", "a_1_0"], tags=[{}, {}], partition_id="train"), ["a"])
 
 
 @pytest.mark.parametrize(

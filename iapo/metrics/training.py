@@ -21,6 +21,11 @@ def information_metrics(
         response_mask: (B, T); rows of zeros are verl's padding.
         probe_tokens: that the exit-entropy pass pushed through the model, trajectories not counted.
         seconds: wall time of that pass; 0 without one.
+
+    Returns:
+        `iapo/advantage_share/<term>` always. With exit entropies, or next-token entropies in their place,
+        `iapo/information_gain/{mean,std}`; with exit entropies also `iapo/exit_entropy/{start,end}`,
+        `iapo/information_rate` and `iapo/negative_information`. `iapo/probe_tokens_per_second` where a pass was made.
     """
     shares = advantage_shares(result.terms, response_mask)
     metrics = {f"iapo/advantage_share/{name}": share for name, share in shares.items()}
@@ -51,6 +56,9 @@ def method_metrics(methods: dict[str, Method], result: StepAdvantage, response_m
     Args:
         methods: by name.
         response_mask: (B, T).
+
+    Returns:
+        `iapo/method/{completions,tokens}_kept` and, for each number of a method's state, `iapo/method/<name>/<number>`.
     """
     if not methods:
         return {}

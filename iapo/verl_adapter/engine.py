@@ -29,6 +29,7 @@ from iapo.probe.naive import check_exactness
 from iapo.probe.packing import Completion, forward_count, longest, probe_forwards, probe_positions, slots_of_sequences
 from iapo.probe.supported_models import check_model
 from iapo.probe.text import answer_ids, decode, end_tokens, region_length, step_ends
+from iapo.verl_adapter.rows import jagged
 
 VENDOR = "iapo"
 
@@ -195,7 +196,3 @@ def output_fields(work: RankWork, values: Sequence[torch.Tensor], data: TensorDi
         if not completion.nothing_to_score:
             probe_tokens[i][0] = len(completion.positions) * (len(work.probe_ids) + completion.answered)
     return dict(zip(OUTPUT_FIELDS, map(jagged, (exit_entropy, region_mask, probe_tokens)), strict=True))
-
-
-def jagged(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)

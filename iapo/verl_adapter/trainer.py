@@ -12,7 +12,6 @@ from pathlib import Path
 
 import ray
 import torch
-import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
@@ -31,10 +30,11 @@ from iapo.metrics.validation import validations
 from iapo.probe.text import region_length
 from iapo.step import StepAdvantage, StepInputs
 from iapo.verl_adapter import dataset
-from iapo.verl_adapter.engine import INPUT_FIELDS, OUTPUT_FIELDS, jagged
+from iapo.verl_adapter.engine import INPUT_FIELDS, OUTPUT_FIELDS
 from iapo.verl_adapter.estimator import bind
 from iapo.verl_adapter.replay_buffer import IapoReplayBuffer
 from iapo.verl_adapter.reward_manager import eos_token_ids
+from iapo.verl_adapter.rows import correctness, fetch, jagged, order_rows, pad_with_last, put, reward_infos
 from iapo.verl_adapter.worker import IapoWorker
 
 # What verl's log-probs and its loss read, and the pass. verl leaves out those that aren't there.
@@ -50,6 +50,17 @@ MAX_REFILLS = 100
 
 @register_trainer("iapo")
 class IapoTrainer(PPOTrainerSync):
+    """What is added to verl's trainer, in the order in which verl calls it:
+
+    - once: `_init_resource_pool_mgr`, `_build_replay_buffer`, `_load_checkpoint`, `fit`;
+    - for every batch, of training or validation: `on_validate_begin` or `on_sample_begin`, then `_on_batch`;
+    - in a step: `_compute_old_log_prob`, `_compute_ref_log_prob`, `_compute_advantage`, `_update_actor`,
+      `_save_checkpoint` where one is due, `_compute_metrics`.
+
+    Stages pass data on in TransferQueue. The one exception is `_result`: `_compute_advantage` sets it, and
+    `_update_actor` reads its loss mask.
+    """
+
     def __init__(self, config):
         # verl compares the mode with "sync" as a string in its replay buffer and checkpoints; any other name would
         # silently select the asynchronous behaviour.
@@ -142,7 +153,7 @@ class IapoTrainer(PPOTrainerSync):
         """Every sampled batch, for training or validation, in order and checked."""
         fields = ["index", "extra_fields"]
         training = batch.partition_id == "train"
-        data = self._fetch(batch, fields)
+        data = fetch(batch, fields)
         infos = reward_infos(data)
         errors = [info["reward_error"] for info in infos if info.get("reward_error")]
         if errors:
@@ -187,7 +198,7 @@ class IapoTrainer(PPOTrainerSync):
         if self.iapo.needs_exit_entropy and not self._shares_forward:
             with marked_timer("exit_entropy", self.timing_raw, color="purple"):
                 self._run_exit_entropy(batch)
-        data = self._fetch(batch, self._advantage_fields)
+        data = fetch(batch, self._advantage_fields)
         if "exit_entropy_seconds" in data:
             seconds = data["exit_entropy_seconds"].max().item()
             self.timing_raw["exit_entropy"] = self.timing_raw.get("exit_entropy", 0.0) + seconds
@@ -206,14 +217,14 @@ class IapoTrainer(PPOTrainerSync):
         """verl's, with the loss over the tokens that the methods leave; its metrics still count all of them."""
         narrow = any({"keep_completions", "loss_mask"} & set(acts_by(method)) for method in self.methods.values())
         if narrow:
-            before = self._fetch(batch, ["response_mask", "loss_mask"])
+            before = fetch(batch, ["response_mask", "loss_mask"])
             rows = zip(self._result.loss_mask, before["response_mask"].unbind(), strict=True)
             mask = jagged([new[: len(old)].to(old.dtype) for new, old in rows])
-            self._put(batch, response_mask=mask, loss_mask=mask)
+            put(batch, response_mask=mask, loss_mask=mask)
         with self._reads(batch, UPDATE_FIELDS):
             batch = super()._update_actor(batch, metrics)
         if narrow:
-            self._put(batch, **before)
+            put(batch, **before)
         if self._skips_old_log_prob:
             metrics["actor/entropy"] = metrics["actor/entropy_loss"]
         return batch
@@ -255,7 +266,7 @@ class IapoTrainer(PPOTrainerSync):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
         real = [key for key, tag in zip(batch.keys, batch.tags, strict=True) if not tag.get("is_padding", False)]
         rows = KVBatchMeta(keys=real, tags=[{}] * len(real), partition_id=batch.partition_id)
-        metrics.update(reward_metrics(reward_infos(self._fetch(rows, ["extra_fields"]))))
+        metrics.update(reward_metrics(reward_infos(fetch(rows, ["extra_fields"]))))
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -318,63 +329,14 @@ class IapoTrainer(PPOTrainerSync):
         if len(batch) < self.actor_rollout_wg.world_size:
             return  # fewer completions than ranks can't be shared out; verl averages over the other batches
         self._run_exit_entropy(batch)
-        data = self._fetch(batch, ["exit_entropy", "extra_fields"])
+        data = fetch(batch, ["exit_entropy", "extra_fields"])
         extra_fields = []
         for h, extra in zip(data["exit_entropy"].unbind(), data["extra_fields"], strict=True):
             extra = dict(getattr(extra, "data", extra))
             rate = (h[0] - h[-1]).item() / max(len(h) - 1, 1)
             extra["reward_extra_info"] = extra["reward_extra_info"] | {"information_rate": rate}
             extra_fields.append(NonTensorData(extra))
-        self._put(batch, extra_fields=NonTensorStack(*extra_fields))
-
-    @staticmethod
-    def _fetch(batch: KVBatchMeta, fields: list[str]) -> TensorDict:
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        missing = [name for name in fields if name not in data]
-        if missing:  # TransferQueue drops unknown fields in silence
-            raise RuntimeError(f"TransferQueue holds no {', '.join(missing)} for partition {batch.partition_id!r}.")
-        if len(data) != len(batch.keys):  # and keys that it no longer has
-            raise RuntimeError(
-                f"TransferQueue holds {len(data)} of {len(batch.keys)} rows of partition {batch.partition_id!r}."
-            )
-        return data
-
-    @staticmethod
-    def _put(batch: KVBatchMeta, **fields) -> None:
-        data = TensorDict(fields, batch_size=len(batch))
-        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=data)
-
-
-def pad_with_last(nested: torch.Tensor) -> torch.Tensor:
-    """(B, max length) from a jagged tensor; a row is filled up with its last value."""
-    rows = nested.unbind()
-    width = max(len(row) for row in rows)
-    return torch.stack([torch.cat([row, row[-1].expand(width - len(row))]) for row in rows])
-
-
-def reward_infos(data: TensorDict) -> list[dict]:
-    """What the reward function returned for each row, from TransferQueue's `extra_fields`."""
-    return [getattr(extra, "data", extra).get("reward_extra_info", {}) for extra in data["extra_fields"]]
-
-
-def correctness(infos: list[dict]) -> torch.Tensor:
-    """(B,) bool, by the reward's `acc`: the correctness signal, not the sign of a shaped reward.
-
-    Raises:
-        ValueError: the reward function returns none.
-    """
-    if any("acc" not in info for info in infos):
-        raise ValueError(
-            "reward: the reward function returns no 'acc' (1 if the answer is right, else 0), which iapo.beta, "
-            "iapo.rho, iapo.gate=correct and most methods need; return it or set them to 0, 0, 'all' and none."
-        )
-    return torch.tensor([float(info["acc"]) for info in infos]) > 0.5
-
-
-def order_rows(batch: KVBatchMeta, index) -> None:
-    """By prompt and rollout number: the buffer's own order is that of random ids, which would change rounding."""
-    prompts = [str(getattr(i, "data", i)) for i in index]
-    batch.reorder(sorted(range(len(batch)), key=lambda i: (prompts[i], int(batch.keys[i].split("_")[1]))))
+        put(batch, extra_fields=NonTensorStack(*extra_fields))
 
 
 def needs_old_log_probs(config: DictConfig, iapo: IapoConfig, methods: dict[str, Method]) -> bool:
