@@ -176,7 +176,7 @@ def count(run: Path, tokenizer) -> list[str]:
     dump = last_dump(run)
     if not read_samples(dump):  # says what is wrong with which line
         raise ValueError(f"{dump}: holds no completion; validate the run again.")
-    outputs = [json.loads(line).get("output") for line in dump.read_text().splitlines()]
+    outputs = [json.loads(line).get("output") for line in dump.read_text().removesuffix("\n").split("\n")]
     if not all(isinstance(output, str) for output in outputs):
         raise ValueError(f"{dump}: a completion has no text 'output'; validate the run again.")
     texts = [output.partition("</think>")[0] for output in outputs]

@@ -208,3 +208,12 @@ def test_other_bad_input_gives_one_line(tmp_path, capsys):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("iapo.evaluate: ") and message in line, line
+
+
+def test_a_completion_may_hold_separators_that_are_no_line_breaks(tmp_path):
+    line = json.dumps(record(output="a\u2028b\x85c\x0cd"), ensure_ascii=False)  # as verl writes it
+    (tmp_path / "0.jsonl").write_text(f"{line}\n{line}\n")
+    assert len(line.splitlines()) > 1
+    assert len(read_samples(tmp_path / "0.jsonl")) == 2
+    (tmp_path / "0.jsonl").write_text("")
+    assert read_samples(tmp_path / "0.jsonl") == []

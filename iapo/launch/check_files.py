@@ -130,7 +130,7 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         yield (
             f"actor_rollout_ref.model.path: {path} can't be loaded ({reason}); give a folder with a Hugging Face model "
             "(model=/a/folder) or a hub name that this machine can reach."

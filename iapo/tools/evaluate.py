@@ -165,9 +165,11 @@ def read_samples(path: Path) -> list[Sample]:
         ValueError: in one line with the number of the record, if the file is none or a value is missing or impossible.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: can't be read ({error}); give a run's folder or one of its dumps.") from None
+    # Not splitlines, which also splits at separators that verl leaves as they are within a text, such as U+2028.
+    lines = text.removesuffix("\n").split("\n") if text else []
     return [_sample(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
 
 
