@@ -21,6 +21,7 @@ from iapo.information import (
 from iapo.probe import attention, output_layer, packing
 from iapo.probe.measure import default_max_tokens, interpolate
 from iapo.probe.naive import interpolated
+from iapo.probe.output_layer import entropy_and_log_prob
 from tests.conftest import CONFIGS, DEVICES, VOCAB, make_batch, make_model
 
 PROBE = [5, 11, 7]
@@ -276,6 +277,20 @@ def test_entropy_by_hand():
     assert entropy(torch.tensor([0.0, -math.inf])).item() == 0.0
     two_to_one = torch.tensor([math.log(2), 0.0])
     assert entropy(two_to_one).item() == pytest.approx(-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3))
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0, -100.0])
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+@pytest.mark.parametrize("vocabulary", [49_152, 151_936])  # SmolLM2's, Qwen2.5's
+def test_entropy_over_a_large_vocabulary_agrees_with_float64(vocabulary, scale, offset):
+    logits = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0)) * scale + offset
+    logs = logits.double().log_softmax(-1)
+    expected = -(logs.exp() * logs).sum(-1)
+    targets = torch.tensor([0, 5, vocabulary - 1, 9])
+    measured, log_prob = entropy_and_log_prob(lambda words: logits[:, words], 4, vocabulary, targets)
+    torch.testing.assert_close(entropy(logits).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(measured.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_prob.double(), logs.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=0)
 
 
 def test_gain_and_rate_by_hand():
