@@ -22,6 +22,7 @@ LAYERS = (
     ("iapo.tasks", "the embedded task, its model, and the verifier of answers"),
     ("iapo.reward", "the reward of one completion"),
     ("iapo.data", "data sets"),
+    ("iapo.checkpoints", "the checkpoints of a run"),
     ("iapo.metrics", "what is logged, and where"),
     ("iapo.verl_adapter", "everything that runs inside verl"),
     ("iapo.tools", "the commands evaluate and report"),

@@ -615,37 +615,43 @@ def test_the_embedded_default_passes_every_check(verbose_arithmetic):
 
 
 def checkpoint(config, step):
-    checkpoints = Path(config.trainer.default_local_dir)
-    (checkpoints / f"global_step_{step}").mkdir(parents=True)
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(step))
+    folder = Path(config.trainer.default_local_dir) / f"global_step_{step}"
+    (folder / "actor").mkdir(parents=True)
+    for name in ("data", *(f"actor/{part}_world_size_1_rank_0" for part in ("model", "optim", "extra_state"))):
+        torch.save({"weight": torch.ones(1000)}, folder / f"{name}.pt")
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return folder
 
 
-def test_a_tracker_file_that_names_no_checkpoint_is_refused(verbose_arithmetic):
+def test_a_broken_newest_checkpoint_gives_way_to_the_newest_whole_one(verbose_arithmetic):
     config = changed("run_dir=r")
     provenance.save(config)
-    for step in (9, 10):
-        checkpoint(config, step)
-    tracker = Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
-    for content in (b"20", b"", b"ten", b"\xff"):
-        tracker.write_bytes(content)
-        with pytest.raises(ConfigError, match=r"^run_dir: .*names step .*; write 10, the last that is there"):
-            check(changed("run_dir=r"))
-    for folder in tracker.parent.glob("global_step_*"):
-        folder.rmdir()
-    with pytest.raises(ConfigError, match=r"^run_dir: .*; remove the file to begin anew, or choose another.$"):
+    folders = [checkpoint(config, step) for step in (3, 9)]
+    file = folders[1] / "actor/model_world_size_1_rank_0.pt"
+    check(changed("run_dir=r"))
+    file.write_bytes(file.read_bytes()[:-100])
+    line = f"^run_dir: {file} is cut short; the run resumes from step 3.$"
+    with pytest.warns(UserWarning, match=line):
+        check(changed("run_dir=r"))
+    with pytest.warns(UserWarning, match=line), pytest.raises(ConfigError, match="holds a checkpoint made with"):
+        check(changed("run_dir=r", "iapo.rho=0.125"))  # a wrong configuration is still refused
+    shutil.rmtree(folders[0])
+    with pytest.raises(ConfigError, match=f"^run_dir: no run can resume from .*: {file} is cut short; restore it, rem"):
+        check(changed("run_dir=r"))
+    shutil.rmtree(folders[1])
+    with pytest.raises(ConfigError, match=r"^run_dir: no run can resume from .*names step 9, which isn't there; rest"):
         check(changed("run_dir=r"))
 
 
-def test_a_checkpoint_that_was_cut_is_refused_by_its_name(verbose_arithmetic):
+@pytest.mark.parametrize(
+    "content,reason", [(b"20", "names step 20"), (b"", "holds '' and no"), (b"\xff", "holds ")]
+)
+def test_a_tracker_file_that_names_no_checkpoint(verbose_arithmetic, content, reason):
     config = changed("run_dir=r")
     provenance.save(config)
-    checkpoint(config, 9)
-    file = Path(config.trainer.default_local_dir) / "global_step_9/actor/model_world_size_1_rank_0.pt"
-    file.parent.mkdir()
-    torch.save({"weight": torch.ones(1000)}, file)
-    check(changed("run_dir=r"))
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=f"^run_dir: {file} is cut short, so no run can resume from step 9; restore"):
+    tracker = checkpoint(config, 10).parent / "latest_checkpointed_iteration.txt"
+    tracker.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"^run_dir: {tracker.name} {reason}.*; the run resumes from step 10.$"):
         check(changed("run_dir=r"))
 
 

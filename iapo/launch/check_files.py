@@ -6,13 +6,14 @@ Each check yields its problems, one line each: field, value, fix.
 import inspect
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from zipfile import is_zipfile
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from iapo.checkpoints import resume
 from iapo.config import IapoConfig
 from iapo.data import NAMES
 from iapo.launch.check_prompts import prompt_problems
@@ -261,20 +262,24 @@ def _changed(config: DictConfig) -> Iterator[str]:
 
 
 def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
-    """verl would train from scratch, and only its log would say so, if the tracker file named no checkpoint."""
-    text = tracker.read_text(errors="replace").strip()
-    numbers = [path.name.removeprefix("global_step_") for path in tracker.parent.glob("global_step_*")]
-    saved = sorted(int(number) for number in numbers if number.isdecimal())
-    if not text.isdecimal() or int(text) not in saved:
-        fix = f"write {saved[-1]}, the last that is there, into the file" if saved else "remove the file to begin anew"
-        yield f"run_dir: {tracker} names step {text!r}, but there is no such global_step_N; {fix}, or choose another."
-        return
-    for path in sorted((tracker.parent / f"global_step_{text}").rglob("*.pt")):
-        if not is_zipfile(path):  # torch.save writes one; a file that was cut lacks its end
-            yield f"run_dir: {path} is cut short, so no run can resume from step {text}; restore it, or choose another."
-    total = config.trainer.total_training_steps
-    if total is not None and int(text) >= total and not config.trainer.val_only:
+    """The newest checkpoint may be broken; then an older one has to do, which the trainer finds in the same way."""
+    found = resume(tracker.parent, config.actor_rollout_ref.actor.checkpoint.load_contents, actor_ranks(config))
+    if found.step is None:
+        reason = found.problems[-1] if found.problems else f"{tracker.parent} holds no step"
         yield (
-            f"trainer.total_training_steps: {total}, but the run in {config.run_dir} is complete, at step {text}; "
-            "set a larger number to train on."
+            f"run_dir: no run can resume from {tracker.parent}: {reason}; restore it, remove {tracker.name} to begin "
+            "anew, or choose another run_dir."
         )
+        return
+    total = config.trainer.total_training_steps
+    if total is not None and found.step >= total and not config.trainer.val_only:
+        yield (
+            f"trainer.total_training_steps: {total}, but the run in {config.run_dir} is complete, at step "
+            f"{found.step}; set a larger number to train on."
+        )
+    elif found.problems:
+        warnings.warn(f"run_dir: {found.problems[0]}; the run resumes from step {found.step}.", stacklevel=2)
+
+
+def actor_ranks(config: DictConfig) -> int:
+    return config.trainer.nnodes * config.trainer.n_gpus_per_node

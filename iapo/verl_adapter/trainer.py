@@ -20,6 +20,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils.debug import marked_timer
 
+from iapo.checkpoints import FILES, TRACKER, remove_surplus, resume
 from iapo.config import IapoConfig
 from iapo.information import next_token_entropies
 from iapo.methods import Method, acts_by, load_states, make_methods, save_states
@@ -251,8 +252,13 @@ class IapoTrainer(PPOTrainerSync):
         folder.mkdir(parents=True, exist_ok=True)
         save_states(self.methods, folder)
         super()._save_checkpoint()
+        if keep := self.config.trainer.max_actor_ckpt_to_keep:  # verl counts those that its process wrote
+            contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
+            parts = [name for name in contents if name in FILES]
+            remove_surplus(folder.parent, self.global_steps, keep, parts, self.actor_rollout_wg.world_size)
 
     def _load_checkpoint(self):
+        self._choose_checkpoint()
         result = super()._load_checkpoint()
         self._resumed_step = self.global_steps
         if self.global_steps and self.methods:
@@ -261,6 +267,16 @@ class IapoTrainer(PPOTrainerSync):
             folder = Path(self.config.trainer.resume_from_path) if mode == "resume_path" else folder
             load_states(self.methods, folder)
         return result
+
+    def _choose_checkpoint(self) -> None:
+        """Resume from the newest whole checkpoint, where verl takes the one that its tracker names."""
+        trainer, folder = self.config.trainer, Path(self.config.trainer.default_local_dir)
+        if trainer.resume_mode != "auto" or not (folder / TRACKER).is_file():
+            return
+        contents = self.config.actor_rollout_ref.actor.checkpoint.load_contents
+        found = resume(folder, contents, self.actor_rollout_wg.world_size)
+        if found.problems and found.step is not None:
+            trainer.resume_mode, trainer.resume_from_path = "resume_path", str(folder / f"global_step_{found.step}")
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
