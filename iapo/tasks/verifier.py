@@ -2,22 +2,36 @@
 
 math-verify decides, and runs sympy on text that a model wrote. That may loop for ever or ask for all of the memory.
 It therefore runs in worker processes that can be killed. What needs no math-verify, two plain numbers or two equal
-strings, is decided without a worker.
+strings, is decided without a worker (`decided`). Units are `iapo.tasks.quantity`'s in both cases.
 """
 
 import asyncio
 import atexit
 import importlib.util
 import logging
+import math
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 
 from pebble import ProcessPool
+
+from iapo.tasks.quantity import (
+    for_math_verify,
+    misread,
+    plain_number,
+    quantity,
+    same_number,
+    units_agree,
+    whole_number_of_another_base,
+    words,
+)
+
+__all__ = ["MAX_ANSWER_CHARS", "close_pool", "decided", "plain_number", "references", "same_number", "verdict"]
 
 MAX_ANSWER_CHARS = 1000
 
@@ -27,42 +41,66 @@ WORKERS = 2
 ANSWERS_PER_WORKER = 500
 WORKER_MEMORY_BYTES = 2 * 1024**3
 
-_QUANTITY = re.compile(
-    r"""
-    (?:\\?\$)? \s*
-    (?P<number> [+-]? (?: (?: [0-9]{1,3}(?:,[0-9]{3})+ | [0-9]+ ) (?:\.[0-9]*)? | \.[0-9]+ ) ) \s*
-    (?: \\?\$ | (?P<unit> [A-Za-z]{3,} ) )? \.?
-    """,
-    re.VERBOSE,
-)
-# Words that change the number before them; any other word is taken for a unit.
-_SCALE_WORDS = {"hundred", "thousand", "million", "billion", "trillion"}
-_SCALE_WORDS |= {"dozen", "percent", "squared", "cubed", "factorial"}
-
 _pool: ProcessPool | None = None
 _pool_pid: int | None = None
 _pool_lock = threading.Lock()
 
 
-def plain_number(text: str) -> Decimal | None:
-    """The exact value of `text` if it is one integer or decimal, else None.
+def references(ground_truth: object) -> list[str]:
+    """The texts of a ground truth, any of which is right.
 
-    Allowed around the number, as in GSM8K's answers: thousands separators, a dollar sign, a full stop, one unit
-    word of three letters or more ("18 dollars", but not "2 million"). Anything else, percent signs too, is left
-    to math-verify.
+    A number or a text is one reference, a list several; tuples and numpy's arrays and numbers count as such. Floats are
+    written out in full, without an exponent: 1e16 is "10000000000000000", 18.0 is "18".
+
+    Raises:
+        ValueError: there is none, or one that no answer can be compared with; it says which, in the words that complete
+            "ground truth ".
     """
-    match = _QUANTITY.fullmatch(text.strip())
-    if match is None or (match["unit"] or "").lower() in _SCALE_WORDS:
-        return None
-    return Decimal(match["number"].replace(",", ""))
+    if hasattr(ground_truth, "tolist"):  # numpy's arrays and numbers, without importing it
+        shortest = str(ground_truth)  # float32 0.1 is "0.1", as a Python float it is 0.10000000149011612
+        plain = ground_truth.tolist()
+        ground_truth = float(shortest) if isinstance(plain, float) else plain
+    if isinstance(ground_truth, list | tuple):
+        if not ground_truth:
+            raise ValueError("is an empty list")
+        if any(isinstance(entry, list | tuple | dict) for entry in ground_truth):
+            raise ValueError("is a list of lists or dicts")
+        return [text for entry in ground_truth for text in references(entry)]
+    if ground_truth is None:
+        raise ValueError("is null")
+    if isinstance(ground_truth, float | Decimal):
+        if not math.isfinite(ground_truth):
+            raise ValueError(f"is {ground_truth}, no finite number")
+        written = f"{Decimal(repr(ground_truth) if isinstance(ground_truth, float) else ground_truth):f}"
+        return [written.rstrip("0").rstrip(".") if "." in written else written]
+    if not isinstance(ground_truth, str | int):
+        raise ValueError(f"is a {type(ground_truth).__name__}")
+    text = str(ground_truth).strip()
+    if not text or len(text) > MAX_ANSWER_CHARS:
+        raise ValueError(f"of {len(text)} characters; 1 to {MAX_ANSWER_CHARS} are judged")
+    return [text]
 
 
-def same_number(a: str, b: str) -> bool | None:
-    """Whether two plain numbers (see `plain_number`) are equal, exactly; None if either is not one."""
-    value_a, value_b = plain_number(a), plain_number(b)
-    if value_a is None or value_b is None:
-        return None
-    return value_a == value_b
+def decided(answer: str, gold: str) -> str | None:
+    """The verdict that needs no math-verify: equal texts, plain numbers, units that differ; None where it is needed."""
+    if answer == gold:
+        return "right"
+    a, g = quantity(answer), quantity(gold)
+    if not units_agree(a, g) and (a.units or a.number is not None):
+        return "wrong"
+    base_a, base_g = whole_number_of_another_base(answer), whole_number_of_another_base(gold)
+    if base_a is not None or base_g is not None:
+        return "right" if base_a == base_g else "wrong"
+    if a.number is not None and g.number is not None:
+        return "right" if a.number == g.number else "wrong"
+    words_a, words_g = words(a.text), words(g.text)
+    if words_a is not None and words_g is not None:
+        return "right" if words_a == words_g else "wrong"
+    if not g.text or misread(g.text):
+        return "error: ground truth cannot be parsed"
+    if not a.text or misread(a.text):
+        return "unparsable"
+    return None
 
 
 async def verdict(answer: str, gold: str, timeout_s: float) -> str:
@@ -84,13 +122,17 @@ async def verdict(answer: str, gold: str, timeout_s: float) -> str:
     """
     if not gold or len(gold) > MAX_ANSWER_CHARS:
         return f"error: ground truth of {len(gold)} characters"
-    if answer == gold:
-        return "right"
-    same = same_number(answer, gold)
-    if same is not None:
-        return "right" if same else "wrong"
+    found = decided(answer, gold)
+    if found is not None:
+        return found
+    texts = [for_math_verify(quantity(text).text) for text in (answer, gold)]
+    return await _in_worker(_judge, texts, timeout_s)
+
+
+async def _in_worker(function: Callable, arguments: Sequence, timeout_s: float) -> str:
+    """What a worker's `function` returns; "timeout" or "error: <what>" if it returns nothing."""
     # If this process is killed, nobody is left to time its workers out. Their own alarm then ends them.
-    future = _running_pool().schedule(_judge, args=(answer, gold, 2 * timeout_s), timeout=timeout_s)
+    future = _running_pool().schedule(_limited, args=(function, arguments, 2 * timeout_s), timeout=timeout_s)
     try:
         # Cancelling this await cancels `future` too, and pebble then kills the worker if it works on it.
         return await asyncio.wrap_future(future)
@@ -146,7 +188,7 @@ def _init_worker() -> None:
     # math-verify warns that its own time-outs are off; they are, because pebble's take their place.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     # The first call loads sympy and the LaTeX grammar; here, so that no answer is timed for it.
-    warm_up = _judge("\\frac{1}{2}", "0.5", 300.0)
+    warm_up = _judge("\\frac{1}{2}", "0.5")
     assert warm_up == "right", warm_up
     limit_memory(WORKER_MEMORY_BYTES)
 
@@ -166,17 +208,34 @@ def limit_memory(headroom_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _judge(answer: str, gold: str, alarm_s: float) -> str:
-    """Runs in a worker, killed after alarm_s: "right", "wrong", "unparsable" or "error: <what>".
+def _limited(function: Callable, arguments: Sequence, alarm_s: float):
+    """Runs in a worker, killed after alarm_s: what `function` returns."""
+    signal.setitimer(signal.ITIMER_REAL, alarm_s)
+    try:
+        return function(*arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _judge(answer: str, gold: str) -> str:
+    """Runs in a worker: "right", "wrong", "unparsable" or "error: <what>".
 
     Both texts are put in \\boxed{}, so that math-verify reads each as one whole expression; without it, it
-    searches the text and finds 2 in "2\\sqrt{3}". Its own time-outs are off: they cannot interrupt C code.
+    searches the text and finds 2 in "2\\sqrt{3}". It also searches for a number where it can't read the expression,
+    and finds 5 in "It is not 5."; that is off. So is its list of units, which takes any \\text{} off a number:
+    "5\\text{ million}" would be 5. Its own time-outs are off: they cannot interrupt C code.
     math-verify catches many errors inside verify() and says "not equal"; those are wrong answers here too.
     """
-    from math_verify import parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
 
-    options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
-    signal.setitimer(signal.ITIMER_REAL, alarm_s)
+    normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    options = {
+        "extraction_config": [LatexExtractionConfig(normalization_config=normalization)],
+        "fallback_mode": "no_fallback",
+        "parsing_timeout": None,
+        "raise_on_error": True,
+    }
     try:
         golds = parse(f"\\boxed{{{gold}}}", **options)
         if not golds:
@@ -188,5 +247,3 @@ def _judge(answer: str, gold: str, alarm_s: float) -> str:
     except Exception as error:
         # The name alone: printing sympy's message may take for ever, and some errors cannot be pickled.
         return f"error: {type(error).__name__}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
