@@ -72,7 +72,8 @@ async def compute_score(
         ground_truth: the right answer: a number, or text for math mode (LaTeX, fraction, set, interval); or a list of
             these, any of which is right. See `iapo.tasks.verifier.references`.
         extra_info: unused; verl passes it.
-        timeout_s: seconds that a worker may spend on this answer; waiting for a free worker does not count.
+        timeout_s: seconds of CPU time that a worker may spend on this answer and one reference; waiting for a free
+            worker or for a core does not count. By the clock it has ten times as long, and half a minute.
 
     Returns:
         score: r. acc: 1.0 right, 0.0 wrong. format: 1.0 well formed, else 0.0 (see `format_ok`).

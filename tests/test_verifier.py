@@ -228,7 +228,39 @@ def test_a_hostile_answer_is_killed_and_the_pool_still_works(answer):
     judge("1/2", "0.5")
     start = time.monotonic()
     assert judge(answer, "5", timeout_s=0.5) == "timeout"
-    assert time.monotonic() - start < 0.5 + 5.0
+    assert time.monotonic() - start < verifier.WALL_EXTRA_S  # killed for its CPU time, not by the clock
+    assert judge("1/2", "0.5") == "right"
+
+
+def spin(cpu_s: float) -> str:
+    start = time.process_time()
+    while time.process_time() - start < cpu_s:
+        pass
+    return "done"
+
+
+def in_worker(function, argument, timeout_s):
+    return asyncio.run(verifier._in_worker(function, [argument], timeout_s))
+
+
+def test_the_limit_is_cpu_time():
+    """An answer that waits four times the limit is judged; the same with work to do is not."""
+    assert in_worker(time.sleep, 2.0, timeout_s=0.5) is None
+    assert in_worker(spin, 2.0, timeout_s=0.5) == "timeout"
+
+
+def test_the_limit_is_per_answer(monkeypatch):
+    monkeypatch.setattr(verifier, "WORKERS", 1)
+    verifier.close_pool()
+    assert [in_worker(spin, 0.6, timeout_s=1.0) for _ in range(3)] == ["done"] * 3
+    verifier.close_pool()
+
+
+def test_a_far_larger_limit_by_the_clock(monkeypatch):
+    assert verifier.WALL_FACTOR * 5.0 + verifier.WALL_EXTRA_S == 80.0  # of the default, 5 seconds of CPU time
+    monkeypatch.setattr(verifier, "WALL_FACTOR", 1)
+    monkeypatch.setattr(verifier, "WALL_EXTRA_S", 0.5)
+    assert in_worker(time.sleep, 3600.0, timeout_s=0.5) == "timeout"
     assert judge("1/2", "0.5") == "right"
 
 

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
-from pebble import ProcessPool
+from pebble import ProcessExpired, ProcessPool
 
 from iapo.tasks.quantity import (
     for_math_verify,
@@ -40,6 +40,10 @@ MAX_ANSWER_CHARS = 1000
 WORKERS = 2
 ANSWERS_PER_WORKER = 500
 WORKER_MEMORY_BYTES = 2 * 1024**3
+
+# A worker may spend this much longer by the clock than in CPU time: other processes may have the cores.
+WALL_FACTOR = 10
+WALL_EXTRA_S = 30.0
 
 _pool: ProcessPool | None = None
 _pool_pid: int | None = None
@@ -111,7 +115,9 @@ async def verdict(answer: str, gold: str, timeout_s: float) -> str:
     Args:
         answer: as the model wrote it.
         gold: a number, or text for math mode (LaTeX, fraction, set, interval).
-        timeout_s: seconds that a worker may spend on this answer; waiting for a free worker does not count.
+        timeout_s: seconds of CPU time that a worker may spend on this answer. Waiting for a free worker or for a core
+            does not count, but after WALL_FACTOR * timeout_s + WALL_EXTRA_S seconds by the clock the worker is killed
+            in any case.
 
     Returns:
         "right", "wrong", "unparsable" (math-verify finds no expression in the answer), "timeout", or
@@ -131,13 +137,16 @@ async def verdict(answer: str, gold: str, timeout_s: float) -> str:
 
 async def _in_worker(function: Callable, arguments: Sequence, timeout_s: float) -> str:
     """What a worker's `function` returns; "timeout" or "error: <what>" if it returns nothing."""
-    # If this process is killed, nobody is left to time its workers out. Their own alarm then ends them.
-    future = _running_pool().schedule(_limited, args=(function, arguments, 2 * timeout_s), timeout=timeout_s)
+    wall_s = WALL_FACTOR * timeout_s + WALL_EXTRA_S
+    future = _running_pool().schedule(_limited, args=(function, arguments, timeout_s, wall_s), timeout=wall_s)
     try:
         # Cancelling this await cancels `future` too, and pebble then kills the worker if it works on it.
         return await asyncio.wrap_future(future)
     except asyncio.TimeoutError:
         return "timeout"
+    except ProcessExpired as error:
+        ended_by = {-signal.SIGPROF, -signal.SIGALRM}
+        return "timeout" if error.exitcode in ended_by else f"error: {type(error).__name__}"
     except Exception as error:  # whatever ends a worker or the pool is a counted failure
         return f"error: {type(error).__name__}"
 
@@ -208,12 +217,19 @@ def limit_memory(headroom_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _limited(function: Callable, arguments: Sequence, alarm_s: float):
-    """Runs in a worker, killed after alarm_s: what `function` returns."""
-    signal.setitimer(signal.ITIMER_REAL, alarm_s)
+def _limited(function: Callable, arguments: Sequence, cpu_s: float, wall_s: float):
+    """Runs in a worker: `function`, in a process that ends after cpu_s of CPU time or 2 * wall_s by the clock.
+
+    The kernel ends it, by the default action of the two signals, so C code can't hold it up. Of the timers, PROF counts
+    what this process computes, in user and in kernel mode. A resource limit would count over all of its answers. The
+    clock is pebble's to watch. The second timer is for a worker whose parent was killed.
+    """
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, 2 * wall_s)
     try:
         return function(*arguments)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
