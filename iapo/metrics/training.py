@@ -1,5 +1,9 @@
 """The `iapo/*` metrics; docs/metrics.md says what each means. Pure functions of a step's tensors."""
 
+import math
+import numbers
+from decimal import Decimal
+
 import torch
 
 from iapo.advantage import advantage_shares
@@ -62,11 +66,37 @@ def method_metrics(methods: dict[str, Method], result: StepAdvantage, response_m
     return metrics
 
 
-def reward_metrics(infos: list[dict]) -> dict:
-    """Mean of every numeric entry of the training completions' reward infos, e.g. iapo/reward/acc."""
-    names = sorted({name for info in infos for name, value in info.items() if isinstance(value, int | float)})
-    metrics = {}
-    for name in names:
-        values = [float(info[name]) for info in infos if isinstance(info.get(name), int | float)]
-        metrics[f"iapo/reward/{name}"] = sum(values) / len(values)
-    return metrics
+def reward_metrics(infos: list[dict]) -> dict[str, float]:
+    """Mean of every numeric entry of the training completions' reward infos, e.g. iapo/reward/acc.
+
+    A number is what `number` takes for one. A completion that lacks an entry doesn't count for it.
+
+    Raises:
+        ValueError: an `acc` that is no finite number.
+    """
+    columns: dict[str, list[float]] = {}
+    for info in infos:
+        if "acc" in info:
+            check_acc(info["acc"])
+        for name, value in info.items():
+            if (plain := number(value)) is not None:
+                columns.setdefault(name, []).append(plain)
+    return {f"iapo/reward/{name}": sum(values) / len(values) for name, values in sorted(columns.items())}
+
+
+def number(value: object) -> float | None:
+    """A real number of Python, numpy or torch as a float, also in an array of one; None for anything else."""
+    if hasattr(value, "item"):
+        if math.prod(getattr(value, "shape", ())) != 1:
+            return None
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real | Decimal) else None
+
+
+def check_acc(value: object) -> None:
+    """Raises ValueError unless an `acc` is a finite number: right answers would be counted as wrong, or not at all."""
+    plain = number(value)
+    if plain is None or not math.isfinite(plain):
+        raise ValueError(
+            f"acc: {value!r} must be a finite number; let the reward function return 1 if the answer is right, else 0."
+        )
