@@ -15,15 +15,8 @@ import math
 from typing import Any
 
 from iapo.answer_format import MARKERS, answer_blocks, extract_answer, format_ok
-from iapo.tasks.verifier import (
-    MAX_ANSWER_CHARS,
-    close_pool,
-    decided,
-    plain_number,
-    references,
-    same_number,
-    verdict,
-)
+from iapo.tasks.reference import MAX_ANSWER_CHARS, references
+from iapo.tasks.verifier import close_pool, decided, plain_number, same_number, verdict
 
 __all__ = [
     "MARKERS",
@@ -70,7 +63,7 @@ async def compute_score(
         data_source: unused; verl passes it.
         solution_str: the decoded completion, without the prompt and without special tokens.
         ground_truth: the right answer: a number, or text for math mode (LaTeX, fraction, set, interval); or a list of
-            these, any of which is right. See `iapo.tasks.verifier.references`.
+            these, any of which is right. See `iapo.tasks.reference`.
         extra_info: unused; verl passes it.
         timeout_s: seconds of CPU time that a worker may spend on this answer and one reference; waiting for a free
             worker or for a core does not count. By the clock it has ten times as long, and half a minute.

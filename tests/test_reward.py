@@ -9,7 +9,7 @@ import pytest
 
 from iapo import reward
 from iapo.reward import compute_score
-from iapo.tasks.verifier import references
+from iapo.tasks.reference import references, unjudgeable
 
 KEYS = {"score", "acc", "format", "pred", "verify_failure", "failure_reason"}
 
@@ -29,6 +29,13 @@ def test_the_four_scores():
     assert score("The answer is <answer>42</answer>", "42")["score"] == 0.5
     assert score(well_formed("41"), "42")["score"] == -0.5
     assert score("The answer is 42", "42")["score"] == -1.5
+
+
+def test_the_first_row_that_cannot_be_judged():
+    assert unjudgeable(["4", 5, ["6", 7.0]]) is None and unjudgeable([]) is None
+    assert unjudgeable(["4", None]) == "row 1 is null"
+    assert unjudgeable(["4", {}, None, ""]) == "row 1 is a dict, and 2 more can't be judged"
+    assert unjudgeable([""]) == "row 0 has 0 characters, not 1 to 1000"
 
 
 def test_result_of_a_right_and_of_a_wrong_answer():

@@ -9,14 +9,12 @@ import asyncio
 import atexit
 import importlib.util
 import logging
-import math
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -30,10 +28,9 @@ from iapo.tasks.quantity import (
     whole_number_of_another_base,
     words,
 )
+from iapo.tasks.reference import MAX_ANSWER_CHARS
 
-__all__ = ["MAX_ANSWER_CHARS", "close_pool", "decided", "plain_number", "references", "same_number", "verdict"]
-
-MAX_ANSWER_CHARS = 1000
+__all__ = ["MAX_ANSWER_CHARS", "close_pool", "decided", "plain_number", "same_number", "verdict"]
 
 # Few workers, because verl runs several reward processes per machine and each has a pool; two, so that one
 # hostile answer does not block the others. Workers are replaced after some answers, because sympy's caches grow.
@@ -48,41 +45,6 @@ WALL_EXTRA_S = 30.0
 _pool: ProcessPool | None = None
 _pool_pid: int | None = None
 _pool_lock = threading.Lock()
-
-
-def references(ground_truth: object) -> list[str]:
-    """The texts of a ground truth, any of which is right.
-
-    A number or a text is one reference, a list several; tuples and numpy's arrays and numbers count as such. Floats are
-    written out in full, without an exponent: 1e16 is "10000000000000000", 18.0 is "18".
-
-    Raises:
-        ValueError: there is none, or one that no answer can be compared with; it says which, in the words that complete
-            "ground truth ".
-    """
-    if hasattr(ground_truth, "tolist"):  # numpy's arrays and numbers, without importing it
-        shortest = str(ground_truth)  # float32 0.1 is "0.1", as a Python float it is 0.10000000149011612
-        plain = ground_truth.tolist()
-        ground_truth = float(shortest) if isinstance(plain, float) else plain
-    if isinstance(ground_truth, list | tuple):
-        if not ground_truth:
-            raise ValueError("is an empty list")
-        if any(isinstance(entry, list | tuple | dict) for entry in ground_truth):
-            raise ValueError("is a list of lists or dicts")
-        return [text for entry in ground_truth for text in references(entry)]
-    if ground_truth is None:
-        raise ValueError("is null")
-    if isinstance(ground_truth, float | Decimal):
-        if not math.isfinite(ground_truth):
-            raise ValueError(f"is {ground_truth}, no finite number")
-        written = f"{Decimal(repr(ground_truth) if isinstance(ground_truth, float) else ground_truth):f}"
-        return [written.rstrip("0").rstrip(".") if "." in written else written]
-    if not isinstance(ground_truth, str | int):
-        raise ValueError(f"is a {type(ground_truth).__name__}")
-    text = str(ground_truth).strip()
-    if not text or len(text) > MAX_ANSWER_CHARS:
-        raise ValueError(f"of {len(text)} characters; 1 to {MAX_ANSWER_CHARS} are judged")
-    return [text]
 
 
 def decided(answer: str, gold: str) -> str | None:
