@@ -266,16 +266,24 @@ def tidy(text: str) -> str:
 
 
 def _unboxed(text: str) -> str:
-    r"""The content of `\boxed{...}` around all of a text; other text as it is."""
+    r"""Without `\boxed`, and without its braces where it is around all of the text.
+
+    math-verify reads only what is in boxes, so `\boxed{2} thirds` would be 2.
+    """
     match = re.fullmatch(r"\\f?box(?:ed)?\s*\{(.*)\}", text, re.DOTALL)
     if match is None:
-        return text
+        return re.sub(r"\\f?box(?:ed)?\s*(?=\{)", "", text)
+    return match[1].strip() if _balanced(match[1]) else text
+
+
+def _balanced(text: str) -> bool:
+    """Whether every brace that LaTeX groups with has its partner, in order."""
     depth = 0
-    for character in match[1]:
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth < 0:  # the brace closes the box: there are two boxes
-            return text
-    return match[1].strip() if depth == 0 else text
+    for brace in re.findall(r"(?<!\\)[{}]", text):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
 
 
 def words(text: str) -> str | None:
@@ -297,10 +305,10 @@ def for_math_verify(text: str) -> str:
 def misread(text: str) -> bool:
     """Whether math-verify would read something else: it adds "2 3" to 5, and drops the subscript of "5_8".
 
-    It also reads only the part of a text that is between delimiters; `tidy` removes them.
+    A brace without its partner would end the box that it gets both texts in.
     """
     two_numbers = rf"(?<!frac)(?<!frac\s)(?<!binom)(?<!binom\s)(?<![0-9])[0-9]+(?:\.[0-9]+)?{_SPACE}+[0-9]"
-    return re.search(rf"[0-9]\s*_|{two_numbers}", text) is not None
+    return not _balanced(text) or re.search(rf"[0-9]\s*_|{two_numbers}", text) is not None
 
 
 def _number(text: str) -> Decimal | None:
