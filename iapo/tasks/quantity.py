@@ -4,7 +4,7 @@ A quantity is `[currency sign] number [unit]`. It is decided here, by the exact 
 goes to math-verify, without its unit.
 
 What a unit is: an entry of `UNITS`, one closed list. It has money, time, length, mass, volume, energy, data, and plain
-nouns that GSM8K's questions count ("how many apples"). With square or cubic, a power of 2 or 3, and one "per" it also
+nouns that GSM8K and MATH count ("how many apples"). With square or cubic, a power of 2 or 3, and one "per" it also
 gives areas, volumes and rates. Any other word is no unit: "18 wombats" is not 18, because math-verify takes the letters
 for variables. The list is closed because an open one pays for wrong answers: "2 thirds", "5 lakh" and "3 score" look
 like "5 apples". Percent, degrees, scale words and fractions are never units.
@@ -72,25 +72,26 @@ _MEASURES = {
     "gigabyte": "GB gigabyte gigabytes",
     "unit": "unit units",
 }
-# Singulars; from "how many X" in GSM8K's questions, without measures, numbers ("pairs") and functions ("logs").
+# Singulars; from "how many X" in GSM8K and MATH, without measures, numbers ("pairs") and functions ("logs").
 _COUNTED = """
-acorn adult animal ant apple article bag ball balloon banana bar barrel baseball basket basketball batch bead bed
-bee beetle bill bird biscuit block boat bolt bone book bottle bouquet box boy bracelet brick brownie bug bus bush
-button cake camper can candle candy cap car card carnation carrot carton case cat chair chicken child chip chocolate
-chore circle class clip coat coin comic computer container cookie cow cracker crate crayon cricket cupcake customer
-daisy decoration dessert dish dog doll donut door doughnut dress driveway duck ear earring egg email employee
-envelope episode eraser eye firework fish flea floor flower flyer follower friend frog fruit game gemstone gift girl
-glass gnome goal goat goldfish goose guest gumball guppy hamburger hat home horse hotdog house insect item jar
-jellybean jump key kid kitten lamb lap leaf leg lego lemon letter level line lion load loaf lollipop machine man
-mango marble marshmallow match matchstick meal meatball member minnow mistake mouse movie muffin mushroom nail
-necklace newspaper nickel notebook novel nut object onion orange oyster pack package page painting pancake paper
-parent passenger pastry patient peach peanut pebble pen pencil penny person pet petal phone photo picture pie piece
-pill pillow pin pizza plank plant plate player point poodle portion poster potato present problem puppy puzzle
-question rabbit rock roll room rose sandwich scarf scoop seashell seat section seed serving session shark sheep
-sheet shelf shell shirt shoe side situp slice soda song space spoke spoon spot stair stamp star steak step stick
-sticker straw strawberry student sweet table text ticket tile tire tissue toad token tomato tooth toothbrush
-touchdown towel toy tree trip tub tulip turn turtle vegetable video vote wall watermelon wheel whisker widget window
-wing woman word worker
+acorn adult animal ant apple arrangement article bag ball balloon banana bar barrel baseball basket basketball batch
+bead bed bee beetle bill bird biscuit block boat bolt bone book bottle bouquet box boy bracelet brick brownie bug
+bus bush button cake camper can candle candy cap car card carnation carrot carton case cat chair chicken child chip
+chocolate chore circle class clip coat coin combination comic committee computer container cookie cow cracker crate
+crayon cricket cupcake customer daisy decoration dessert diagonal digit dish divisor dog doll donut door doughnut
+dress driveway duck ear earring edge egg element email employee envelope episode eraser eye face firework fish flea
+floor flower flyer follower friend frog fruit game gemstone gift girl glass gnome goal goat goldfish goose guest
+gumball guppy hamburger hat hexagon home horse hotdog house insect integer item jar jellybean jump key kid kitten
+lamb lap leaf leg lego lemon letter level line lion load loaf lollipop machine man mango marble marshmallow match
+matchstick meal meatball member minnow mistake mouse movie muffin mushroom nail necklace newspaper nickel notebook
+novel number nut object onion orange outcome oyster pack package page painting pancake paper parent passenger pastry
+path patient peach peanut pebble pen pencil penny pentagon permutation person pet petal phone photo picture pie
+piece pill pillow pin pizza plank plant plate player point poodle portion poster potato present problem puppy puzzle
+question rabbit rectangle rock roll room rose route sandwich scarf scoop seashell seat section seed serving session
+shark sheep sheet shelf shell shirt shoe side situp slice soda solution song space spoke spoon spot stair stamp star
+steak step stick sticker straw strawberry student subset sweet table team text ticket tile tire tissue toad token
+tomato tooth toothbrush touchdown towel toy tree triangle trip tub tulip turn turtle value vegetable video vote wall
+watermelon way wheel whisker widget window wing woman word worker
 """
 _IRREGULAR = {
     "child": "children",
@@ -307,7 +308,7 @@ def misread(text: str) -> bool:
 
     A brace without its partner would end the box that it gets both texts in.
     """
-    two_numbers = rf"(?<!frac)(?<!frac\s)(?<!binom)(?<!binom\s)(?<![0-9])[0-9]+(?:\.[0-9]+)?{_SPACE}+[0-9]"
+    two_numbers = rf"(?<!frac)(?<!frac\s)(?<!binom)(?<!binom\s)(?<![0-9.^_])[0-9]+(?:\.[0-9]+)?{_SPACE}+[0-9]"
     return not _balanced(text) or re.search(rf"[0-9]\s*_|{two_numbers}", text) is not None
 
 

@@ -57,6 +57,8 @@ def decided(answer: str, gold: str) -> str | None:
     base_a, base_g = whole_number_of_another_base(answer), whole_number_of_another_base(gold)
     if base_a is not None or base_g is not None:
         return "right" if base_a == base_g else "wrong"
+    if g.text and a.text == g.text:
+        return "right"
     if a.number is not None and g.number is not None:
         return "right" if a.number == g.number else "wrong"
     words_a, words_g = words(a.text), words(g.text)
