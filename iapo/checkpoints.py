@@ -1,7 +1,7 @@
 """The checkpoints in a run's folder: which are whole, which one a start resumes from, which are too many.
 
-verl writes `global_step_<N>/` with a folder `actor` that holds three files per rank, and names the last one in a tracker
-file. Pure functions of the file system; no verl import.
+verl writes `global_step_<N>/` with a folder `actor` that holds three files per rank, and names the last one in a
+tracker file. No verl import.
 """
 
 import shutil

@@ -19,6 +19,7 @@ space there is. The first occurrence is kept, and the test split keeps what both
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -34,6 +35,7 @@ import pyarrow.parquet as pq
 
 from iapo.answer_format import ANSWER, ANSWER_END, EXIT_MARKER, THINK, written
 from iapo.tasks import verbose_arithmetic
+from iapo.tasks.reference import references
 
 INSTRUCTION = (
     f"Reason within {THINK} {EXIT_MARKER}, then give only the final answer within {ANSWER} {ANSWER_END}. "
@@ -206,7 +208,8 @@ def parse_rows(rows: Iterable[dict], dataset: Dataset, where: str) -> Iterator[E
                     f"{list(dataset.columns)}."
                 )
         try:
-            question, answer = (_text(value) for value in dataset.parse(row))
+            question, answer = dataset.parse(row)
+            question, answer = _text(question), _answer(answer)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = str(error) if isinstance(error, ValueError) else f"unexpected structure, {error!r}"
             raise ValueError(
@@ -220,6 +223,17 @@ def _text(value: object) -> str:
     if not text:
         raise ValueError(f"{value!r} is no question or answer")
     return text
+
+
+def _answer(value: object) -> str:
+    """A reference answer that can be judged; floats are written out in full, as `iapo.tasks.reference` does."""
+    if isinstance(value, float) and math.isfinite(value):
+        return references(value)[0]
+    text = _text(None if isinstance(value, float) else value)
+    try:
+        return references(text)[0]
+    except ValueError as error:
+        raise ValueError(f"answer: {error}") from None
 
 
 # --- de-duplicating and splitting ---

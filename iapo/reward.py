@@ -11,10 +11,12 @@ To use it with verl, name the module and not the file, so that the workers can i
 """
 
 import logging
+import math
 from typing import Any
 
 from iapo.answer_format import MARKERS, answer_blocks, extract_answer, format_ok
-from iapo.tasks.verifier import MAX_ANSWER_CHARS, close_pool, plain_number, same_number, verdict
+from iapo.tasks.reference import MAX_ANSWER_CHARS, references
+from iapo.tasks.verifier import close_pool, decided, plain_number, same_number, verdict
 
 __all__ = [
     "MARKERS",
@@ -60,9 +62,11 @@ async def compute_score(
     Args:
         data_source: unused; verl passes it.
         solution_str: the decoded completion, without the prompt and without special tokens.
-        ground_truth: the right answer: a number, or text for math mode (LaTeX, fraction, set, interval).
+        ground_truth: the right answer: a number, or text for math mode (LaTeX, fraction, set, interval); or a list of
+            these, any of which is right. See `iapo.tasks.reference`.
         extra_info: unused; verl passes it.
-        timeout_s: seconds that a worker may spend on this answer; waiting for a free worker does not count.
+        timeout_s: seconds of CPU time that a worker may spend on this answer and one reference; waiting for a free
+            worker or for a core does not count. By the clock it has ten times as long, and half a minute.
 
     Returns:
         score: r. acc: 1.0 right, 0.0 wrong. format: 1.0 well formed, else 0.0 (see `format_ok`).
@@ -71,13 +75,14 @@ async def compute_score(
         failure_reason: why there was no verdict of right or wrong, else "". The completion's own fault:
             "no_answer" (no block, or an empty one), "several_answers", "too_long" (over MAX_ANSWER_CHARS),
             "unparsable" (math-verify finds no expression in it). The verifier's, with verify_failure 1.0:
-            "timeout", "error: <what>" (crash, memory, or a ground truth that is missing or cannot be parsed).
+            "timeout", "error: <what>" (crash, memory, or a ground truth that is missing, is no number, text or list of
+            these, or cannot be parsed). Of several references the first without a verdict, unless another is right.
 
     Raises:
-        ValueError: timeout_s is not positive.
+        ValueError: timeout_s is not a positive number of seconds.
         ImportError: math-verify is needed for this answer and not installed.
     """
-    if not timeout_s > 0:
+    if not 0 < timeout_s < math.inf:
         raise ValueError(f"timeout_s: {timeout_s} must be positive; give seconds, such as 5.0.")
     well_formed = format_ok(solution_str)
     blocks = answer_blocks(solution_str)
@@ -88,8 +93,28 @@ async def compute_score(
         return score_dict(False, well_formed, "", "no_answer")
     if len(answer) > MAX_ANSWER_CHARS:
         return score_dict(False, well_formed, answer[:MAX_ANSWER_CHARS], "too_long")
-    found = await verdict(answer, "" if ground_truth is None else str(ground_truth).strip(), timeout_s)
+    found = await _found(answer, ground_truth, timeout_s)
     if found == "timeout" or found.startswith("error"):
         logger.warning("no verdict on answer %.80r: %s", answer, found)
     reason = "" if found in ("right", "wrong") else found
     return score_dict(found == "right", well_formed, answer, reason)
+
+
+async def _found(answer: str, ground_truth: Any, timeout_s: float) -> str:
+    """The verdict on an answer over all of its references: right if one says so, then the first failure."""
+    try:
+        golds = references(ground_truth)
+    except ValueError as error:
+        return f"error: ground truth {error}"
+    if any(decided(answer, gold) == "right" for gold in golds):
+        return "right"
+    others = []
+    for gold in golds:
+        found = await verdict(answer, gold, timeout_s)
+        if found == "right":
+            return found
+        others.append(found)
+        if found == "timeout":  # a hostile answer takes this long for every reference
+            break
+    failures = [found for found in others if found not in ("wrong", "unparsable")]
+    return (failures or [found for found in others if found == "wrong"] or others)[0]

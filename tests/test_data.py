@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import pyarrow as pa
@@ -279,6 +280,9 @@ def test_missing_column_names_the_column_and_what_is_there(tmp_path):
     [
         ("math500", {"problem": "1+1?", "answer": " "}, "' ' is no question or answer"),
         ("math500", {"problem": "1+1?", "answer": None}, "None is no question or answer"),
+        ("math500", {"problem": "1+1?", "answer": math.nan}, "None is no question or answer"),
+        ("math500", {"problem": "1+1?", "answer": ["2"]}, "['2'] is no question or answer"),
+        ("math500", {"problem": "1+1?", "answer": "2" * 1001}, "answer: has 1001 characters, not 1 to 1000"),
         ("math500", {"problem": "", "answer": "2"}, "'' is no question or answer"),
         ("dapo_math_17k", {"prompt": [], "reward_model": {}}, "unexpected structure, IndexError"),
         (

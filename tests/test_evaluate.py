@@ -180,6 +180,13 @@ def test_splits_are_told_apart_by_their_prompts(tmp_path, capsys):
         (json.dumps(record()) + "\n" + json.dumps(record(tokens=float("nan"))), "line 2: response_length is nan"),
         (json.dumps(record(tokens=float("inf"))), "response_length is inf"),
         (json.dumps(record(truncated=-1)), "truncated is -1"),
+        *(
+            (
+                json.dumps(record(acc=0.0, verify_failure=1.0, gts=truth)),
+                f"line 1: gts, the ground truth, {problem}, so no",
+            )
+            for truth, problem in ((None, "is null"), ({"a": 1}, "is a dict"), ([], "is an empty list"))
+        ),
     ],
 )
 def test_bad_dumps_give_one_line(tmp_path, capsys, text, message):
@@ -187,6 +194,16 @@ def test_bad_dumps_give_one_line(tmp_path, capsys, text, message):
     assert main([str(tmp_path / "0.jsonl")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("iapo.evaluate: ") and message in line
+
+
+def test_ground_truths_of_a_dump_that_are_fine(tmp_path):
+    dump = write_dump(
+        tmp_path / "0.jsonl",
+        record(verify_failure=0.0, gts=["4", 5]),
+        record(acc=0.0, verify_failure=1.0, gts="x"),  # a time-out
+        record(gts={"mine": 1}),  # another reward's
+    )
+    assert [sample.correct for sample in read_samples(dump)] == [True, False, True]
 
 
 def test_other_bad_input_gives_one_line(tmp_path, capsys):

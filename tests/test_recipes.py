@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 import socket
@@ -39,6 +40,11 @@ SHORT = [
 ]
 PROMPT = [[{"role": "user", "content": "1+1="}]] * 16
 REWARD = [{"style": "rule", "ground_truth": "2"}] * 16
+
+
+def truths(good, *others):
+    """The column reward_model with nine rows of one ground truth, then others."""
+    return {"reward_model": [{"style": "rule", "ground_truth": truth} for truth in [good] * 9 + list(others)]}
 
 
 @pytest.fixture(autouse=True)
@@ -453,6 +459,24 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
         ({"prompt": [[{"role": "user"}]] * 16}, "prompt: list<.*> must be a list of chat messages"),
         ({"reward_model": ["2"] * 16}, "reward_model: string must be a struct with ground_truth"),
         ({"reward_model": [{"answer": "2"}] * 16}, "reward_model: struct<answer: string> must be a struct with"),
+        ({"reward_model": [None] * 16}, "reward_model: null must be a struct with ground_truth"),
+        (
+            {"reward_model": REWARD[:13] + [None] * 3},
+            "reward_model: 3 rows are null, the first is row 13; each must hold a ground_truth.$",
+        ),
+        (truths("2", None, None), "reward_model.ground_truth: row 9 is null, and 1 more can't be judged; each must be"),
+        (truths("2", ""), "reward_model.ground_truth: row 9 has 0 characters, not 1 to 1000; each must be a number"),
+        (truths(2.0, math.nan), "reward_model.ground_truth: row 9 is nan, no finite number; each must be a number"),
+        (truths(["2", "3"], []), "reward_model.ground_truth: row 9 is an empty list; each must be a number, text, or"),
+        (
+            truths(["2"], ["2", None]),
+            "reward_model.ground_truth: row 9 is null; each must be a number, text, or a list",
+        ),
+        (truths([["2"]]), "reward_model.ground_truth: row 0 is a list of lists or dicts, and 8 more can't be judged"),
+        (
+            truths({"answer": "2"}),
+            "reward_model.ground_truth: row 0 is a dict, and 8 more can't be judged; each must be",
+        ),
         ({"prompt": PROMPT[:14] + [None] * 2}, "prompt: 2 rows are null; each must hold chat messages.$"),
         ({"data_source": ["x"] * 13 + [None] * 3}, "data_source: 3 rows are null; each must name the data set"),
     ],
@@ -464,10 +488,36 @@ def test_rows_that_verl_cannot_use_are_refused(change, message, verbose_arithmet
     Path("d").mkdir()
     good = {"prompt": PROMPT, "reward_model": REWARD, "data_source": ["x"] * 16}
     pq.write_table(pa.table(good), "d/test.parquet")
-    pq.write_table(pa.table(good | change), "d/train.parquet")
+    rows = good | change
+    pq.write_table(
+        pa.table({name: column[: min(map(len, rows.values()))] for name, column in rows.items()}), "d/train.parquet"
+    )
     with pytest.raises(ConfigError, match=f"^data.train_files: .*/d/train.parquet, column {message}") as error:
         check(changed("data=d", *SHORT))
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("truth", [2, 2.5, ["2", "two"], "\\frac{1}{2}"])
+def test_a_reference_answer_may_be_a_number_or_a_list(truth, verbose_arithmetic):
+    write_rows("d", {"prompt": PROMPT, "data_source": ["x"] * 16, "reward_model": [{"ground_truth": truth}] * 16})
+    check(changed("data=d", *SHORT))
+
+
+def test_another_reward_may_judge_what_ours_cannot(verbose_arithmetic):
+    write_rows("d", {"prompt": PROMPT, "data_source": ["x"] * 16, "reward_model": [{"ground_truth": {"a": 1}}] * 16})
+    Path("r.py").write_text("def compute_score(**_): return 1")
+    check(changed("data=d", *SHORT, f"reward.custom_reward_function.path={Path.cwd()}/r.py"))
+    with pytest.raises(ConfigError, match="row 0 is a dict, and 15 more can't be judged"):
+        check(changed("data=d", *SHORT))
+
+
+def write_rows(folder, rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Path(folder).mkdir()
+    for split in ("train", "test"):
+        pq.write_table(pa.table(rows), f"{folder}/{split}.parquet")
 
 
 def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic):
@@ -643,9 +693,7 @@ def test_a_broken_newest_checkpoint_gives_way_to_the_newest_whole_one(verbose_ar
         check(changed("run_dir=r"))
 
 
-@pytest.mark.parametrize(
-    "content,reason", [(b"20", "names step 20"), (b"", "holds '' and no"), (b"\xff", "holds ")]
-)
+@pytest.mark.parametrize("content,reason", [(b"20", "names step 20"), (b"", "holds '' and no"), (b"\xff", "holds ")])
 def test_a_tracker_file_that_names_no_checkpoint(verbose_arithmetic, content, reason):
     config = changed("run_dir=r")
     provenance.save(config)

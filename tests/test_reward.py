@@ -1,11 +1,15 @@
 """The reward: hand-computed scores, and what each verdict of the verifier gives. No worker is started here."""
 
 import asyncio
+import math
+from decimal import Decimal
 
+import numpy as np
 import pytest
 
 from iapo import reward
 from iapo.reward import compute_score
+from iapo.tasks.reference import references, unjudgeable
 
 KEYS = {"score", "acc", "format", "pred", "verify_failure", "failure_reason"}
 
@@ -25,6 +29,13 @@ def test_the_four_scores():
     assert score("The answer is <answer>42</answer>", "42")["score"] == 0.5
     assert score(well_formed("41"), "42")["score"] == -0.5
     assert score("The answer is 42", "42")["score"] == -1.5
+
+
+def test_the_first_row_that_cannot_be_judged():
+    assert unjudgeable(["4", 5, ["6", 7.0]]) is None and unjudgeable([]) is None
+    assert unjudgeable(["4", None]) == "row 1 is null"
+    assert unjudgeable(["4", {}, None, ""]) == "row 1 is a dict, and 2 more can't be judged"
+    assert unjudgeable([""]) == "row 0 has 0 characters, not 1 to 1000"
 
 
 def test_result_of_a_right_and_of_a_wrong_answer():
@@ -65,11 +76,58 @@ def test_every_verdict(monkeypatch, caplog, verdict, acc, failure, reason):
     assert ("no verdict on answer 'x'" in caplog.text) == bool(failure)  # no failure is silent
 
 
-@pytest.mark.parametrize("truth", ["", None, "1" * 1001])
+@pytest.mark.parametrize(
+    ("truth", "answer"),
+    [
+        *((1e16, "10000000000000000"), (2.5e-05, "0.000025"), (1e21, "1" + "0" * 21), (1e16, "1e16"), (18.0, "18")),
+        *(
+            (-0.5, "-0.5"),
+            (0.1, "0.1"),
+            (np.float32(0.1), "0.1"),
+            (np.float64(1e21), "1" + "0" * 21),
+            (np.int64(7), "7"),
+        ),
+        *((np.float32(1e10), "10000000000"), (Decimal("1E+3"), "1000"), (5e-324, "5e-324"), (0.0, "0"), (100.0, "100")),
+        *(("18.0", "18"), (np.str_("18"), "18")),
+    ],
+)
+def test_numbers_as_ground_truth_are_written_out(truth, answer):
+    assert score(well_formed(answer), truth)["acc"] == 1.0
+    assert "e" not in references(truth)[0].casefold()
+    assert score(well_formed("3"), truth)["acc"] == 0.0
+
+
+@pytest.mark.parametrize("truth", [["4", "5 cm"], ("4", 5), [4.0, 5.0], np.array([4, 5]), np.array(["4", "5"], object)])
+def test_any_of_a_list_is_right(truth):
+    assert [score(well_formed(answer), truth)["acc"] for answer in ("4", "5", "45", "4, 5")] == [1, 1, 0, 0]
+
+
+def test_the_verdict_on_several_references(monkeypatch):
+    async def given(answer, gold, timeout_s):
+        return gold
+
+    monkeypatch.setattr(reward, "verdict", given)
+
+    def reason(*golds):
+        result = score(well_formed("x^2"), list(golds))
+        return "right" if result["acc"] else result["failure_reason"]
+
+    assert reason("wrong", "right") == reason("error: X", "right") == "right"
+    assert reason("timeout", "right") == "timeout"  # a hostile answer is tried once
+    assert reason("timeout", "x^2") == "right"  # what needs no worker comes first
+    assert reason("wrong", "error: X", "unparsable") == "error: X"
+    assert reason("unparsable", "wrong") == "" and reason("unparsable", "unparsable") == "unparsable"
+
+
+@pytest.mark.parametrize(
+    "truth",
+    ["", None, "1" * 1001, " ", [], ["4", None], ["4", ""], [["4"]], {"answer": "4"}, math.nan, np.array([]), b"4"],
+)
 def test_a_bad_ground_truth_is_a_counted_failure(truth):
     result = score(well_formed("x^2"), truth)
     assert (result["score"], result["verify_failure"]) == (-0.5, 1.0)
     assert result["failure_reason"].startswith("error: ground truth")
+    assert score(well_formed("4"), truth)["verify_failure"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -96,6 +154,8 @@ def test_a_text_without_answer():
 def test_timeout_must_be_positive():
     with pytest.raises(ValueError, match=r"^timeout_s: 0 must be positive; give seconds, such as 5\.0\.$"):
         score(well_formed("1/2"), "0.5", timeout_s=0)
+    with pytest.raises(ValueError, match=r"^timeout_s: inf must be"):
+        score(well_formed("1/2"), "0.5", timeout_s=math.inf)
 
 
 def test_what_others_import_from_here_is_here():

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from verl import DataProto
 from verl.trainer.ppo.metric_utils import process_validation_metrics
 from verl.trainer.ppo.reward import load_reward_manager, resolve_reward_manager_cls
 
+from iapo.metrics.training import reward_metrics
 from iapo.reward import compute_score
 from iapo.verl_adapter.reward_manager import IapoRewardManager, eos_token_ids
 
@@ -200,6 +203,47 @@ def test_a_result_that_is_no_reward_is_an_error(tokenizer, returned, error):
     [result] = run(make_config(), tokenizer, make_data([5]), score_function=lambda **kwargs: returned)
     assert math.isnan(result["reward_score"])
     assert result["reward_extra_info"]["reward_error"].startswith(f"{error}: ")
+
+
+@pytest.mark.parametrize("acc", [None, math.nan, math.inf, np.float32("nan"), "1.0", [1.0], np.array([1.0, 0.0])])
+def test_an_acc_that_is_no_number_is_an_error(tokenizer, acc):
+    """Otherwise accuracy would leave the metrics without a word, or count right answers as wrong."""
+
+    def own(**kwargs):
+        return {"score": 1.0, "acc": acc}
+
+    [result] = run(make_config(), tokenizer, make_data([5]), score_function=own)
+    error = result["reward_extra_info"]["reward_error"]
+    assert error.startswith("ValueError: acc: ") and error.endswith("return 1 if the answer is right, else 0.")
+    assert math.isnan(result["reward_score"])
+
+
+@pytest.mark.parametrize("one", [1, True, np.float32(1), np.int64(1), np.bool_(True), np.array(1.0), torch.tensor(1)])
+def test_numbers_of_a_reward_function_become_floats(tokenizer, one):
+    def own(**kwargs):
+        return {"score": one, "acc": one, "why": "because"}
+
+    [result] = run(make_config(), tokenizer, make_data([5]), score_function=own)
+    info = result["reward_extra_info"]
+    assert result["reward_score"] == info["acc"] == info["score"] == 1.0
+    assert (type(info["acc"]), info["why"], info["reward_error"]) == (float, "because", "")
+    assert reward_metrics([info])["iapo/reward/acc"] == 1.0
+
+
+def test_reward_metrics_are_means_of_all_kinds_of_numbers():
+    infos = [
+        {"acc": np.float32(1), "mine": torch.tensor([2.0]), "half": Fraction(1, 2), "text": "1", "pair": np.ones(2)},
+        {"acc": False, "mine": Decimal(4), "none": None, "word": np.str_("1"), "complex": 1j},
+        {"acc": np.float64(0.5), "mine": 0},
+    ]
+    assert reward_metrics(infos) == {"iapo/reward/acc": 0.5, "iapo/reward/half": 0.5, "iapo/reward/mine": 2.0}
+    assert reward_metrics([]) == {}
+
+
+@pytest.mark.parametrize("acc", [None, math.nan, np.float32("nan"), "yes", np.array([1, 0])])
+def test_reward_metrics_refuse_an_acc_that_is_no_number(acc):
+    with pytest.raises(ValueError, match=r"^acc: .* must be a finite number; let the reward function return 1 if"):
+        reward_metrics([{"acc": 1.0}, {"acc": acc}])
 
 
 def test_an_error_is_one_line(tokenizer):

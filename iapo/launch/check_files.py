@@ -20,6 +20,7 @@ from iapo.launch.check_prompts import prompt_problems
 from iapo.launch.provenance import differences, saved_config, tracker_file
 from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
+from iapo.tasks.reference import unjudgeable
 
 # What verl's DAPORewardManager passes to a reward function, by keyword.
 REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
@@ -86,7 +87,7 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            rows = file.read(columns=[c for c in (prompt, "data_source") if c in schema.names])
+            rows = file.read(columns=[c for c in (prompt, "data_source", "reward_model") if c in schema.names])
     except (OSError, pyarrow.ArrowInvalid) as error:
         yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
         return
@@ -94,11 +95,13 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
     if missing:
         yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
-        yield from (f"data.{field}: {name}, column {line}" for line in _columns(schema, rows, prompt))
+        judged_by_us = config.reward.custom_reward_function.path == "pkg://iapo.reward"
+        problems = [*_columns(schema, rows, prompt)] or _references(rows["reward_model"], judged_by_us)
+        yield from (f"data.{field}: {name}, column {line}" for line in problems)
 
 
 def _columns(schema, rows, prompt_key: str) -> Iterator[str]:
-    """What verl would fail on or leave out without a word; `rows` has the columns `prompt_key` and data_source."""
+    """What verl would fail on or leave out without a word."""
     import pyarrow.types as types
 
     prompt, reward = schema.field(prompt_key).type, schema.field("reward_model").type
@@ -110,6 +113,22 @@ def _columns(schema, rows, prompt_key: str) -> Iterator[str]:
     for name, fix in ((prompt_key, "each must hold chat messages"), ("data_source", "each must name the data set")):
         if count := rows[name].null_count:
             yield f"{name}: {count} rows are null; {fix}."
+
+
+def _references(column, judged_by_us: bool) -> Iterator[str]:
+    """Reference answers that make every completion of their row wrong, in the Arrow column reward_model.
+
+    Only our own reward says which values it can judge. Another may take a dict, or none.
+    """
+    rows = column.to_pylist()
+    null = [number for number, row in enumerate(rows) if row is None]
+    if null:
+        yield f"reward_model: {len(null)} rows are null, the first is row {null[0]}; each must hold a ground_truth."
+    elif judged_by_us and (problem := unjudgeable(row["ground_truth"] for row in rows)):
+        yield (
+            f"reward_model.ground_truth: {problem}; each must be a number, text, or a list of these, any of which is "
+            "right; correct or remove it."
+        )
 
 
 def _fields(kind) -> set[str]:

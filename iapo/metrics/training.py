@@ -1,6 +1,9 @@
 """The `iapo/*` metrics; docs/metrics.md says what each means. Pure functions of a step's tensors."""
 
+import math
+import numbers
 from collections import Counter
+from decimal import Decimal
 
 import torch
 
@@ -73,16 +76,40 @@ def method_metrics(methods: dict[str, Method], result: StepAdvantage, response_m
     return metrics
 
 
-def reward_metrics(infos: list[dict]) -> dict:
+def reward_metrics(infos: list[dict]) -> dict[str, float]:
     """Of the training completions: the mean of every number in their reward infos, and the share of each failure.
 
     For example iapo/reward/acc and, by the infos' `failure_reason`, iapo/reward/no_answer. All of "error: <what>" count
-    as "error".
+    as "error". A number is what `number` takes for one. A completion that lacks an entry doesn't count for it.
+
+    Raises:
+        ValueError: an `acc` that is no finite number.
     """
-    names = sorted({name for info in infos for name, value in info.items() if isinstance(value, int | float)})
-    metrics = {}
-    for name in names:
-        values = [float(info[name]) for info in infos if isinstance(info.get(name), int | float)]
-        metrics[f"iapo/reward/{name}"] = sum(values) / len(values)
+    columns: dict[str, list[float]] = {}
+    for info in infos:
+        if "acc" in info:
+            check_acc(info["acc"])
+        for name, value in info.items():
+            if (plain := number(value)) is not None:
+                columns.setdefault(name, []).append(plain)
+    means = {f"iapo/reward/{name}": sum(values) / len(values) for name, values in sorted(columns.items())}
     reasons = Counter(str(info.get("failure_reason") or "").partition(":")[0] for info in infos)
-    return metrics | {f"iapo/reward/{reason}": n / len(infos) for reason, n in sorted(reasons.items()) if reason}
+    return means | {f"iapo/reward/{reason}": n / len(infos) for reason, n in sorted(reasons.items()) if reason}
+
+
+def number(value: object) -> float | None:
+    """A real number of Python, numpy or torch as a float, also in an array of one; None for anything else."""
+    if hasattr(value, "item"):
+        if math.prod(getattr(value, "shape", ())) != 1:
+            return None
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real | Decimal) else None
+
+
+def check_acc(value: object) -> None:
+    """Raises ValueError unless an `acc` is a finite number: right answers would be counted as wrong, or not at all."""
+    plain = number(value)
+    if plain is None or not math.isfinite(plain):
+        raise ValueError(
+            f"acc: {value!r} must be a finite number; let the reward function return 1 if the answer is right, else 0."
+        )

@@ -2,7 +2,7 @@
 
 math-verify decides, and runs sympy on text that a model wrote. That may loop for ever or ask for all of the memory.
 It therefore runs in worker processes that can be killed. What needs no math-verify, two plain numbers or two equal
-strings, is decided without a worker.
+strings, is decided without a worker (`decided`). Units are `iapo.tasks.quantity`'s in both cases.
 """
 
 import asyncio
@@ -11,15 +11,26 @@ import importlib.util
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
-from decimal import Decimal
+from collections.abc import Callable, Sequence
 
-from pebble import ProcessPool
+from pebble import ProcessExpired, ProcessPool
 
-MAX_ANSWER_CHARS = 1000
+from iapo.tasks.quantity import (
+    for_math_verify,
+    misread,
+    plain_number,
+    quantity,
+    same_number,
+    units_agree,
+    whole_number_of_another_base,
+    words,
+)
+from iapo.tasks.reference import MAX_ANSWER_CHARS
+
+__all__ = ["MAX_ANSWER_CHARS", "close_pool", "decided", "plain_number", "same_number", "verdict"]
 
 # Few workers, because verl runs several reward processes per machine and each has a pool; two, so that one
 # hostile answer does not block the others. Workers are replaced after some answers, because sympy's caches grow.
@@ -27,42 +38,37 @@ WORKERS = 2
 ANSWERS_PER_WORKER = 500
 WORKER_MEMORY_BYTES = 2 * 1024**3
 
-_QUANTITY = re.compile(
-    r"""
-    (?:\\?\$)? \s*
-    (?P<number> [+-]? (?: (?: [0-9]{1,3}(?:,[0-9]{3})+ | [0-9]+ ) (?:\.[0-9]*)? | \.[0-9]+ ) ) \s*
-    (?: \\?\$ | (?P<unit> [A-Za-z]{3,} ) )? \.?
-    """,
-    re.VERBOSE,
-)
-# Words that change the number before them; any other word is taken for a unit.
-_SCALE_WORDS = {"hundred", "thousand", "million", "billion", "trillion"}
-_SCALE_WORDS |= {"dozen", "percent", "squared", "cubed", "factorial"}
+# A worker may spend this much longer by the clock than in CPU time: other processes may have the cores.
+WALL_FACTOR = 10
+WALL_EXTRA_S = 30.0
 
 _pool: ProcessPool | None = None
 _pool_pid: int | None = None
 _pool_lock = threading.Lock()
 
 
-def plain_number(text: str) -> Decimal | None:
-    """The exact value of `text` if it is one integer or decimal, else None.
-
-    Allowed around the number, as in GSM8K's answers: thousands separators, a dollar sign, a full stop, one unit
-    word of three letters or more ("18 dollars", but not "2 million"). Anything else, percent signs too, is left
-    to math-verify.
-    """
-    match = _QUANTITY.fullmatch(text.strip())
-    if match is None or (match["unit"] or "").lower() in _SCALE_WORDS:
-        return None
-    return Decimal(match["number"].replace(",", ""))
-
-
-def same_number(a: str, b: str) -> bool | None:
-    """Whether two plain numbers (see `plain_number`) are equal, exactly; None if either is not one."""
-    value_a, value_b = plain_number(a), plain_number(b)
-    if value_a is None or value_b is None:
-        return None
-    return value_a == value_b
+def decided(answer: str, gold: str) -> str | None:
+    """The verdict that needs no math-verify: equal texts, plain numbers, units that differ; None where it is needed."""
+    if answer == gold:
+        return "right"
+    a, g = quantity(answer), quantity(gold)
+    if not units_agree(a, g) and (a.units or a.number is not None):
+        return "wrong"
+    base_a, base_g = whole_number_of_another_base(answer), whole_number_of_another_base(gold)
+    if base_a is not None or base_g is not None:
+        return "right" if base_a == base_g else "wrong"
+    if g.text and a.text == g.text:
+        return "right"
+    if a.number is not None and g.number is not None:
+        return "right" if a.number == g.number else "wrong"
+    words_a, words_g = words(a.text), words(g.text)
+    if words_a is not None and words_g is not None:
+        return "right" if words_a == words_g else "wrong"
+    if not g.text or misread(g.text):
+        return "error: ground truth cannot be parsed"
+    if not a.text or misread(a.text):
+        return "unparsable"
+    return None
 
 
 async def verdict(answer: str, gold: str, timeout_s: float) -> str:
@@ -73,7 +79,9 @@ async def verdict(answer: str, gold: str, timeout_s: float) -> str:
     Args:
         answer: as the model wrote it.
         gold: a number, or text for math mode (LaTeX, fraction, set, interval).
-        timeout_s: seconds that a worker may spend on this answer; waiting for a free worker does not count.
+        timeout_s: seconds of CPU time that a worker may spend on this answer. Waiting for a free worker or for a core
+            does not count, but after WALL_FACTOR * timeout_s + WALL_EXTRA_S seconds by the clock the worker is killed
+            in any case.
 
     Returns:
         "right", "wrong", "unparsable" (math-verify finds no expression in the answer), "timeout", or
@@ -84,18 +92,25 @@ async def verdict(answer: str, gold: str, timeout_s: float) -> str:
     """
     if not gold or len(gold) > MAX_ANSWER_CHARS:
         return f"error: ground truth of {len(gold)} characters"
-    if answer == gold:
-        return "right"
-    same = same_number(answer, gold)
-    if same is not None:
-        return "right" if same else "wrong"
-    # If this process is killed, nobody is left to time its workers out. Their own alarm then ends them.
-    future = _running_pool().schedule(_judge, args=(answer, gold, 2 * timeout_s), timeout=timeout_s)
+    found = decided(answer, gold)
+    if found is not None:
+        return found
+    texts = [for_math_verify(quantity(text).text) for text in (answer, gold)]
+    return await _in_worker(_judge, texts, timeout_s)
+
+
+async def _in_worker(function: Callable, arguments: Sequence, timeout_s: float) -> str:
+    """What a worker's `function` returns; "timeout" or "error: <what>" if it returns nothing."""
+    wall_s = WALL_FACTOR * timeout_s + WALL_EXTRA_S
+    future = _running_pool().schedule(_limited, args=(function, arguments, timeout_s, wall_s), timeout=wall_s)
     try:
         # Cancelling this await cancels `future` too, and pebble then kills the worker if it works on it.
         return await asyncio.wrap_future(future)
     except asyncio.TimeoutError:
         return "timeout"
+    except ProcessExpired as error:
+        ended_by = {-signal.SIGPROF, -signal.SIGALRM}
+        return "timeout" if error.exitcode in ended_by else f"error: {type(error).__name__}"
     except Exception as error:  # whatever ends a worker or the pool is a counted failure
         return f"error: {type(error).__name__}"
 
@@ -146,7 +161,7 @@ def _init_worker() -> None:
     # math-verify warns that its own time-outs are off; they are, because pebble's take their place.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     # The first call loads sympy and the LaTeX grammar; here, so that no answer is timed for it.
-    warm_up = _judge("\\frac{1}{2}", "0.5", 300.0)
+    warm_up = _judge("\\frac{1}{2}", "0.5")
     assert warm_up == "right", warm_up
     limit_memory(WORKER_MEMORY_BYTES)
 
@@ -166,17 +181,41 @@ def limit_memory(headroom_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
-def _judge(answer: str, gold: str, alarm_s: float) -> str:
-    """Runs in a worker, killed after alarm_s: "right", "wrong", "unparsable" or "error: <what>".
+def _limited(function: Callable, arguments: Sequence, cpu_s: float, wall_s: float):
+    """Runs in a worker: `function`, in a process that ends after cpu_s of CPU time or 2 * wall_s by the clock.
+
+    The kernel ends it, by the default action of the two signals, so C code can't hold it up. Of the timers, PROF counts
+    what this process computes, in user and in kernel mode. A resource limit would count over all of its answers. The
+    clock is pebble's to watch. The second timer is for a worker whose parent was killed.
+    """
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, 2 * wall_s)
+    try:
+        return function(*arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _judge(answer: str, gold: str) -> str:
+    """Runs in a worker: "right", "wrong", "unparsable" or "error: <what>".
 
     Both texts are put in \\boxed{}, so that math-verify reads each as one whole expression; without it, it
-    searches the text and finds 2 in "2\\sqrt{3}". Its own time-outs are off: they cannot interrupt C code.
+    searches the text and finds 2 in "2\\sqrt{3}". It also searches for a number where it can't read the expression,
+    and finds 5 in "It is not 5."; that is off. So is its list of units, which takes any \\text{} off a number:
+    "5\\text{ million}" would be 5. Its own time-outs are off: they cannot interrupt C code.
     math-verify catches many errors inside verify() and says "not equal"; those are wrong answers here too.
     """
-    from math_verify import parse, verify
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
 
-    options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
-    signal.setitimer(signal.ITIMER_REAL, alarm_s)
+    normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all")
+    options = {
+        "extraction_config": [LatexExtractionConfig(normalization_config=normalization)],
+        "fallback_mode": "no_fallback",
+        "parsing_timeout": None,
+        "raise_on_error": True,
+    }
     try:
         golds = parse(f"\\boxed{{{gold}}}", **options)
         if not golds:
@@ -188,5 +227,3 @@ def _judge(answer: str, gold: str, alarm_s: float) -> str:
     except Exception as error:
         # The name alone: printing sympy's message may take for ever, and some errors cannot be pickled.
         return f"error: {type(error).__name__}"
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from iapo.tasks import verbose_arithmetic
+from iapo.tasks.reference import references
 
 LABELS = {
     "tokens": "mean response tokens",
@@ -189,6 +190,14 @@ def _sample(line: str, where: str) -> Sample:
                 "and a reward function that returns 'acc'."
             )
         numbers[name] = value
+    if record.get("verify_failure") and "gts" in record:  # by iapo.reward; verl wrote the ground truth
+        try:
+            references(record["gts"])
+        except ValueError as error:
+            raise ValueError(
+                f"{where}: gts, the ground truth, {error}, so no answer is right; correct reward_model.ground_truth of "
+                "the data and validate again."
+            ) from None
     correct, truncated = numbers["acc"] > 0.5, numbers["truncated"] > 0.5
     return Sample(record["input"], correct, float(numbers["response_length"]), truncated)
 

@@ -18,13 +18,13 @@ verl's is not clipped there: no difference while L never exceeds L_max, which th
 import logging
 import math
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.dapo import DAPORewardManager
 from verl.utils.fs import copy_to_local
 from verl.utils.model import get_generation_config
 
+from iapo.metrics.training import check_acc, number
 from iapo.probe.text import end_tokens
 from iapo.reward import score_dict
 
@@ -64,7 +64,7 @@ class IapoRewardManager(DAPORewardManager):
     async def run_single(self, data: DataProto) -> dict:
         """Scores the last sequence in `data`: {"reward_score": float, "reward_extra_info": dict}.
 
-        Whatever the reward function raises, or a score that is no finite number, ends up in `reward_error`.
+        Whatever the reward function raises, or a score or an `acc` that is no finite number, ends up in `reward_error`.
         """
         try:
             result = await super().run_single(data)
@@ -72,6 +72,8 @@ class IapoRewardManager(DAPORewardManager):
             if not math.isfinite(reward):
                 raise ValueError(f"the reward function returned {reward}; it must return a finite number")
             info = {key: _plain(value) for key, value in result["reward_extra_info"].items()}
+            if "acc" in info:
+                check_acc(info["acc"])
             self._blank_info = _blank_like(info)
             reward_error = ""
         except Exception as error:
@@ -104,10 +106,10 @@ def length_info(item, max_response_length: int, eos_token_ids: frozenset[int]) -
 
 
 def _plain(value):
-    """verl's penalty comes as a tensor on some completions and as an int on others; one type for all."""
-    if isinstance(value, torch.Tensor):
-        value = value.item()
-    return float(value) if isinstance(value, int) else value
+    """One type for all numbers: verl's penalty is a tensor on some completions and an int on others, and numpy's
+    numbers would be left out of means and of JSON."""
+    plain = number(value)
+    return value if plain is None else plain
 
 
 def _blank_like(info: dict) -> dict[str, float | str]:
