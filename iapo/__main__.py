@@ -1,9 +1,10 @@
-"""The command: iapo train|data|evaluate|report ...
+"""The command: iapo train|data|evaluate|report|export ...
 
     iapo train       train a model; iapo train --dry-run ... shows the configuration
     iapo data        prepare a data set
     iapo evaluate    accuracy and length of a run's validation completions, with intervals
     iapo report      a run before and after training, as a table and a picture
+    iapo export      a checkpoint as a Hugging Face model
 
 Each has a page of its own: iapo COMMAND --help. python -m iapo is the same command.
 """
@@ -18,6 +19,7 @@ COMMANDS = {
     "data": "iapo.data",
     "evaluate": "iapo.tools.evaluate",
     "report": "iapo.tools.report",
+    "export": "iapo.tools.export",
 }
 
 
