@@ -408,6 +408,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train-size", type=int, help=f"verbose_arithmetic only (default {TRAIN_SIZE})")
     parser.add_argument("--test-size", type=int, help=f"verbose_arithmetic only (default {TEST_SIZE})")
     options = parser.parse_args(arguments)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of source code
     try:
         prepare(options.name, options.out, options.source, options.seed, options.train_size, options.test_size)
         return 0

