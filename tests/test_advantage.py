@@ -291,10 +291,24 @@ def test_grpo_gives_nothing_for_what_rounding_leaves_of_equal_rewards(reward, by
     assert (grpo_advantage(rewards, mask, group, by_std)[0] > 0).all()
 
 
+def test_every_row_is_judged_by_its_own_valid_entries():
+    values = torch.tensor([[100.1] * 7 + [5.0], [0.0, 3e-6, 0, 0, 0, 0, 0, 1e9]])
+    mask = torch.ones(2, 8)
+    mask[:, 7] = 0
+    z = masked_zscore(values, mask)
+    assert (z[0] == 0).all()  # equal, but for what is masked out
+    assert (z[1, :7] != 0).all() and z[1, 7] == 0  # a spread of 3e-6 among small numbers counts
+
+
 def test_grpo_gives_nothing_to_a_completion_alone():
     rewards, mask = torch.tensor([1.5, -1.5, 0.0]), torch.ones(3, 2)
     advantages = grpo_advantage(rewards, mask, torch.tensor([0, 1, 1]))
     assert (advantages[0] == 0).all() and (advantages[1:] != 0).all()
+
+
+def test_shares_of_small_advantages_sum_to_one():
+    terms = {"a": torch.tensor([[0.1, -0.1]]), "b": torch.tensor([[0.05, 0.15]])}
+    assert advantage_shares(terms, torch.ones(1, 2)) == pytest.approx({"a": 0.5, "b": 0.5})
 
 
 def test_negative_information_gives_no_rate():
