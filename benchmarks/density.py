@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import iapo
 from benchmarks.measure import machine, table
 from iapo.advantage import masked_zscore
-from iapo.answer_format import final_answer
+from iapo.answer_format import ANSWER_END, EXIT_MARKER, PROBE, final_answer
 from iapo.information import exit_entropies, information_gain
 from iapo.probe.packing import Completion, probe_positions
 from iapo.probe.text import reasoning_length, step_ends
@@ -25,7 +25,6 @@ from iapo.tasks import verbose_arithmetic
 from iapo.tasks.tiny_model import prompt_ids
 
 TINY = Path(iapo.__file__).parent / "assets" / "tiny"
-PROBE, END, EXIT = "</think>\n<answer>", "</answer>", "</think>"
 
 
 def sample(model, tokenizer, prompts: int, group: int) -> list[tuple[torch.Tensor, torch.Tensor, str]]:
@@ -41,7 +40,7 @@ def sample(model, tokenizer, prompts: int, group: int) -> list[tuple[torch.Tenso
         )  # fmt: skip
         for response in output[:, len(prompt) :]:
             response = response[response != tokenizer.pad_token_id]
-            length = reasoning_length(response.tolist(), lambda ids: tokenizer.decode(ids), EXIT)
+            length = reasoning_length(response.tolist(), lambda ids: tokenizer.decode(ids), EXIT_MARKER)
             rows.append((prompt, response[:length], tokenizer.decode(response)))
     return [row for row in rows if len(row[1]) > 1]
 
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
         completions = [
             Completion(
                 prompt, response, positions(response),
-                torch.tensor(tokenizer.encode(final_answer(text, PROBE, END))) if answers else None,
+                torch.tensor(tokenizer.encode(final_answer(text, PROBE, ANSWER_END))) if answers else None,
             )
             for prompt, response, text in rows
         ]  # fmt: skip

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.density import PROBE, TINY, sample
 from benchmarks.measure import machine, table
 from iapo.advantage import exploration, masked_zscore, relative_information_rate
+from iapo.answer_format import EXIT_MARKER
 from iapo.information import entropy, exit_entropies
 from iapo.probe.packing import Completion, probe_positions
 from iapo.tasks.verbose_arithmetic import FILLER_WORDS, REPEAT_WORDS, answer, extract_answer, parse_prompt
@@ -179,7 +180,7 @@ def count(run: Path, tokenizer) -> list[str]:
     outputs = [json.loads(line).get("output") for line in dump.read_text().removesuffix("\n").split("\n")]
     if not all(isinstance(output, str) for output in outputs):
         raise ValueError(f"{dump}: a completion has no text 'output'; validate the run again.")
-    texts = [output.partition("</think>")[0] for output in outputs]
+    texts = [output.partition(EXIT_MARKER)[0] for output in outputs]
     total = Counter()
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False)
