@@ -27,7 +27,8 @@ def read(kind, folder, extra_info, contents=("1+1=", "2+2=", "1+" * 40 + "1=", "
     if extra_info is not None:
         rows["extra_info"] = extra_info
     pq.write_table(pa.table(rows), folder / "train.parquet")
-    config = resolve(["platform=cpu", f"data={folder}", "model=tiny", "data.max_prompt_length=32"])
+    options = ["data.max_prompt_length=32", "data.filter_overlong_prompts_workers=null"]
+    config = resolve(["platform=cpu", f"data={folder}", "model=tiny", *options])
     return kind([str(folder / "train.parquet")], AutoTokenizer.from_pretrained(TINY), config.data)
 
 
