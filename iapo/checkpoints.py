@@ -4,11 +4,12 @@ verl writes `global_step_<N>/` with a folder `actor` that holds three files per 
 tracker file. No verl import.
 """
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # By part of a checkpoint, as verl's `checkpoint.load_contents` names them: how its files begin.
@@ -37,17 +38,33 @@ def problem(folder: Path, contents: Sequence[str], ranks: int) -> str | None:
     """Why no run can resume from the folder of a step; None if it is whole.
 
     Args:
-        contents: the parts that the run loads, keys of `FILES`.
-        ranks: of the actor.
+        contents: the parts that the run loads, by verl's names.
+        ranks: of the actor whose files are here; 0 where they may be on other machines.
     """
-    needed = [f"actor/{FILES[c]}_world_size_{ranks}_rank_{rank}.pt" for c in contents for rank in range(ranks)]
-    for name in [*needed, "data.pt"]:
-        path = Path(folder) / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if not is_zipfile(path):  # torch.save writes one; a file that was cut lacks its end
-            return f"{path} is cut short"
+    folder = Path(folder)
+    parts = [FILES[name] for name in contents if name in FILES]  # the others, such as hf_model, are not read
+    needed = [folder / f"actor/{part}_world_size_{ranks}_rank_{rank}.pt" for part in parts for rank in range(ranks)]
+    needed.append(folder / "data.pt")  # verl writes it last
+    if missing := next((path for path in needed if not path.is_file()), None):
+        return f"{missing} is missing"
+    states = [path for path in [folder / "methods.json"] if path.is_file()]
+    if cut := next((path for path in [*needed, *states] if not _is_whole(path)), None):
+        return f"{cut} is cut short"
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of torch.save, or of JSON, is there from its beginning to its end; contents aren't compared."""
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+            return True
+        with ZipFile(path) as file:
+            for entry in file.infolist():
+                file.open(entry).close()  # reads the entry's header, which a file without its beginning lacks
+        return True
+    except (BadZipFile, ValueError, OSError, EOFError):
+        return False
 
 
 def resume(folder: Path, contents: Sequence[str], ranks: int) -> Resume:
@@ -69,18 +86,26 @@ def resume(folder: Path, contents: Sequence[str], ranks: int) -> Resume:
     return Resume(None, problems)
 
 
-def remove_surplus(folder: Path, last: int, keep: int, contents: Sequence[str], ranks: int) -> list[int]:
+def remove_surplus(
+    folder: Path, last: int, keep: int, contents: Sequence[str], ranks: int, spare: Collection[int] = ()
+) -> list[int]:
     """Remove all steps older than the `keep` newest whole ones up to `last`, whichever process wrote them.
 
+    Args:
+        keep: below 1: all, as in verl.
+        spare: steps that stay.
+
     Returns:
-        The steps that were removed. None is, where fewer than `keep` are whole.
+        The steps that were removed. None is, where fewer than `keep` are whole. One that can't be removed stays.
     """
+    if keep < 1:
+        return []
     folder = Path(folder)
     until = [step for step in steps(folder) if step <= last]
     whole = [step for step in until if problem(folder / f"global_step_{step}", contents, ranks) is None]
     if len(whole) < keep:
         return []
-    surplus = [step for step in until if step < whole[-keep]]
+    surplus = [step for step in until if step < whole[-keep] and step not in spare]
     for step in surplus:
-        shutil.rmtree(folder / f"global_step_{step}")
+        shutil.rmtree(folder / f"global_step_{step}", ignore_errors=True)
     return surplus

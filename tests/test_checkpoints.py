@@ -86,3 +86,30 @@ def test_whole_steps_are_counted_and_later_ones_left_alone(tmp_path):
     assert remove_surplus(tmp_path, 8, 2, PARTS, 1) == [2, 4] and steps(tmp_path) == [6, 8, 30]
     (tmp_path / "global_step_3").mkdir()  # what verl leaves of a step that it removed
     assert remove_surplus(tmp_path, 8, 2, PARTS, 1) == [3]
+
+
+def test_no_limit_keeps_all_as_in_verl(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    for keep in (-1, 0):
+        assert remove_surplus(tmp_path, 30, keep, PARTS, 1) == []
+    assert steps(tmp_path) == [10, 20, 30]
+
+
+def test_the_step_that_a_run_came_from_stays(tmp_path):
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    assert remove_surplus(tmp_path, 6, 1, PARTS, 1, spare=[2]) == [4] and steps(tmp_path) == [2, 6]
+
+
+def test_a_file_without_its_beginning_and_broken_states_are_no_whole_step(tmp_path):
+    path = save(tmp_path, 4)
+    (path / "methods.json").write_text("{}")
+    assert problem(path, [*PARTS, "hf_model"], 1) is None  # what verl doesn't load needs no file
+    (path / "methods.json").write_text('{"gfpo": ')
+    assert problem(path, PARTS, 1).endswith("methods.json is cut short")
+    (path / "methods.json").unlink()
+    file = path / "actor/model_world_size_1_rank_0.pt"
+    file.write_bytes(file.read_bytes()[file.stat().st_size // 2 :])
+    assert problem(path, PARTS, 1) == f"{file} is cut short"
+    assert problem(path, PARTS, 0) is None  # the ranks' files may be on other machines

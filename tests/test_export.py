@@ -89,6 +89,26 @@ def test_the_last_step_with_weights_is_taken_unless_another_is_named(tmp_path, c
     ]
 
 
+def test_the_step_that_the_tracker_names_is_the_last(tmp_path, capsys):
+    for step in (2, 10):
+        one_rank(tmp_path, step)
+    (tmp_path / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
+    assert main([str(tmp_path)]) == 0 and "step 2" in capsys.readouterr().out
+
+
+def test_numbers_that_a_dtype_cannot_hold_are_refused(tmp_path, capsys):
+    actor = one_rank(tmp_path)
+    state = shapes_model().state_dict()
+    state["model.norm.weight"][0] = 1e6
+    torch.save(state, actor / "model_world_size_1_rank_0.pt")
+    assert main([str(tmp_path), "--dtype", "float16"]) == 2
+    assert "--dtype: model.norm.weight has numbers that torch.float16 can't hold" in capsys.readouterr().err
+    state["model.norm.weight"] = torch.ones(3)
+    torch.save(state, actor / "model_world_size_1_rank_0.pt")
+    assert main([str(tmp_path)]) == 2
+    assert "its weights are not those of LlamaForCausalLM: Error" in capsys.readouterr().err
+
+
 def test_what_is_not_sharded_must_be_the_same_on_every_rank():
     same = torch.tensor([1.0, 2.0])
     assert torch.equal(merge([{"a": same}, {"a": same.clone()}])["a"], same)

@@ -715,6 +715,30 @@ def test_a_tracker_file_that_names_no_checkpoint(verbose_arithmetic, content, re
         check(changed("run_dir=r"))
 
 
+def test_a_lost_tracker_does_not_let_a_run_begin_anew_over_whole_checkpoints(verbose_arithmetic):
+    config = changed("run_dir=r")
+    provenance.save(config)
+    folder = checkpoint(config, 10)
+    (folder.parent / "latest_checkpointed_iteration.txt").unlink()
+    with pytest.raises(ConfigError, match=r"^run_dir: .* holds global_step_10 but no latest_checkpointed_iteration.tx"):
+        check(changed("run_dir=r"))
+    (folder / "data.pt").unlink()  # a first save that was never finished
+    check(changed("run_dir=r"))
+
+
+def test_a_path_to_resume_from_must_be_a_whole_step(verbose_arithmetic):
+    folder = checkpoint(changed("run_dir=other"), 10)
+    resume = ["run_dir=r", "trainer.resume_mode=resume_path"]
+    check(changed(*resume, f"trainer.resume_from_path={folder}"))
+    with pytest.raises(
+        ConfigError, match=r"^trainer.resume_from_path: .*/checkpoints must be a folder global_step_<N>"
+    ):
+        check(changed(*resume, f"trainer.resume_from_path={folder.parent}"))
+    (folder / "actor/optim_world_size_1_rank_0.pt").unlink()
+    with pytest.raises(ConfigError, match=r"^trainer.resume_from_path: .*optim_world_size_1_rank_0.pt is missing; cho"):
+        check(changed(*resume, f"trainer.resume_from_path={folder}"))
+
+
 def test_checkpoints_of_an_unknown_configuration_are_refused(verbose_arithmetic):
     checkpoint(changed("run_dir=r"), 2)
     with pytest.raises(ConfigError, match=r"^run_dir: .*/r holds checkpoints but no config.yaml"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from iapo.checkpoints import resume
+from iapo.checkpoints import problem, resume, steps
 from iapo.config import IapoConfig
 from iapo.data import NAMES
 from iapo.launch.check_prompts import prompt_problems
@@ -245,7 +245,20 @@ def _resume(config: DictConfig) -> Iterator[str]:
             f"trainer.resume_mode: 'disable' would write over the run with checkpoints in {tracker.parent}; choose "
             "another run_dir, or remove that one."
         )
+    contents = config.actor_rollout_ref.actor.checkpoint.load_contents
+    if mode == "auto" and not tracker.is_file():
+        folders = [tracker.parent / f"global_step_{step}" for step in steps(tracker.parent)]
+        if whole := [folder.name for folder in folders if problem(folder, contents, actor_ranks(config)) is None]:
+            yield (
+                f"run_dir: {tracker.parent} holds {whole[-1]} but no {tracker.name}, so the run would start from the "
+                "beginning; write its number into that file, or choose another run_dir."
+            )
     if mode == "resume_path" and config.trainer.resume_from_path:
+        folder = Path(config.trainer.resume_from_path)
+        if not folder.name.removeprefix("global_step_").isdecimal():
+            yield f"trainer.resume_from_path: {folder} must be a folder global_step_<N>."
+        elif reason := problem(folder, contents, actor_ranks(config)):
+            yield f"trainer.resume_from_path: {reason}; choose another step."
         try:
             methods = make_methods(OmegaConf.to_container(config, resolve=True)["methods"])
             load_states(methods, Path(config.trainer.resume_from_path))
@@ -304,4 +317,5 @@ def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
 
 
 def actor_ranks(config: DictConfig) -> int:
-    return config.trainer.nnodes * config.trainer.n_gpus_per_node
+    """Those whose files are surely in the run's folder here; other nodes may have one of their own."""
+    return config.trainer.n_gpus_per_node if config.trainer.nnodes == 1 else 0

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from iapo.checkpoints import problem, steps
+from iapo.checkpoints import TRACKER, problem, steps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -68,8 +68,12 @@ def export(actor: Path, out: Path, dtype: torch.dtype | None = None) -> torch.dt
     state = merge([torch.load(path, map_location="cpu", weights_only=False) for path in files])
     if any("lora_" in name for name in state):
         raise ValueError(f"{actor}: holds the weights of LoRA; merge it with python -m verl.model_merger.")
-    dtype = dtype or next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    if dtype is None:  # each weight keeps its own
+        dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+    else:
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+        if beyond := next((name for name, tensor in state.items() if not tensor.isfinite().all()), None):
+            raise ValueError(f"--dtype: {beyond} has numbers that {dtype} can't hold; choose float32 or bfloat16.")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -79,7 +83,10 @@ def export(actor: Path, out: Path, dtype: torch.dtype | None = None) -> torch.dt
         (partial / "config.json").write_text(json.dumps(settings))
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(partial), dtype=dtype)
-        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        try:
+            missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+        except RuntimeError as error:  # of other sizes
+            raise ValueError(f"{actor}: its weights are not those of {type(model).__name__}: {error}") from None
         model.tie_weights()
         if unexpected or any(parameter.is_meta for parameter in model.parameters()):
             names = ", ".join([*unexpected, *missing][:3])
@@ -111,7 +118,7 @@ def shard_files(actor: Path) -> list[Path]:
 
 
 def chosen_step(run_dir: Path, step: int | None) -> Path:
-    """The folder `actor` of a step; of the last that has weights where none is named.
+    """The folder `actor` of a step; where none is named, of the one that verl's tracker names, else of the last.
 
     Raises:
         ValueError: there is none.
@@ -122,7 +129,10 @@ def chosen_step(run_dir: Path, step: int | None) -> Path:
         raise ValueError(f"{run_dir}: holds no checkpoints/global_step_<N>/actor; give the folder of a run that saved.")
     if step is not None and step not in found:
         raise ValueError(f"--step: {step} must be one of {', '.join(map(str, found))}.")
-    return _actor(checkpoints, found[-1] if step is None else step)
+    tracker = checkpoints / TRACKER
+    last = tracker.read_text(errors="replace").strip() if tracker.is_file() else ""
+    newest = int(last) if last.isdecimal() and int(last) in found else found[-1]
+    return _actor(checkpoints, newest if step is None else step)
 
 
 def _actor(checkpoints: Path, step: int) -> Path:

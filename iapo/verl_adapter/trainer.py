@@ -20,7 +20,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils.debug import marked_timer
 
-from iapo.checkpoints import FILES, TRACKER, remove_surplus, resume
+from iapo.checkpoints import TRACKER, remove_surplus, resume
 from iapo.config import IapoConfig
 from iapo.information import next_token_entropies
 from iapo.methods import Method, acts_by, load_states, make_methods, save_states
@@ -250,12 +250,19 @@ class IapoTrainer(PPOTrainerSync):
         # Before verl's, which ends by naming this checkpoint the last.
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "data.pt").unlink(missing_ok=True)  # of a broken step: until verl writes it, the new one isn't whole
         save_states(self.methods, folder)
         super()._save_checkpoint()
         if keep := self.config.trainer.max_actor_ckpt_to_keep:  # verl counts those that its process wrote
             contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
-            parts = [name for name in contents if name in FILES]
-            remove_surplus(folder.parent, self.global_steps, keep, parts, self.actor_rollout_wg.world_size)
+            source = Path(self.config.trainer.resume_from_path or "").name.removeprefix("global_step_")
+            spare = [int(source)] if source.isdecimal() else []
+            remove_surplus(folder.parent, self.global_steps, keep, contents, self._local_ranks, spare)
+
+    @property
+    def _local_ranks(self) -> int:
+        """The actor's ranks whose files are surely in the run's folder here; other nodes may have one of their own."""
+        return self.actor_rollout_wg.world_size if self.config.trainer.nnodes == 1 else 0
 
     def _load_checkpoint(self):
         self._choose_checkpoint()
@@ -274,7 +281,7 @@ class IapoTrainer(PPOTrainerSync):
         if trainer.resume_mode != "auto" or not (folder / TRACKER).is_file():
             return
         contents = self.config.actor_rollout_ref.actor.checkpoint.load_contents
-        found = resume(folder, contents, self.actor_rollout_wg.world_size)
+        found = resume(folder, contents, self._local_ranks)
         if found.problems and found.step is not None:
             trainer.resume_mode, trainer.resume_from_path = "resume_path", str(folder / f"global_step_{found.step}")
 
