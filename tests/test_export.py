@@ -22,12 +22,13 @@ def shapes_model():
     return make_model("llama", vocab_size=97, tie_word_embeddings=True)
 
 
-def save_shards(rank: int, actor: str, mesh_shape: tuple[int, ...], port: int) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def save_shards(rank: int, actor: str, mesh_shape: tuple[int, ...], store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     names = ("ddp", "fsdp")[-len(mesh_shape) :]
     model = shapes_model()
     fully_shard(model, mesh=init_device_mesh("cpu", mesh_shape, mesh_dim_names=names))
     torch.save(model.state_dict(), f"{actor}/model_world_size_2_rank_{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -61,9 +62,9 @@ def assert_is_the_model(folder: Path, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("mesh_shape", [(2,), (2, 1)], ids=["FSDP", "HSDP"])
-def test_the_shards_of_two_ranks_are_merged_bit_for_bit(tmp_path, mesh_shape, free_port, capsys):
+def test_the_shards_of_two_ranks_are_merged_bit_for_bit(tmp_path, mesh_shape, capsys):
     actor = run_folder(tmp_path)
-    run_ranks(save_shards, str(actor), mesh_shape, free_port)
+    run_ranks(save_shards, str(actor), mesh_shape, str(tmp_path / "store"))
     assert main([str(tmp_path), "--out", str(tmp_path / "model")]) == 0
     assert capsys.readouterr().out == f"iapo export: step 4 in float32: {tmp_path}/model\n"
     assert_is_the_model(tmp_path / "model")
