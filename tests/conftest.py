@@ -71,28 +71,3 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    from iapo.data import prepare
-
-    folder = tmp_path_factory.mktemp("data")
-    prepare("verbose_arithmetic", folder)
-    return folder
-
-
-@pytest.fixture
-def train(tmp_path, data_dir):
-    """Start runs; at the end stop what is left of them, by process id, and remove the shared memory they made."""
-    from tests.runs import Run
-
-    runs = []
-
-    def start(*overrides, folder="run"):
-        runs.append(Run(tmp_path / folder, data_dir, *overrides))
-        return runs[-1]
-
-    yield start
-    for run in runs:
-        run.kill()

@@ -7,17 +7,124 @@ import re
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 
-from tests.runs import finished, segments
+from iapo.launch.shared_memory import mapped_segments, remove_unmapped
+from iapo.metrics.file import read_metrics
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+SMALL = [
+    "platform=cpu",
+    "data.train_batch_size=4",
+    "data.val_max_samples=8",
+    "actor_rollout_ref.rollout.n=4",
+    "trainer.test_freq=-1",
+    "trainer.save_freq=-1",
+    "trainer.val_before_train=false",
+]
+
+
+class Run:
+    """One `python -m iapo.train`; every process that it starts carries a marker in its environment."""
+
+    def __init__(self, folder: Path, data_dir: Path, *overrides: str):
+        self.folder = folder
+        self.marker = uuid.uuid4().hex
+        folder.mkdir(exist_ok=True)
+        self.log = folder / f"{self.marker}.log"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-m", "iapo.train", *SMALL, f"run_dir={folder}", *overrides],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"IAPO_TEST_RUN": self.marker, "IAPO_DATA_DIR": str(data_dir)},
+                start_new_session=True,
+            )
+
+    def wait(self, timeout: float = 360) -> int:
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            alive = [(p.pid, p.status(), p.cmdline()[:1]) for p in self.processes()]
+            raise AssertionError(f"waited {timeout} s; alive: {alive}\n{self.tail(200)}") from None
+
+    def wait_for(self, condition, timeout: float = 300) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert self.process.poll() is None, f"the run ended early:\n{self.tail()}"
+            assert time.monotonic() < deadline, f"waited {timeout} s:\n{self.tail()}"
+            time.sleep(0.2)
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def metrics(self) -> dict[int, dict]:
+        return dict(read_metrics(self.folder / "metrics.jsonl"))
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("IAPO_TEST_RUN") == self.marker and process.status() != "zombie":
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def kill(self) -> None:
+        """Stop every process of the run and remove the shared memory that they had mapped."""
+        processes = self.processes()
+        segments = mapped_segments(process.pid for process in processes)
+        for process in processes:
+            process.kill()
+        self.wait_until_gone()
+        remove_unmapped(segments, patience_s=5)
+
+    def wait_until_gone(self, timeout: float = 30) -> list[psutil.Process]:
+        deadline = time.monotonic() + timeout
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return left
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    from iapo.data import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    prepare("verbose_arithmetic", folder)
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, data_dir):
+    """Start runs; at the end stop what is left of them, by process id, and remove the shared memory they made."""
+    runs = []
+
+    def start(*overrides, folder="run"):
+        runs.append(Run(tmp_path / folder, data_dir, *overrides))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
+
+
+def finished(run: Run) -> Run:
+    assert run.wait() == 0, run.tail()
+    assert not run.wait_until_gone(), "processes are left behind"
+    return run
 
 
 @pytest.fixture
@@ -27,6 +134,10 @@ def socket_of_another_run():
     path.touch()
     yield path
     path.unlink(missing_ok=True)
+
+
+def segments() -> set[str]:
+    return {path.name for path in Path("/dev/shm").glob("psm_*")}
 
 
 @pytest.fixture
@@ -236,3 +347,59 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
     first, second = weights(unbroken.folder), weights(resumed.folder)
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_a_reward_that_raises_stops_the_run_with_one_clear_line(train, tmp_path):
+    reward = tmp_path / "broken_reward.py"
+    reward.write_text("def compute_score(**_):\n    raise KeyError('no such answer')\n")
+    settings = [f"reward.custom_reward_function.path={reward}", "trainer.total_training_steps=2"]
+    for run in [train(f"variant={name}", *settings, folder=name) for name in ("iapo_rate", "dapo")]:
+        assert run.wait() == 1, run.tail()
+        last = run.tail(1)
+        expected = "iapo.train: the run failed: RuntimeError: reward: the reward function raised on 16 of 16"
+        assert last.startswith(expected)
+        assert "KeyError: 'no such answer'" in last
+        assert not run.wait_until_gone(), "processes are left behind"
+
+
+def test_a_wrong_configuration_stops_before_ray(train):
+    run = train("iapo.rho=-1")
+    assert run.wait(60) == 2
+    assert run.tail(1) == "iapo.train: iapo.rho: -1 must be a number >= 0."
+    missing = train("model=/no/such/model", folder="missing")
+    assert missing.wait(60) == 2
+    assert missing.tail(1).startswith("iapo.train: actor_rollout_ref.model.path: /no/such/model is no folder")
+    assert not (missing.folder / "config.yaml").exists()
+
+
+def test_a_polite_stop_leaves_nothing_behind(train):
+    before = segments()
+    run = train("trainer.total_training_steps=50")
+    run.wait_for(lambda: (run.folder / "metrics.jsonl").is_file() and run.metrics())
+    second = train("trainer.total_training_steps=50")  # in the same folder
+    assert second.wait(60) == 2
+    assert f"is in use by a run that is still alive (process {run.process.pid} on " in second.tail(1)
+    run.process.terminate()
+    assert run.wait(60) == 143
+    assert not run.wait_until_gone()
+    assert segments() <= before
+    assert json.loads((run.folder / "starts.jsonl").read_text())["versions"]["verl"] == "0.9.1"
+
+
+@pytest.mark.parametrize(
+    "number,last",
+    [
+        (signal.SIGTERM, "iapo.train: stopped by SIGTERM; the same command starts anew: no checkpoint yet"),
+        (signal.SIGINT, "iapo.train: interrupted; the same command starts anew: no checkpoint yet"),
+    ],
+)
+def test_a_stop_while_ray_starts_is_as_polite(train, number, last):
+    run = train("trainer.total_training_steps=50")
+    run.wait_for(lambda: "ray init kwargs" in run.log.read_text())
+    time.sleep(1)
+    run.process.send_signal(number)
+    assert run.wait(60) == 128 + number
+    # A handler of Ray's that happens to run in a callback of Python's own, where an exception is printed and lost.
+    ignored = r"Exception ignored in.*\nTraceback.*\n(  .*\n)+(SystemExit|KeyboardInterrupt).*\n"
+    assert run.tail(1) == last and "Traceback" not in re.sub(ignored, "", run.log.read_text())
+    assert not run.wait_until_gone()
