@@ -38,6 +38,7 @@ WITHOUT_EFFECT = (
     "trainer.max_actor_ckpt_to_keep",
     "trainer.resume_mode",
     "global_profiler",
+    "actor_rollout_ref.actor.calculate_entropy",
     # Environment, processes, threads, polling, memory.
     "ray_kwargs",
     "transfer_queue",
@@ -68,6 +69,8 @@ WITHOUT_EFFECT = (
     "actor_rollout_ref.rollout.enforce_eager",
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.enable_sleep_mode",
+    # Ours is verl's where rows have an index, as the table's do.
+    "data.custom_cls",
     # No run of the table has these.
     "critic",
     "distillation",

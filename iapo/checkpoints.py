@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile, ZipFile
 
+from omegaconf import DictConfig
+
 TRACKER = "latest_checkpointed_iteration.txt"
 # By part of a checkpoint, as verl's `checkpoint.load_contents` names them: how its files begin.
 FILES = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
@@ -84,6 +86,24 @@ def resume(folder: Path, contents: Sequence[str], ranks: int) -> Resume:
             return Resume(step, problems)
         problems.append(reason)
     return Resume(None, problems)
+
+
+def resume_point(config: DictConfig) -> Resume | None:
+    """The newest whole checkpoint in the run folder and what is wrong with newer ones; None if there is none."""
+    if config.trainer.resume_mode != "auto" or not tracker_file(config).is_file():
+        return None
+    contents = config.actor_rollout_ref.actor.checkpoint.load_contents
+    return resume(tracker_file(config).parent, contents, local_ranks(config))
+
+
+def local_ranks(config: DictConfig) -> int:
+    """The actor's ranks whose files are surely in the run folder here; other nodes may have one of their own."""
+    return config.trainer.n_gpus_per_node if config.trainer.nnodes == 1 else 0
+
+
+def tracker_file(config: DictConfig) -> Path:
+    """Where verl keeps the number of the last checkpoint."""
+    return Path(config.trainer.default_local_dir) / TRACKER
 
 
 def remove_surplus(

@@ -695,6 +695,10 @@ def test_a_broken_newest_checkpoint_gives_way_to_the_newest_whole_one(verbose_ar
     line = f"^run_dir: {file} is cut short; the run resumes from step 3.$"
     with pytest.warns(UserWarning, match=line):
         check(changed("run_dir=r"))
+    provenance.save(config)
+    starts = [json.loads(line) for line in Path("r/starts.jsonl").read_text().splitlines()]
+    assert "resumes_from" not in starts[0]
+    assert (starts[1]["resumes_from"], starts[1]["skipped"]) == (3, [f"{file} is cut short"])
     with pytest.warns(UserWarning, match=line), pytest.raises(ConfigError, match="holds a checkpoint made with"):
         check(changed("run_dir=r", "iapo.rho=0.125"))  # a wrong configuration is still refused
     shutil.rmtree(folders[0])

@@ -21,11 +21,11 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
 from iapo.config import IapoConfig
-from iapo.launch.compose import resolve
-from iapo.methods import make_methods
+from iapo.launch.compose import checked_config, resolve
+from iapo.verl_adapter.old_log_probs import needs_old_log_probs
 from iapo.verl_adapter.replay_buffer import NO_COMPLETION, IapoReplayBuffer, NoCompletion
 from iapo.verl_adapter.rows import fetch, order_rows, pad_with_last
-from iapo.verl_adapter.trainer import MAX_REFILLS, IapoTrainer, needs_old_log_probs
+from iapo.verl_adapter.trainer import MAX_REFILLS, IapoTrainer
 from iapo.verl_adapter.worker import actor_loss, kl_beyond_cut
 
 
@@ -149,10 +149,9 @@ def test_rows_are_ordered_by_prompt_and_rollout():
     ],
 )
 def test_old_log_probs_are_left_out_where_nothing_reads_them(overrides, needed):
-    config = resolve(["platform=cpu", "model=tiny", *overrides])
-    iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo))
-    methods = make_methods(OmegaConf.to_container(config.methods))
-    assert needs_old_log_probs(config, iapo, methods) == needed
+    config = checked_config(["platform=cpu", "model=tiny", *overrides], files=False)
+    assert needs_old_log_probs(config) == needed
+    assert config.actor_rollout_ref.actor.calculate_entropy != needed  # so that the metric is there all the same
 
 
 def jagged_of(*rows):

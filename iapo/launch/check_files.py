@@ -13,11 +13,11 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from iapo.checkpoints import problem, resume, steps
+from iapo.checkpoints import local_ranks, problem, resume_point, steps, tracker_file
 from iapo.config import IapoConfig
 from iapo.data import NAMES
 from iapo.launch.check_prompts import prompt_problems
-from iapo.launch.provenance import differences, saved_config, tracker_file
+from iapo.launch.provenance import differences, saved_config
 from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
 from iapo.tasks.reference import unjudgeable
@@ -248,7 +248,7 @@ def _resume(config: DictConfig) -> Iterator[str]:
     contents = config.actor_rollout_ref.actor.checkpoint.load_contents
     if mode == "auto" and not tracker.is_file():
         folders = [tracker.parent / f"global_step_{step}" for step in steps(tracker.parent)]
-        if whole := [folder.name for folder in folders if problem(folder, contents, actor_ranks(config)) is None]:
+        if whole := [folder.name for folder in folders if problem(folder, contents, local_ranks(config)) is None]:
             yield (
                 f"run_dir: {tracker.parent} holds {whole[-1]} but no {tracker.name}, so the run would start from the "
                 "beginning; write its number into that file, or choose another run_dir."
@@ -257,7 +257,7 @@ def _resume(config: DictConfig) -> Iterator[str]:
         folder = Path(config.trainer.resume_from_path)
         if not folder.name.removeprefix("global_step_").isdecimal():
             yield f"trainer.resume_from_path: {folder} must be a folder global_step_<N>."
-        elif reason := problem(folder, contents, actor_ranks(config)):
+        elif reason := problem(folder, contents, local_ranks(config)):
             yield f"trainer.resume_from_path: {reason}; choose another step."
         try:
             methods = make_methods(OmegaConf.to_container(config, resolve=True)["methods"])
@@ -298,7 +298,7 @@ def _changed(config: DictConfig) -> Iterator[str]:
 
 def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
     """The newest checkpoint may be broken; then an older one has to do, which the trainer finds in the same way."""
-    found = resume(tracker.parent, config.actor_rollout_ref.actor.checkpoint.load_contents, actor_ranks(config))
+    found = resume_point(config)
     if found.step is None:
         reason = found.problems[-1] if found.problems else f"{tracker.parent} holds no step"
         yield (
@@ -314,8 +314,3 @@ def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
         )
     elif found.problems:
         warnings.warn(f"run_dir: {found.problems[0]}; the run resumes from step {found.step}.", stacklevel=2)
-
-
-def actor_ranks(config: DictConfig) -> int:
-    """Those whose files are surely in the run's folder here; other nodes may have one of their own."""
-    return config.trainer.n_gpus_per_node if config.trainer.nnodes == 1 else 0

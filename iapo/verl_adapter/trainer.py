@@ -12,7 +12,7 @@ from pathlib import Path
 
 import ray
 import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import OmegaConf, open_dict
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
 from transfer_queue import KVBatchMeta
@@ -20,19 +20,19 @@ from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils.debug import marked_timer
 
-from iapo.checkpoints import TRACKER, remove_surplus, resume
+from iapo.checkpoints import local_ranks, remove_surplus, resume_point
 from iapo.config import IapoConfig
-from iapo.information import next_token_entropies
-from iapo.methods import Method, acts_by, load_states, make_methods, save_states
+from iapo.information import information_rate, next_token_entropies
+from iapo.methods import acts_by, load_states, make_methods, save_states
 from iapo.metrics.console import ProgressConsole, clock
 from iapo.metrics.file import MetricsFile
 from iapo.metrics.training import information_metrics, method_metrics, reward_metrics
 from iapo.metrics.validation import validations
 from iapo.probe.text import region_length
 from iapo.step import StepAdvantage, StepInputs
-from iapo.verl_adapter import dataset
 from iapo.verl_adapter.engine import INPUT_FIELDS, OUTPUT_FIELDS
 from iapo.verl_adapter.estimator import bind
+from iapo.verl_adapter.old_log_probs import needs_old_log_probs
 from iapo.verl_adapter.replay_buffer import IapoReplayBuffer
 from iapo.verl_adapter.reward_manager import eos_token_ids
 from iapo.verl_adapter.rows import correctness, fetch, jagged, order_rows, pad_with_last, put, reward_infos
@@ -70,12 +70,6 @@ class IapoTrainer(PPOTrainerSync):
         self.config = config
         self.iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
         self.methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
-        if not config.data.custom_cls.path:
-            with open_dict(config):
-                config.data.custom_cls.update(path=f"pkg://{dataset.__name__}", name=dataset.NumberedDataset.__name__)
-        if self._skips_old_log_prob:  # entropies come with old log-probs otherwise
-            with open_dict(config):
-                config.actor_rollout_ref.actor.calculate_entropy = True
         self._result: StepAdvantage | None = None  # of the step at hand, from its advantage to its update
         self._refilled = 0  # prompts that dynamic sampling drew for the step at hand
         self._validation_began = self._validation_seconds = 0.0  # when the last one began and how long it took
@@ -152,9 +146,8 @@ class IapoTrainer(PPOTrainerSync):
 
     def _on_batch(self, batch: KVBatchMeta, metrics: dict, prompts: int) -> None:
         """Every sampled batch, for training or validation, in order and checked."""
-        fields = ["index", "extra_fields"]
         training = batch.partition_id == "train"
-        data = fetch(batch, fields)
+        data = fetch(batch, ["index", "extra_fields"])
         infos = reward_infos(data)
         errors = [info["reward_error"] for info in infos if info.get("reward_error")]
         if errors:
@@ -165,14 +158,14 @@ class IapoTrainer(PPOTrainerSync):
         if training:
             expected = prompts * self.config.actor_rollout_ref.rollout.n
             metrics["iapo/rollout_failures"] = expected - len(batch)
-        order_rows(batch, data["index"])
+        order = order_rows(batch, data["index"])
         if not training and self.iapo.validation_information:
-            self._record_validation_information(batch)
+            self._record_validation_information(batch, [data["extra_fields"][i] for i in order])
 
     @cached_property
     def _skips_old_log_prob(self) -> bool:
         """Whether the update's own log-probs can stand in for old ones: see `needs_old_log_probs`."""
-        return not needs_old_log_probs(self.config, self.iapo, self.methods)
+        return not needs_old_log_probs(self.config)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         if self._skips_old_log_prob:
@@ -226,7 +219,7 @@ class IapoTrainer(PPOTrainerSync):
             batch = super()._update_actor(batch, metrics)
         if narrow:
             put(batch, **before)
-        if self._skips_old_log_prob:
+        if self._skips_old_log_prob and "actor/entropy_loss" in metrics:
             metrics["actor/entropy"] = metrics["actor/entropy_loss"]
         return batch
 
@@ -257,12 +250,7 @@ class IapoTrainer(PPOTrainerSync):
             contents = self.config.actor_rollout_ref.actor.checkpoint.save_contents
             source = Path(self.config.trainer.resume_from_path or "").name.removeprefix("global_step_")
             spare = [int(source)] if source.isdecimal() else []
-            remove_surplus(folder.parent, self.global_steps, keep, contents, self._local_ranks, spare)
-
-    @property
-    def _local_ranks(self) -> int:
-        """The actor's ranks whose files are surely in the run's folder here; other nodes may have one of their own."""
-        return self.actor_rollout_wg.world_size if self.config.trainer.nnodes == 1 else 0
+            remove_surplus(folder.parent, self.global_steps, keep, contents, local_ranks(self.config), spare)
 
     def _load_checkpoint(self):
         self._choose_checkpoint()
@@ -277,13 +265,11 @@ class IapoTrainer(PPOTrainerSync):
 
     def _choose_checkpoint(self) -> None:
         """Resume from the newest whole checkpoint, where verl takes the one that its tracker names."""
-        trainer, folder = self.config.trainer, Path(self.config.trainer.default_local_dir)
-        if trainer.resume_mode != "auto" or not (folder / TRACKER).is_file():
-            return
-        contents = self.config.actor_rollout_ref.actor.checkpoint.load_contents
-        found = resume(folder, contents, self._local_ranks)
-        if found.problems and found.step is not None:
-            trainer.resume_mode, trainer.resume_from_path = "resume_path", str(folder / f"global_step_{found.step}")
+        found = resume_point(self.config)
+        if found is not None and found.problems and found.step is not None:
+            trainer = self.config.trainer
+            folder = Path(trainer.default_local_dir) / f"global_step_{found.step}"
+            trainer.resume_mode, trainer.resume_from_path = "resume_path", str(folder)
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch):
         super()._compute_metrics(batch, metrics, timing_raw, global_steps=global_steps, epoch=epoch)
@@ -347,37 +333,18 @@ class IapoTrainer(PPOTrainerSync):
     def _end_tokens(self) -> set[int]:
         return set(eos_token_ids(self.config, self.tokenizer))
 
-    def _record_validation_information(self, batch: KVBatchMeta) -> None:
+    def _record_validation_information(self, batch: KVBatchMeta, extra_fields: list) -> None:
         """Add the information rate to the reward infos of validation completions, which verl averages per source."""
-        if len(batch) < self.actor_rollout_wg.world_size:
-            return  # fewer completions than ranks can't be shared out; verl averages over the other batches
+        ranks = self.actor_rollout_wg.world_size
+        if len(batch) < ranks:  # they can't be shared out
+            print(f"iapo: validation: {len(batch)} completions for {ranks} ranks: no information rate", flush=True)
+            return
         self._run_exit_entropy(batch)
-        data = fetch(batch, ["exit_entropy", "extra_fields"])
-        extra_fields = []
-        for h, extra in zip(data["exit_entropy"].unbind(), data["extra_fields"], strict=True):
+        recorded = []
+        for h, extra in zip(fetch(batch, ["exit_entropy"])["exit_entropy"].unbind(), extra_fields, strict=True):
             extra = dict(getattr(extra, "data", extra))
-            rate = (h[0] - h[-1]).item() / max(len(h) - 1, 1)
+            tokens = torch.ones(1, len(h) - 1)
+            rate = information_rate(h[None], tokens).item()
             extra["reward_extra_info"] = extra["reward_extra_info"] | {"information_rate": rate}
-            extra_fields.append(NonTensorData(extra))
-        put(batch, extra_fields=NonTensorStack(*extra_fields))
-
-
-def needs_old_log_probs(config: DictConfig, iapo: IapoConfig, methods: dict[str, Method]) -> bool:
-    """Whether a forward for old log-probs says more than the update's own forward of the same policy.
-
-    It doesn't where a batch makes one update, so that the old policy is the one that is updated and all ratios are 1,
-    and where nothing else reads its log-probs, entropies, keys or values: no term, no method, no probe, no penalty in
-    the reward, no comparison with the rollout's log-probs.
-    """
-    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
-    several_updates = actor.ppo_epochs > 1 or actor.ppo_mini_batch_size < config.data.train_batch_size
-    return (
-        several_updates
-        or iapo.beta > 0
-        or iapo.needs_exit_entropy
-        or iapo.needs_next_token_entropy
-        or any("entropy" in method.needs for method in methods.values())
-        or algorithm.use_kl_in_reward
-        or config.actor_rollout_ref.rollout.calculate_log_probs
-        or bool(OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode"))
-    )
+            recorded.append(NonTensorData(extra))
+        put(batch, extra_fields=NonTensorStack(*recorded))
