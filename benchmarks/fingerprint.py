@@ -17,64 +17,10 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from iapo.config import IapoConfig
-from iapo.launch.provenance import by_dotted_key
+from iapo.launch.provenance import WITHOUT_EFFECT, by_dotted_key, is_in
 
-# Keys, and sections, that don't change a result.
-WITHOUT_EFFECT = (
-    # Where things are and what they are called.
-    "run_dir",
-    "trainer.default_local_dir",
-    "trainer.validation_data_dir",
-    "trainer.rollout_data_dir",
-    "trainer.experiment_name",
-    "trainer.project_name",
-    "actor_rollout_ref.rollout.agent.agent_loop_config_path",
-    "actor_rollout_ref.rollout.prometheus",
-    "actor_rollout_ref.rollout.trace",
-    # What is said and kept. How long a run is and what it is evaluated on is the plan's.
-    "trainer.logger",
-    "actor_rollout_ref.rollout.calculate_log_probs",
-    "trainer.save_freq",
-    "trainer.max_actor_ckpt_to_keep",
-    "trainer.resume_mode",
-    "global_profiler",
-    "actor_rollout_ref.actor.calculate_entropy",
-    # Environment, processes, threads, polling, memory.
-    "ray_kwargs",
-    "transfer_queue",
-    "reward.num_workers",
-    "data.dataloader_num_workers",
-    "actor_rollout_ref.rollout.agent.num_workers",
-    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
-    "actor_rollout_ref.rollout.max_num_seqs",
-    "actor_rollout_ref.rollout.gpu_memory_utilization",
-    "actor_rollout_ref.rollout.checkpoint_engine",
-    "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend",
-    "trainer.v1.sampler.sampler_kwargs.poll_interval",
-    # Packing.
-    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
-    "actor_rollout_ref.actor.use_dynamic_bsz",
-    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
-    "actor_rollout_ref.ref.log_prob_use_dynamic_bsz",
-    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
-    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
-    "iapo.max_tokens_per_micro_batch",
-    "iapo.share_log_prob_forward",
-    # Kernels: the same numbers, to rounding.
-    "actor_rollout_ref.model.override_config.attn_implementation",
-    "actor_rollout_ref.actor.use_torch_compile",
-    "actor_rollout_ref.actor.fsdp_config.use_torch_compile",
-    "actor_rollout_ref.ref.use_torch_compile",
-    "actor_rollout_ref.ref.fsdp_config.use_torch_compile",
-    "actor_rollout_ref.rollout.enforce_eager",
-    "actor_rollout_ref.rollout.free_cache_engine",
-    "actor_rollout_ref.rollout.enable_sleep_mode",
-    # Ours is verl's where rows have an index, as the table's do.
-    "data.custom_cls",
-    # No run of the table has these.
-    "critic",
-    "distillation",
-)
+# No run of the table has these. Our data set is verl's where rows have an index of their own, as the table's do.
+UNUSED = ("critic", "distillation", "data.custom_cls")
 
 
 def fingerprint(config: Mapping, settings: Mapping, places: Mapping[str, str]) -> str:
@@ -97,15 +43,11 @@ def changes_result(config: Mapping) -> dict[str, object]:
     found = {
         key: value
         for key, value in by_dotted_key(config).items()
-        if not _is_in(key, WITHOUT_EFFECT) and not (key in defaults and defaults[key] == value)
+        if not is_in(key, WITHOUT_EFFECT + UNUSED) and not (key in defaults and defaults[key] == value)
     }
     if found.get("algorithm.adv_estimator") == "grpo":  # verl's; the same bits as ours with all weights 0
         found["algorithm.adv_estimator"] = "iapo"
     return found
-
-
-def _is_in(key: str, sections: tuple[str, ...]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def _targets(config: Mapping) -> dict[str, str]:

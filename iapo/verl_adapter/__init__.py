@@ -13,3 +13,6 @@
 
 docs/architecture.md follows one training step through them.
 """
+
+# The name under which `engine` registers with verl, which looks for it in VERL_ENGINE_VENDOR.
+ENGINE_VENDOR = "iapo"

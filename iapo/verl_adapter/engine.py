@@ -29,9 +29,8 @@ from iapo.probe.naive import check_exactness
 from iapo.probe.packing import Completion, forward_count, longest, probe_forwards, probe_positions, slots_of_sequences
 from iapo.probe.supported_models import check_model
 from iapo.probe.text import answer_ids, decode, end_tokens, region_length, step_ends
+from iapo.verl_adapter import ENGINE_VENDOR
 from iapo.verl_adapter.rows import jagged
-
-VENDOR = "iapo"
 
 # What the pass reads from TransferQueue and what it writes back, as jagged tensors.
 INPUT_FIELDS = ["prompts", "responses", "response_mask"]
@@ -52,7 +51,9 @@ class RankWork(NamedTuple):
     longest: int
 
 
-@EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=["cuda", "npu"], vendor=VENDOR)
+@EngineRegistry.register(
+    model_type="language_model", backend=["fsdp", "fsdp2"], device=["cuda", "npu"], vendor=ENGINE_VENDOR
+)
 class IapoEngine(FSDPEngineWithLMHead):
     _exact = False  # whether the pass has been compared with plain forwards of this model
 
