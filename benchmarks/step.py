@@ -23,7 +23,7 @@ from pathlib import Path
 
 from benchmarks import trl_step
 from benchmarks.measure import machine, table
-from benchmarks.plan import ROOT, load_methods
+from benchmarks.table.plan import ROOT, load_methods
 from iapo.data import prepare
 from iapo.metrics.file import read_metrics
 

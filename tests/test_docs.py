@@ -179,7 +179,7 @@ def test_environment_variables_of_ours_are_documented():
 
 
 def test_results_show_the_table_and_the_readme_its_rows():
-    results = ROOT / "benchmarks" / "results"
+    results = ROOT / "benchmarks/table/results"
     rows = [line for line in (results / "table.md").read_text().splitlines() if line.startswith("|")]
     page, readme = (ROOT / "docs" / "results.md").read_text(), (ROOT / "README.md").read_text()
     assert "\n".join(rows) in page and len(rows) > 2
@@ -195,7 +195,7 @@ def test_results_show_the_table_and_the_readme_its_rows():
     for label, name in shown.items():
         _, _, _, accuracy, tokens, _, _, minimum, *_ = table[name]
         assert f"| {label} |{accuracy}|{tokens}| {minimum.split()[0]} |" in readme, label
-    assert "(benchmarks/results/pareto.png)" in readme and (results / "pareto.png").is_file()
+    assert "(benchmarks/table/results/pareto.png)" in readme and (results / "pareto.png").is_file()
 
 
 def test_a_method_is_added_by_the_three_files_of_the_guide(tmp_path):

@@ -9,13 +9,13 @@ import yaml
 
 pytest.importorskip("verl")
 
-from benchmarks import reproduce_table as rt
-from benchmarks.fingerprint import changes_result, fingerprint
-from benchmarks.plan import resolved_config
-from benchmarks.table import Table
+from benchmarks.table import reproduce_table as rt
+from benchmarks.table.fingerprint import changes_result, fingerprint
+from benchmarks.table.plan import resolved_config
+from benchmarks.table.table import Table
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks/results"
+RESULTS = ROOT / "benchmarks/table/results"
 
 
 @pytest.fixture(scope="module")

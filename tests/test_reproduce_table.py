@@ -20,16 +20,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import jobs, pareto
-from benchmarks import reproduce_table as rt
-from benchmarks.plan import UNTRAINED, Method, Plan, load_methods, resolved_config
-from benchmarks.table import COMPLETION_S, START_S, Table, preference
+from benchmarks.table import jobs, pareto
+from benchmarks.table import reproduce_table as rt
+from benchmarks.table.plan import UNTRAINED, Method, Plan, load_methods, resolved_config
+from benchmarks.table.table import COMPLETION_S, START_S, Table, preference
 from iapo.launch.folder_lock import FolderInUse, lock
 from iapo.tools.evaluate import read_prompts
 
 ROOT = Path(__file__).parent.parent
 FAKE_TRAIN = [sys.executable, "-u", str(ROOT / "tests/fake_train.py")]
-METHODS = load_methods(ROOT / "benchmarks/table.yaml")
+METHODS = load_methods(ROOT / "benchmarks/table/table.yaml")
 needs_verl = pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl isn't installed")
 
 SMALL = {
@@ -127,7 +127,7 @@ def test_full_and_quick_plans(tmp_path):
 def test_quick_leaves_out_other_forms_unless_they_are_asked_for(tmp_path):
     def methods(*arguments):
         options = rt.parse(["--out", str(tmp_path), *arguments])
-        return rt.make_plan(options, ROOT / "benchmarks/table.yaml").methods
+        return rt.make_plan(options, ROOT / "benchmarks/table/table.yaml").methods
 
     assert set(methods("--quick")) == {name for name, method in METHODS.items() if method.quick} < set(methods())
     assert list(methods("--quick", "--methods", "gtpo_side")) == ["gtpo_side"]
@@ -648,7 +648,7 @@ def test_time_left_follows_the_runs_so_far(tmp_path):
 
 
 def test_the_real_quick_table_is_expected_within_half_an_hour(tmp_path):
-    plan = rt.make_plan(rt.parse(["--quick", "--out", str(tmp_path)]), ROOT / "benchmarks/table.yaml")
+    plan = rt.make_plan(rt.parse(["--quick", "--out", str(tmp_path)]), ROOT / "benchmarks/table/table.yaml")
     rt.open_folder(plan)
     assert Table(plan, config_of).seconds_left([], 2) < 28 * 60
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import psutil
 import yaml
 
-from benchmarks.fingerprint import fingerprint
-from benchmarks.jobs import Job, Running
-from benchmarks.plan import REFERENCE, ROOT, UNTRAINED, Method, Plan, resolved_config
+from benchmarks.table.fingerprint import fingerprint
+from benchmarks.table.jobs import Job, Running
+from benchmarks.table.plan import REFERENCE, ROOT, UNTRAINED, Method, Plan, resolved_config
 from iapo.launch.folder_lock import FolderInUse, lock
 from iapo.metrics.file import read_metrics
 from iapo.tools.evaluate import bootstrap, evaluate, of_prompts, read_prompts, read_samples
@@ -33,7 +33,7 @@ DIAGNOSTICS = ("iapo/advantage_share/", "iapo/information_gain/", "iapo/exit_ent
 
 
 def preference(grid: dict, reference: float | None) -> list:
-    """The values of a knob in the order in which the rule of `benchmarks.reproduce_table` takes them.
+    """The values of a knob in the order in which the rule of `benchmarks.table.reproduce_table` takes them.
 
     Args:
         grid: figures of `iapo.tools.evaluate` on the validation split by value.

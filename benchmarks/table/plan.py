@@ -8,10 +8,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import yaml
 
-from benchmarks.jobs import Job
+from benchmarks.table.jobs import Job
 from iapo.data import write_parquets
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 REFERENCE, UNTRAINED = "grpo", "untrained"
 
 # What the table itself says of a run, apart from the knobs, or relies on.
@@ -152,7 +152,7 @@ def as_list(value) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table.yaml") -> Plan:
+def make_plan(options: argparse.Namespace, path: Path = ROOT / "benchmarks/table/table.yaml") -> Plan:
     """The plan that the command's options ask for.
 
     Raises:

@@ -6,9 +6,9 @@ import statistics
 import sys
 import time
 
-from benchmarks import pareto
-from benchmarks.plan import REFERENCE, UNTRAINED, Method
-from benchmarks.table import TOLERANCE, Outcome, Table, preference, write_whole
+from benchmarks.table import pareto
+from benchmarks.table.plan import REFERENCE, UNTRAINED, Method
+from benchmarks.table.table import TOLERANCE, Outcome, Table, preference, write_whole
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, list[float | None]]:

@@ -1,8 +1,8 @@
 """Every method on the embedded task, in one table: bash scripts/reproduce_table.sh [--quick] [options] [key=value ...]
 
-Trains each method of benchmarks/table.yaml on verbose arithmetic from the embedded model, with the same prompts and
-rollouts, and evaluates it on the whole test split. Each value of a method's knob is trained with the first seed; the
-one that the validation split chooses also with the others:
+Trains each method of benchmarks/table/table.yaml on verbose arithmetic from the embedded model, with the same prompts
+and rollouts, and evaluates it on the whole test split. Each value of a method's knob is trained with the first seed;
+the one that the validation split chooses also with the others:
 
     the fewest tokens among the values whose validation Pass@1 is at most 1 point below GRPO's,
     and the highest Pass@1 if none is; of GRPO's own values the one with the highest Pass@1.
@@ -27,11 +27,11 @@ from collections.abc import Callable, Sequence
 
 import psutil
 
-from benchmarks import pareto
-from benchmarks.jobs import STOPS, Job, Running, run_all, slots_by_memory
-from benchmarks.pages import command, markdown, write
-from benchmarks.plan import UNTRAINED, Plan, check_runs, make_plan, resolved_config, write_evaluation_file
-from benchmarks.table import Table, clock, say, write_whole
+from benchmarks.table import pareto
+from benchmarks.table.jobs import STOPS, Job, Running, run_all, slots_by_memory
+from benchmarks.table.pages import command, markdown, write
+from benchmarks.table.plan import UNTRAINED, Plan, check_runs, make_plan, resolved_config, write_evaluation_file
+from benchmarks.table.table import Table, clock, say, write_whole
 from iapo.data import prepare
 from iapo.launch.folder_lock import FolderInUse, lock
 

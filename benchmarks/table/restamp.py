@@ -1,8 +1,8 @@
-"""Give records the fingerprint of today's rule: python -m benchmarks.restamp CHECKOUT [RECORDS]
+"""Give records the fingerprint of today's rule: python -m benchmarks.table.restamp CHECKOUT [RECORDS]
 
-For when the rule of `benchmarks.fingerprint` changes. CHECKOUT is a checkout of the commit before. It must accept every
-record as that of a run that it would make, and its configuration of that run must equal today's in all that changes a
-result. If one differs, nothing is written.
+For when the rule of `benchmarks.table.fingerprint` changes. CHECKOUT is a checkout of the commit before. It must accept
+every record as that of a run that it would make, and its configuration of that run must equal today's in all that
+changes a result. If one differs, nothing is written.
 """
 
 import argparse
@@ -16,16 +16,16 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.fingerprint import changes_result, fingerprint
-from benchmarks.plan import ROOT
+from benchmarks.table.fingerprint import changes_result, fingerprint
+from benchmarks.table.plan import ROOT
 
 # Run with a folder as its argument, in one checkout after the other: what each makes of the records in the folder.
 EXAMINE = """
 import json, os, sys
 import yaml
-from benchmarks.plan import UNTRAINED
-from benchmarks.reproduce_table import make_plan, open_folder, parse
-from benchmarks.table import Table
+from benchmarks.table.plan import UNTRAINED
+from benchmarks.table.reproduce_table import make_plan, open_folder, parse
+from benchmarks.table.table import Table
 
 plan = make_plan(parse(["--out", sys.argv[1]]))
 os.environ["IAPO_DATA_DIR"] = str(plan.out / "data")
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all are stamped, 2 none is, with the reasons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", type=Path)
-    parser.add_argument("records", type=Path, nargs="?", default=ROOT / "benchmarks/results/records")
+    parser.add_argument("records", type=Path, nargs="?", default=ROOT / "benchmarks/table/results/records")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
