@@ -66,5 +66,6 @@ def test_final_answer_by_hand():
     probe, end = "</think>\n<answer>", "</answer>"
     assert final_answer("<think>a</think>\n<answer>12</answer>", probe, end) == "12"
     assert final_answer("</think>\n<answer>1</answer></think>\n<answer>2</answer>", probe, end) == "2"
+    assert final_answer("</think>\n<answer>1</answer> 2</answer>", probe, end) == "1"
     assert final_answer("<think>a</think>\n<answer>12", probe, end) == ""
     assert final_answer("<answer>12</answer>", probe, end) == ""

@@ -56,6 +56,11 @@ def test_a_run_resumes_from_the_newest_whole_step(tmp_path):
     cut(tmp_path / "global_step_10/actor/optim_world_size_1_rank_0.pt")
     step, problems = resume(tmp_path, PARTS, 1)
     assert step == 9 and len(problems) == 1 and "optim" in problems[0]
+    (tmp_path / TRACKER).write_text("11")
+    assert resume(tmp_path, PARTS, 1) == (9, [f"{TRACKER} names step 11, which isn't there", problems[0]])
+    (tmp_path / TRACKER).write_bytes(b"\xff")
+    assert resume(tmp_path, PARTS, 1) == (9, [f"{TRACKER} holds '\ufffd' and no step", problems[0]])
+    (tmp_path / TRACKER).write_text("10")
     (tmp_path / "global_step_9/data.pt").unlink()
     step, problems = resume(tmp_path, PARTS, 1)
     assert step == 2 and len(problems) == 2

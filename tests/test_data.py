@@ -362,6 +362,26 @@ def test_the_command_prints_one_error_line(tmp_path, capsys):
     assert line.startswith("iapo.data: name: 'nothing' must be one of gsm8k")
 
 
+def test_the_command_passes_on_its_options(tmp_path):
+    source = str(write(tmp_path / "math500.json", MATH500))
+    for seed in (1, 2):
+        assert data.main(["math500", "--source", source, "--seed", str(seed), "--out", str(tmp_path / f"{seed}")]) == 0
+        expected = data.prepare("math500", tmp_path / "again", source, seed)
+        written = pq.read_table(tmp_path / f"{seed}/math500/test.parquet")
+        assert written.to_pylist() == read(expected, "test")
+    assert data.main(["verbose_arithmetic", "--train-size", "5", "--test-size", "3", "--out", str(tmp_path)]) == 0
+    sizes = [len(pq.read_table(tmp_path / f"verbose_arithmetic/{split}.parquet")) for split in ("train", "test")]
+    assert sizes == [5, 3]
+
+
+def test_a_dapo_row_without_one_of_the_fixed_sentences_is_refused(tmp_path):
+    row = dapo_row("What is 1?", "1")
+    row["prompt"][0]["content"] = row["prompt"][0]["content"].removesuffix(data.DAPO_SUFFIX)
+    source = str(write(tmp_path / "dapo.parquet", [row] * 3))
+    with pytest.raises(ValueError, match="lacks the data set's fixed first and last sentence"):
+        data.prepare("dapo_math_17k", tmp_path, source)
+
+
 def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     arguments = ["verbose_arithmetic", "--out", str(tmp_path / "file"), "--train-size", "4", "--test-size", "2"]

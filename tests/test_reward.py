@@ -97,6 +97,10 @@ def test_numbers_as_ground_truth_are_written_out(truth, answer):
     assert score(well_formed("3"), truth)["acc"] == 0.0
 
 
+def test_a_number_is_written_without_zeros_at_its_end():
+    assert references([2.50, 100.0, 0.0, -0.5, 1e21]) == ["2.5", "100", "0", "-0.5", "1" + "0" * 21]
+
+
 @pytest.mark.parametrize("truth", [["4", "5 cm"], ("4", 5), [4.0, 5.0], np.array([4, 5]), np.array(["4", "5"], object)])
 def test_any_of_a_list_is_right(truth):
     assert [score(well_formed(answer), truth)["acc"] for answer in ("4", "5", "45", "4, 5")] == [1, 1, 0, 0]
@@ -143,7 +147,11 @@ def test_a_bad_ground_truth_is_a_counted_failure(truth):
 def test_answers_that_are_no_answers(answer, reason):
     result = score(well_formed(answer), "5")
     assert (result["acc"], result["verify_failure"], result["failure_reason"]) == (0.0, 0.0, reason)
-    assert len(result["pred"]) <= 1000
+    assert result["pred"] == ("" if reason != "too_long" else answer[:1000])
+
+
+def test_the_longest_answer_that_is_read():
+    assert score(well_formed("1" * 1000), "1" * 1000)["acc"] == 1.0
 
 
 def test_a_text_without_answer():
@@ -154,6 +162,7 @@ def test_a_text_without_answer():
 def test_timeout_must_be_positive():
     with pytest.raises(ValueError, match=r"^timeout_s: 0 must be positive; give seconds, such as 5\.0\.$"):
         score(well_formed("1/2"), "0.5", timeout_s=0)
+    assert score(well_formed("5"), "5", timeout_s=0.5)["acc"] == 1.0
     with pytest.raises(ValueError, match=r"^timeout_s: inf must be"):
         score(well_formed("1/2"), "0.5", timeout_s=math.inf)
 

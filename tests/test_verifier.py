@@ -108,6 +108,13 @@ def test_two_units_must_agree(number, form, same):
     assert judge(first, f"{number} seconds") == judge(f"{number} kg", second) == "wrong"
 
 
+def test_powers_and_rates_of_units():
+    assert judge("5 sq cm", "5 square centimeters") == judge("5 sq cm", "5 cm^2") == "right"
+    assert judge("5 sq cm", "5 cubic cm") == judge("5 cm^3", "5 sq cm") == "wrong"
+    assert judge("5 miles per hour", "5 mph") == judge("5 mi/h", "5 miles per hour") == "right"
+    assert judge("5 miles per hour", "5 miles per minute") == judge("5 mph", "5 hours per mile") == "wrong"
+
+
 def test_a_letter_of_the_ground_truth_may_be_a_variable():
     assert judge("5m", "5") == judge("5m", "5 m") == judge("5m", "m \\cdot 5") == "right"
     assert judge("5", "5m") == judge("5", "5m^2") == judge("x", "x m") == judge("x + 1", "(x + 1) m") == "wrong"
