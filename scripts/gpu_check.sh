@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Check the exit-entropy pass on a GPU: bash scripts/gpu_check.sh [--device cpu] [OUT_FOLDER]
-# From the tree, without installing anything, under this machine's own torch and transformers, in under ten minutes.
+# From the tree, without installing this package, under this machine's own torch and transformers, in under ten minutes.
+# The part on values runs tests, so pytest, pytest-timeout and hypothesis must be there too.
 # Writes OUT_FOLDER/report.md and numbers.jsonl (default: runs/gpu-check): values of the kernels, exactness in bf16 and
 # float32, speed against the floor and against KV copies at Qwen2.5-0.5B's shape at T = 2048 and 16384, peak memory.
 #   --device cpu   tiny sizes, to try the script where there is no GPU
-#   PYTHON         the Python to use; by default the repository's .venv, else python3
+#   PYTHON         the Python to use; by default python3, or the repository's .venv where that one's torch sees a GPU
 # Exit status: 0 all parts passed, 1 one failed, which the report says with its last lines, 2 nothing was started.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,6 +13,10 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 refuse() {
     echo "gpu_check.sh: $1" >&2
     exit 2
+}
+
+sees_gpu() {
+    "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null
 }
 
 device=cuda
@@ -24,12 +29,17 @@ fi
 out=$(realpath -m "${1:-$root/runs/gpu-check}")
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3
-    [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python
+    own=$root/.venv/bin/python
+    [ ! -x "$own" ] || { [ "$device" = cuda ] && ! sees_gpu "$own"; } || PYTHON=$own
 fi
 cd "$root"
-"$PYTHON" -c 'import torch, transformers' 2>/dev/null ||
-    refuse "PYTHON: '$PYTHON' has no torch and transformers; install both, or set PYTHON"
-if [ "$device" = cuda ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+missing=$("$PYTHON" -c '
+from importlib.util import find_spec
+needed = ["torch", "transformers", "pytest", "pytest_timeout", "hypothesis"]
+print(*(name.replace("_", "-") for name in needed if find_spec(name) is None))') ||
+    refuse "PYTHON: '$PYTHON' can't be run; set PYTHON"
+[ -z "$missing" ] || refuse "PYTHON: '$PYTHON' lacks $missing; install that (pip install $missing), or set PYTHON"
+if [ "$device" = cuda ] && ! sees_gpu "$PYTHON"; then
     refuse "--device: torch sees no GPU; run on a machine with one, or try the script with --device cpu"
 fi
 mkdir -p "$out"

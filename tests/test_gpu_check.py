@@ -75,3 +75,21 @@ def test_the_script_refuses_in_one_line_and_writes_nothing(tmp_path, arguments, 
     )
     assert result.returncode == 2 and result.stderr.startswith(message) and result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_python_without_the_packages_is_refused_with_their_names(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')  # without site-packages
+    bare.chmod(0o755)
+    result = subprocess.run(
+        ["bash", SCRIPT, "--device", "cpu", str(tmp_path / "out")],
+        env=os.environ | {"PYTHON": str(bare)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    names = "torch transformers pytest pytest-timeout hypothesis"
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"gpu_check.sh: PYTHON: '{bare}' lacks {names}; install that (pip install {names}), or set PYTHON\n"
+    )
