@@ -172,7 +172,7 @@ def test_next_token_entropy_falls_where_no_filler_begins(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     assert roles.main(["--prompts", "4", "--group", "4", "--score", "next_token_entropy"]) == 0
     _, by_choice, _ = tables(capsys.readouterr().out)
-    # Behind an addition the model has three ways on, behind a further number one, behind a filler word many.
+    # After an addition three tokens may follow, after a further number one, after a filler word many.
     assert by_choice["writes filler"][1] < 0 < min(by_choice["continues"][1], by_choice["repeats it"][1])
 
 

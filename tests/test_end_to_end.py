@@ -389,8 +389,11 @@ def test_a_polite_stop_leaves_nothing_behind(train):
 @pytest.mark.parametrize(
     "number,last",
     [
-        (signal.SIGTERM, "iapo.train: stopped by SIGTERM; the same command starts anew: no checkpoint yet"),
-        (signal.SIGINT, "iapo.train: interrupted; the same command starts anew: no checkpoint yet"),
+        (
+            signal.SIGTERM,
+            "iapo.train: stopped by SIGTERM; the same command starts over: no checkpoint yet",
+        ),
+        (signal.SIGINT, "iapo.train: interrupted; the same command starts over: no checkpoint yet"),
     ],
 )
 def test_a_stop_while_ray_starts_is_as_polite(train, number, last):

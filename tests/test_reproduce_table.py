@@ -524,7 +524,7 @@ def wait_for(condition):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_ends_all_runs_and_says_how_to_go_on(tmp_path, number):
+def test_a_stop_ends_all_runs_and_says_how_to_resume(tmp_path, number):
     driver = (
         "import sys; from benchmarks import reproduce_table as rt\n"
         f"rt.make_plan.__defaults__ = (__import__('pathlib').Path({str(tmp_path / 'table.yaml')!r}),)\n"

@@ -143,7 +143,7 @@ def test_quickstart_shows_progress_and_the_table(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_quickstart_says_how_to_go_on_after_a_stop(tmp_path, number):
+def test_quickstart_says_how_to_resume_after_a_stop(tmp_path, number):
     script = quickstart(tmp_path, "iapo.probe='a b'", training=f'touch "$LOG"; {stays("train")}')
     wait_for(lambda: (tmp_path / "log").is_file())
     script.send_signal(number)

@@ -112,7 +112,7 @@ def test_exit_entropies_come_with_old_log_probs_if_verl_computes_any(monkeypatch
     assert not trainer._shares_forward
 
 
-def test_jagged_rows_go_on_with_their_last_value():
+def test_jagged_rows_are_filled_up_with_their_last_value():
     rows = torch.nested.as_nested_tensor([torch.tensor([3.0, 1.0]), torch.tensor([2.0])], layout=torch.jagged)
     assert pad_with_last(rows).tolist() == [[3.0, 1.0], [2.0, 2.0]]
 
@@ -235,7 +235,7 @@ def test_what_is_fetched_must_have_every_row_and_field(monkeypatch, rows, fields
         (4, [0, 4], False, False),  # the checkpoint's own validation is in the file
         (4, [0], False, True),
         (4, [0, 4], True, True),  # which asks for nothing else
-        (0, [0], False, True),  # a run that begins anew; its old lines are put aside
+        (0, [0], False, True),  # a run that starts from the beginning; its old lines are put aside
         (4, None, False, True),
     ],
 )

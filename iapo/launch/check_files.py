@@ -302,8 +302,8 @@ def _step_reached(config: DictConfig, tracker: Path) -> Iterator[str]:
     if found.step is None:
         reason = found.problems[-1] if found.problems else f"{tracker.parent} holds no step"
         yield (
-            f"run_dir: no run can resume from {tracker.parent}: {reason}; restore it, remove {tracker.name} to begin "
-            "anew, or choose another run_dir."
+            f"run_dir: no run can resume from {tracker.parent}: {reason}; restore it, remove {tracker.name} to start "
+            "from the beginning, or choose another run_dir."
         )
         return
     total = config.trainer.total_training_steps

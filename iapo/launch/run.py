@@ -75,7 +75,7 @@ def _run(config: DictConfig) -> int:
                 signal.signal(number, signal.SIG_IGN)
             ray.shutdown()
     if stop_signal:
-        how = "resumes from the last checkpoint" if tracker_file(config).is_file() else "starts anew: no checkpoint yet"
+        how = "resumes from the last checkpoint" if tracker_file(config).is_file() else "starts over: no checkpoint yet"
         print(f"iapo.train: {STOPS[stop_signal]}; the same command {how}", file=sys.stderr)
         return 128 + stop_signal
     if failure is not None:  # last of all, after what Ray still had to print

@@ -20,7 +20,7 @@ class SGrpo(Method):
     it, and it does not depend on padding, on the other completions or on their order. Two completions of a step with
     the same tokens keep the same ones.
 
-    Source: arXiv 2504.20834; the full text was not at hand. always, until and p are the paper's alpha, k and P.
+    Source: arXiv 2504.20834; the full text was not available. always, until and p are the paper's alpha, k and P.
 
     Degenerate cases: a completion of at most `always` tokens is kept whole. If no token of the batch is kept, all
     advantages are 0.

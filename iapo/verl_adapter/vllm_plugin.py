@@ -27,7 +27,7 @@ def unique_job_id(job_id: str) -> str:
     A trainer gives its vLLM new weights through a socket, which verl names /tmp/rl-colocate-zmq-<job id>-... Job ids
     count within one Ray. Two runs on one machine, each with its own Ray, would therefore share a name, and either may
     get the other's weights or wait for ever. `IapoWorker.init_model` names the trainer's side by the same function.
-    Goes when verl's name is unique on a machine.
+    Remove when verl's name is unique on a machine.
     """
     run_id = os.environ.get(RUN_ID, "")
     return job_id if not run_id or job_id.endswith(run_id) else f"{job_id}-{run_id}"
@@ -37,7 +37,7 @@ def _keep_linear_weights_reloadable() -> None:
     """Let a linear layer read its parameter at each call.
 
     vLLM 0.28 packs a linear layer's weight for its CPU kernels and frees the original. The trainer's next weight
-    update then fails, and the trainer waits for ever. Goes when vLLM can reload weights into packed layers.
+    update then fails, and the trainer waits for ever. Remove when vLLM can reload weights into packed layers.
     """
     from vllm.platforms import current_platform
 

@@ -74,7 +74,7 @@ class IapoWorker(ActorRolloutRefWorker):
 def actor_loss(loss_fn: Callable, model_output: dict, data: TensorDict, dp_group=None):
     """verl's loss, with two additions.
 
-    Where no old log-probs came along, the old policy is the one at hand: every ratio is exactly 1. And with a reference
+    Where no old log-probs came along, the old policy is the current one: every ratio is exactly 1. And with a reference
     policy there is the metric `actor/kl_beyond_cut`, see `kl_beyond_cut`.
     """
     own = response_from_nested(model_output["log_probs"].detach(), data["response_mask"])
