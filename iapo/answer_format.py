@@ -1,19 +1,145 @@
-"""The format of an answer: its markers, the probe that asks for it, and how a text in it is read. Imports nothing.
+r"""The formats of an answer: their markers, the probe that asks for it, and how a text is read. Imports nothing heavy.
 
-    <think> reasoning </think>
-    <answer> answer </answer>            (IAPO, arXiv 2602.19049, section on rewards)
+    tags     <think> reasoning </think>             (IAPO, arXiv 2602.19049, section on rewards)
+             <answer> answer </answer>
+    boxed    <think> reasoning </think>             (DeepSeek-R1, Qwen3: reasoning models as they are)
+             any text \boxed{answer} any text
 
 The instruction of the prompts, the reward, the exit probe and the embedded task all take the format from here.
 """
 
+import re
+from abc import ABC, abstractmethod
+
 THINK, EXIT_MARKER, ANSWER, ANSWER_END = MARKERS = ("<think>", "</think>", "<answer>", "</answer>")
+BOX = "\\boxed{"
 
 # Ends the reasoning and asks for the answer. It is what `format_ok` wants between reasoning and answer.
 PROBE = f"{EXIT_MARKER}\n{ANSWER}"
 
 
+class AnswerFormat(ABC):
+    """How a completion is laid out.
+
+    Attributes:
+        name: its recipe, recipes/format/<name>.yaml.
+        markers: texts that may be special tokens of a vocabulary and must survive decoding.
+        exit_marker: ends the reasoning.
+        probe: ends the reasoning and asks for the answer.
+        answer_end: ends the answer.
+        instruction: what `iapo data` adds to a question.
+    """
+
+    name: str
+    markers: tuple[str, ...]
+    exit_marker = EXIT_MARKER
+    probe: str
+    answer_end: str
+    instruction: str
+
+    @abstractmethod
+    def well_formed(self, text: str) -> bool:
+        """Whether a completion is laid out as asked."""
+
+    @abstractmethod
+    def answers(self, text: str) -> list[str]:
+        """What a completion gives as its answers; more than one is as wrong as none."""
+
+    @abstractmethod
+    def final_answer(self, text: str, probe: str, end: str) -> str:
+        """What a completion wrote where `probe` asks for it, up to `end`; "" if it wrote nothing there."""
+
+
+class Tags(AnswerFormat):
+    name = "tags"
+    markers = MARKERS
+    probe = PROBE
+    answer_end = ANSWER_END
+    instruction = (
+        f"Reason within {THINK} {EXIT_MARKER}, then give only the final answer within {ANSWER} {ANSWER_END}. "
+        f"Your whole reply must have exactly this form:\n{THINK} ... {PROBE} ... {ANSWER_END}"
+    )
+
+    def well_formed(self, text: str) -> bool:
+        return format_ok(text)
+
+    def answers(self, text: str) -> list[str]:
+        return answer_blocks(text)
+
+    def final_answer(self, text: str, probe: str, end: str) -> str:
+        return final_answer(text, probe, end)
+
+
+class Boxed(AnswerFormat):
+    r"""`<think>` is opened by the chat template or by the model; the answer is in the last `\boxed{}` after `</think>`.
+
+    What counts, for a completion with one `</think>` unless said otherwise:
+
+    - a box with braces inside, `\boxed{\frac{1}{2}}`: the whole content; `\{` and `\}` are no braces of it.
+    - several boxes after `</think>`: the last is the answer. Well formed only if all say the same.
+    - a box that is never closed: no answer, whatever boxes come before it; not well formed.
+    - boxes in the reasoning only, or no `</think>`: no answer.
+    - several `</think>`: the answer is after the last one; not well formed.
+    """
+
+    name = "boxed"
+    markers = (THINK, EXIT_MARKER)
+    probe = f"\n{EXIT_MARKER}\n\n{BOX}"
+    answer_end = "}"
+    instruction = f"Please reason step by step, and put your final answer within {BOX}}}."
+
+    def well_formed(self, text: str) -> bool:
+        reasoning, exited, after = text.strip().partition(EXIT_MARKER)
+        contents = boxes(after)
+        return (
+            bool(exited)
+            and EXIT_MARKER not in after
+            and THINK not in after
+            and THINK not in reasoning.removeprefix(THINK)
+            and bool(contents)
+            and len({content and content.strip() for content in contents}) == 1
+            and contents[0] is not None
+        )
+
+    def answers(self, text: str) -> list[str]:
+        _, exited, after = text.rpartition(EXIT_MARKER)
+        contents = boxes(after) if exited else []
+        return [contents[-1]] if contents and contents[-1] is not None else []
+
+    def final_answer(self, text: str, probe: str, end: str) -> str:
+        """The answer itself: prose may stand between `</think>` and the box, where the probe has none."""
+        return "".join(self.answers(text))
+
+
+FORMATS: dict[str, AnswerFormat] = {format.name: format for format in (Tags(), Boxed())}
+
+
+def boxes(text: str) -> list[str | None]:
+    r"""The contents of all `\boxed{...}`, in order, those inside another left out; None for one that never closes."""
+    found: list[str | None] = []
+    start = 0
+    while (begin := text.find(BOX, start)) >= 0:
+        begin += len(BOX)
+        end = _closing_brace(text, begin)
+        if end is None:
+            return [*found, None]
+        found.append(text[begin:end])
+        start = end + 1
+    return found
+
+
+def _closing_brace(text: str, begin: int) -> int | None:
+    """Where the brace closes that was opened before `begin`; a backslash takes its next character with it."""
+    depth = 1
+    for match in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, begin):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    return None
+
+
 def written(reasoning: str, answer: str) -> str:
-    """A text in the format."""
+    """A text in the format `tags`."""
     return f"{THINK}{reasoning}{PROBE}{answer}{ANSWER_END}"
 
 

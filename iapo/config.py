@@ -6,12 +6,16 @@ The defaults are only here: `iapo.launch.compose` puts them into every configura
 import math
 from dataclasses import dataclass, fields
 
-from iapo.answer_format import ANSWER_END, EXIT_MARKER, PROBE
+from iapo.answer_format import FORMATS
 
-GATES = ("all", "correct")
-REGIONS = ("reasoning", "response")
-PLACES = ("stride", "boundaries")
-SCORES = ("first_token_entropy", "answer_logprob", "next_token_entropy")
+FORMAT = FORMATS["tags"]
+CHOICES = {
+    "gate": ("all", "correct"),
+    "region": ("reasoning", "response"),
+    "format": tuple(FORMATS),
+    "score": ("first_token_entropy", "answer_logprob", "next_token_entropy"),
+    "probe_at": ("stride", "boundaries"),
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class IapoConfig:
         gate: completions that get the informativeness term: "all" (paper) or "correct".
         region: tokens that are probed. "reasoning": those before the first `exit_marker` in the completion, because a
             probe after it is off-distribution. "response": all of them (paper).
+        format: how completions are laid out: "tags" (paper) or "boxed", see `iapo.answer_format`. `format=...` on the
+            command line sets it with the markers and the probe, which can be set alone too.
         exit_marker: text that ends the reasoning.
         probe: text of the exit probe, appended to a prefix to make the model answer now.
         score: what is measured after the probe. "first_token_entropy": the entropy of the next token (paper).
@@ -50,10 +56,11 @@ class IapoConfig:
     rho: float = 0.0
     gate: str = "all"
     region: str = "reasoning"
-    exit_marker: str = EXIT_MARKER
-    probe: str = PROBE
+    format: str = FORMAT.name
+    exit_marker: str = FORMAT.exit_marker
+    probe: str = FORMAT.probe
     score: str = "first_token_entropy"
-    answer_end: str = ANSWER_END
+    answer_end: str = FORMAT.answer_end
     probe_at: str = "stride"
     stride: int = 1
     max_gap: int = 64
@@ -66,7 +73,7 @@ class IapoConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"iapo.{name}: {value!r} must be a number >= 0.")
-        for name, choices in (("gate", GATES), ("region", REGIONS), ("score", SCORES), ("probe_at", PLACES)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"iapo.{name}: {getattr(self, name)!r} must be one of {', '.join(choices)}.")
         for name in ("stride", "max_gap", "max_tokens_per_micro_batch"):

@@ -3,8 +3,8 @@
     r = r_answer + r_format,   r_answer = +1 right, -1 wrong,   r_format = +0.5 well formed, -0.5 not
                                                                   (IAPO, arXiv 2602.19049, section on rewards)
 
-So r is one of +1.5, +0.5, -0.5, -1.5. `iapo.answer_format` says what is well formed, `iapo.tasks.verifier` what is
-right.
+So r is one of +1.5, +0.5, -0.5, -1.5. `iapo.answer_format` says what is well formed and what the answer is,
+`iapo.tasks.verifier` whether it is right.
 
 To use it with verl, name the module and not the file, so that the workers can import it too:
 `reward.custom_reward_function.path=pkg://iapo.reward reward.custom_reward_function.name=compute_score`.
@@ -14,7 +14,7 @@ import logging
 import math
 from typing import Any
 
-from iapo.answer_format import MARKERS, answer_blocks, extract_answer, format_ok
+from iapo.answer_format import FORMATS, MARKERS, answer_blocks, extract_answer, format_ok
 from iapo.tasks.reference import MAX_ANSWER_CHARS, references
 from iapo.tasks.verifier import close_pool, decided, plain_number, same_number, verdict
 
@@ -54,6 +54,7 @@ async def compute_score(
     extra_info: dict | None = None,
     *,
     timeout_s: float = 5.0,
+    format: str = "tags",
 ) -> dict[str, float | str]:
     """r = +-1 (answer) +- 0.5 (format) of one completion (IAPO, arXiv 2602.19049, section on rewards).
 
@@ -67,9 +68,10 @@ async def compute_score(
         extra_info: unused; verl passes it.
         timeout_s: seconds of CPU time that a worker may spend on this answer and one reference; waiting for a free
             worker or for a core does not count. By the clock it has ten times as long, and half a minute.
+        format: how a completion is laid out, a name of `iapo.answer_format.FORMATS`; a run passes `iapo.format`.
 
     Returns:
-        score: r. acc: 1.0 right, 0.0 wrong. format: 1.0 well formed, else 0.0 (see `format_ok`).
+        score: r. acc: 1.0 right, 0.0 wrong. format: 1.0 well formed, else 0.0 (see `AnswerFormat.well_formed`).
         pred: the answer as written, at most MAX_ANSWER_CHARS characters; "" where there is none or several.
         verify_failure: 1.0 if the verifier gave no verdict; the answer then counts as wrong.
         failure_reason: why there was no verdict of right or wrong, else "". The completion's own fault:
@@ -79,13 +81,15 @@ async def compute_score(
             these, or cannot be parsed). Of several references the first without a verdict, unless another is right.
 
     Raises:
-        ValueError: timeout_s is not a positive number of seconds.
+        ValueError: timeout_s is not a positive number of seconds, or there is no such format.
         ImportError: math-verify is needed for this answer and not installed.
     """
     if not 0 < timeout_s < math.inf:
         raise ValueError(f"timeout_s: {timeout_s} must be positive; give seconds, such as 5.0.")
-    well_formed = format_ok(solution_str)
-    blocks = answer_blocks(solution_str)
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r} must be one of {', '.join(FORMATS)}.")
+    well_formed = FORMATS[format].well_formed(solution_str)
+    blocks = FORMATS[format].answers(solution_str)
     if len(blocks) > 1:
         return score_dict(False, well_formed, "", "several_answers")
     answer = blocks[0].strip() if blocks else ""

@@ -1,22 +1,26 @@
 """The prompts that a run reads, as the model will see them: how long they are, and for how many steps they last."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from iapo.launch.check_template import chat_template, template_problems
 
 
-class Lengths(NamedTuple):
-    """Of a data set's prompts.
+class Prompts(NamedTuple):
+    """Of a data set, as the chat template renders them.
 
     Attributes:
-        tokens: of every prompt that the chat template takes.
+        rendered: of every prompt that the template takes, the row's number, its chat messages and its text.
+        tokens: of each of these.
         refused: prompts that it doesn't take, which verl leaves out.
         reason: what it says of the first of them.
     """
 
+    rendered: list[tuple[int, list, str]]
     tokens: list[int]
     refused: int = 0
     reason: str = ""
@@ -33,18 +37,21 @@ def prompt_problems(config: DictConfig) -> Iterator[str]:
     data = config.data
     if data.custom_cls.path != OUR_DATASET:  # it may read anything
         return
+    tokenizer, render = chat_template(config)
     for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
         if field == "train_files" and config.trainer.val_only:
             continue
-        found = lengths(config, chosen_messages(config, field))
+        found = read_prompts(tokenizer, render, chosen_messages(config, field))
         fitting = sum(tokens <= data.max_prompt_length for tokens in found.tokens)
         problems = list(_lengths(config, field, found, fitting, needed))
+        if fitting:
+            problems += template_problems(config, field, render, found.rendered)
         yield from problems
         if field == "train_files" and not problems:
             yield from _steps(config, fitting)
 
 
-def _lengths(config: DictConfig, field: str, found: Lengths, fitting: int, needed: int) -> Iterator[str]:
+def _lengths(config: DictConfig, field: str, found: Prompts, fitting: int, needed: int) -> Iterator[str]:
     data, files = config.data, config.data[field]
     limit, total = data.max_prompt_length, len(found.tokens) + found.refused
     reason = f" (the chat template refuses some: {found.reason})" if found.refused else ""
@@ -99,19 +106,14 @@ def chosen_messages(config: DictConfig, field: str) -> list:
     return [rows[i] for i in np.random.default_rng(data.seed).choice(len(rows), size=most, replace=False)]
 
 
-def lengths(config: DictConfig, prompts: Sequence) -> Lengths:
-    """Tokens of each prompt, by the chat template that the rollouts use."""
-    from transformers import AutoTokenizer
-
-    data, model = config.data, config.actor_rollout_ref.model
-    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    options = OmegaConf.to_container(data.get("apply_chat_template_kwargs") or OmegaConf.create())
-    options |= {"chat_template": model.custom_chat_template, "tokenize": False, "add_generation_prompt": True}
-    texts, refused, reason = [], 0, ""
-    for messages in prompts:
+def read_prompts(tokenizer, render: Callable[..., str], prompts: Sequence[list]) -> Prompts:
+    """Render prompts as the rollouts do, and count their tokens."""
+    rendered, refused, reason = [], 0, ""
+    for number, messages in enumerate(prompts):
         try:
-            texts.append(tokenizer.apply_chat_template(messages, **options))
+            rendered.append((number, messages, render(messages)))
         except Exception as error:  # whatever the template raises; verl takes the next prompt
             refused, reason = refused + 1, reason or " ".join(str(error).split())
+    texts = [text for _, _, text in rendered]
     tokens = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
-    return Lengths(tokens, refused, reason)
+    return Prompts(rendered, tokens, refused, reason)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 
-from iapo.answer_format import ANSWER_END, PROBE, THINK, format_ok
+from iapo.answer_format import FORMATS, THINK
 from iapo.config import IapoConfig
 from iapo.launch.check_files import file_problems
 from iapo.methods import Method, acts_by, conflicts, make_methods
@@ -298,25 +298,29 @@ def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     reward = config.reward.custom_reward_function
     if not iapo.probes or (reward.path, reward.name) != OUR_REWARD:
         return
+    answer_format = FORMATS[iapo.format]
     own = "or set a reward function of your own"
-    if not format_ok(text := f"{THINK}{iapo.probe}0{ANSWER_END}"):
+    if not answer_format.well_formed(text := f"{THINK}{iapo.probe}0{answer_format.answer_end}"):
         yield (
             f"iapo.probe: {iapo.probe!r} asks for a format that iapo.reward does not pay for, such as {text!r}; set "
-            f"{PROBE!r}, {own}."
+            f"{answer_format.probe!r}, {own}."
         )
     elif iapo.region == "reasoning" and not iapo.probe.lstrip().startswith(iapo.exit_marker):
         yield (
             f"iapo.exit_marker: {iapo.exit_marker!r} is not how iapo.probe={iapo.probe!r} begins, so it does not end "
             "the reasoning that iapo.reward pays for; set them to begin alike, " + own + "."
         )
-    if iapo.score == "answer_logprob" and not format_ok(text := f"{THINK}{PROBE}0{iapo.answer_end}"):
+    text = f"{THINK}{answer_format.probe}0{iapo.answer_end}"
+    if iapo.score == "answer_logprob" and not answer_format.well_formed(text):
         yield (
             f"iapo.answer_end: {iapo.answer_end!r} ends no answer that iapo.reward pays for, such as {text!r}; set "
-            f"{ANSWER_END!r}, {own}."
+            f"{answer_format.answer_end!r}, {own}."
         )
 
 
 def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    of_format = {name: getattr(FORMATS[iapo.format], name) for name in ("exit_marker", "probe", "answer_end")}
+    default = IapoConfig(format=iapo.format, **of_format)
     if iapo.gate != "all" and iapo.alpha == 0:
         yield f"iapo.gate={iapo.gate} has no effect with iapo.alpha=0."
     if iapo.score == "next_token_entropy" and iapo.alpha == 0:
@@ -328,7 +332,7 @@ def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         if not iapo.needs_next_token_entropy:
             of_pass |= {"region", "score", "exit_marker"}
         for name in sorted(of_pass):
-            if getattr(iapo, name) != getattr(IapoConfig(), name):
+            if getattr(iapo, name) != getattr(default, name):
                 yield f"iapo.{name}={getattr(iapo, name)!r} has no effect without a probe pass."
         return
     for name, choice, value in (
@@ -338,5 +342,5 @@ def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         ("answer_end", "score", "first_token_entropy"),
         ("answer_end", "score", "next_token_entropy"),
     ):
-        if getattr(iapo, choice) == value and getattr(iapo, name) != getattr(IapoConfig(), name):
+        if getattr(iapo, choice) == value and getattr(iapo, name) != getattr(default, name):
             yield f"iapo.{name} has no effect with iapo.{choice}={value}."

@@ -16,9 +16,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.data import prepare
-from iapo.launch.checks import ConfigError, check, check_numbers, check_with_verl
+from iapo.launch.checks import OUR_REWARD, ConfigError, check, check_numbers, check_with_verl
 from iapo.launch.machine import ALL_CORES, check_machine, cpu_environment, gpu_count
 from iapo.launch.provenance import by_dotted_key
 from iapo.launch.weights import size_bucket
@@ -86,6 +87,9 @@ def resolve(overrides: list[str]) -> DictConfig:
         for name in ("exit_marker", "probe", "answer_end"):  # neither a shell nor Hydra makes a line break of \n
             if isinstance(text := config.iapo[name], str):
                 config.iapo[name] = text.replace("\\n", "\n")
+        reward = config.reward.custom_reward_function
+        if (reward.path, reward.name) == OUR_REWARD and config.iapo.format != IapoConfig().format:
+            OmegaConf.update(config, "reward.custom_reward_function.reward_kwargs.format", config.iapo.format)
         return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(str(error))) from None
@@ -214,6 +218,7 @@ def register_resolvers() -> None:
         "iapo.asset": lambda name: str(PACKAGE / "assets" / name),
         "iapo.recipe": lambda name: str(recipes_dir() / name),
         "iapo.dataset": lambda name: str(data_dir() / name),
+        "iapo.format": lambda name, field: getattr(FORMATS[name], field),
         "iapo.part": lambda length, share: int(Fraction(str(share)) * int(length)),
         "iapo.pack": lambda tokens, prompt, response: max(int(tokens), int(prompt) + int(response)),
         "iapo.gpu_count": gpu_count,

@@ -21,7 +21,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from iapo.answer_format import final_answer
+from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.probe.attention import can_capture
 from iapo.probe.measure import default_max_tokens, exit_entropies, exit_entropies_after, forward_to_share
@@ -140,7 +140,8 @@ class IapoEngine(FSDPEngineWithLMHead):
         answer = None
         if config.score == "answer_logprob":
             text = decode(tokenizer, response[: int(mask.sum())].tolist())
-            answer = answer_ids(tokenizer, config.probe, final_answer(text, config.probe, config.answer_end))
+            written = FORMATS[config.format].final_answer(text, config.probe, config.answer_end)
+            answer = answer_ids(tokenizer, config.probe, written)
         return Completion(prompt, response, positions, answer)
 
     @cached_property
