@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from iapo.probe import attention
+from iapo.probe.visibility import bounds
 
 # One kernel per length of a forward: with lengths left open, torch 2.13 makes code for a CPU that doesn't compile.
 torch._dynamo.config.recompile_limit = 64
@@ -20,21 +21,21 @@ flex_attention = torch.compile(flex_attention, dynamic=False)
 class FlexCascade(attention.Cascade):
     """A `Cascade` whose probes attend by FlexAttention."""
 
-    def run(self, token_ids, position_ids, parts, scored, stores=0):
-        """As `Cascade.run`."""
+    def forward(self, token_ids, position_ids, parts, scored, stores=0):
+        """As `Cascade.forward`."""
         if scored is not None:
             stored = 0 if stores else next(iter(self.stored.values()))[0].shape[1]
-            bounds = torch.stack(attention.bounds(parts, len(token_ids), stored)).to(token_ids.device)
+            limits = torch.stack(bounds(parts, len(token_ids), stored)).to(token_ids.device)
 
             def sees(batch, head, query, key):
                 seen = key < 0
                 for part in range(len(parts)):  # a kernel can't reduce over them
-                    seen = seen | (bounds[0, part, query] <= key) & (key < bounds[1, part, query])
+                    seen = seen | (limits[0, part, query] <= key) & (key < limits[1, part, query])
                 return seen
 
             size = len(token_ids), stored + len(token_ids)
             self._block_mask = create_block_mask(sees, None, None, *size, device=token_ids.device)
-        return super().run(token_ids, position_ids, parts, scored, stores)
+        return super().forward(token_ids, position_ids, parts, scored, stores)
 
     def attend_parts(self, layer, last):
         """As `Cascade.attend_parts`."""

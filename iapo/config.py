@@ -4,7 +4,9 @@ The defaults are only here: `iapo.launch.compose` puts them into every configura
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from iapo.answer_format import FORMATS
 
@@ -68,7 +70,7 @@ class IapoConfig:
     share_log_prob_forward: bool = True
     validation_information: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("alpha", "beta", "rho"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -119,7 +121,7 @@ class IapoConfig:
         return self.alpha == self.beta == self.rho == 0
 
     @classmethod
-    def from_mapping(cls, mapping) -> "IapoConfig":
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> "IapoConfig":
         """From the `iapo` node of a configuration; unknown keys raise ValueError."""
         known = [field.name for field in fields(cls)]
         for key in mapping:

@@ -8,12 +8,15 @@ on the early-exit estimate of the conditional entropy. `iapo.probe` says how the
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
+from iapo.config import IapoConfig
 from iapo.probe.batch import check_positive, completions_of, last_valid, probe_tensor, vocabulary_size
 from iapo.probe.measure import default_max_tokens, exit_entropies, exit_entropies_after, forward_to_share
 from iapo.probe.naive import check_exactness, entropy, exit_entropies_naive
+from iapo.probe.supported_models import CausalLM
 
 __all__ = [
     "check_exactness",
@@ -32,16 +35,16 @@ __all__ = [
 
 
 def exit_entropy(
-    model,
+    model: CausalLM,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     response_mask: torch.Tensor,
     probe_ids: Sequence[int] | torch.Tensor,
     *,
     chunk_size: int | None = None,
-    stride: int = 1,
+    stride: int = IapoConfig.stride,
     boundaries: torch.Tensor | None = None,
-    max_gap: int = 64,
+    max_gap: int = IapoConfig.max_gap,
     answers: Sequence[torch.Tensor] | None = None,
     max_tokens: int | None = None,
     measure: Callable[..., list[torch.Tensor]] = exit_entropies,
@@ -106,12 +109,11 @@ def exit_entropy(
     return h_BT1.to(input_ids.device)
 
 
-def exit_entropy_naive(*batch, **options) -> torch.Tensor:
-    """The reference of `exit_entropy`: one plain forward per position, without cache, packing, padding or mask.
+exit_entropy_naive = partial(exit_entropy, measure=exit_entropies_naive)
+exit_entropy_naive.__doc__ = """The reference of `exit_entropy`: one plain forward per position, no cache, no packing.
 
-    Same arguments, result and errors, but any model is served; `chunk_size` and `max_tokens` have no effect.
-    """
-    return exit_entropy(*batch, **options, measure=exit_entropies_naive)
+Same arguments, result and errors, but any model is served; `chunk_size` and `max_tokens` have no effect.
+"""
 
 
 def information_gain(exit_entropy: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:

@@ -8,17 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from iapo.probe import attention
-from iapo.probe.attention import (
-    KeyRange,
+from iapo.probe import kernels
+from iapo.probe.kernels import (
     attend,
     attend_naive,
     attend_own,
     attend_shared,
     attend_staircase,
     merge,
-    visibility,
 )
+from iapo.probe.visibility import KeyRange, visibility
 
 
 def tensors(B, H, N, M, D, seed=0, dtype=torch.float32):
@@ -135,7 +134,7 @@ def test_the_gpu_kernels_equal_the_naive_attention(dtype, size):
         (attend_own, (q, own, own, 303, 0.1, None)),
     ):
         result = function(*arguments)
-        with patch.object(attention, "attend", attend_naive):
+        with patch.object(kernels, "attend", attend_naive):
             expected = function(*arguments)
         torch.testing.assert_close(result[0].float(), expected[0], atol=2e-2, rtol=2e-2)
         torch.testing.assert_close(result[1], expected[1], atol=1e-3, rtol=1e-4)
@@ -145,7 +144,7 @@ def test_the_gpu_kernels_equal_the_naive_attention(dtype, size):
 def test_the_calls_of_the_gpu_kernels_fit_their_signatures(monkeypatch, dtype):
     """By torch's own shape functions, without a GPU: not what the kernels compute."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    with FakeTensorMode(), patch.object(attention, "attend_naive", side_effect=AssertionError("not a kernel")):
+    with FakeTensorMode(), patch.object(kernels, "attend_naive", side_effect=AssertionError("not a kernel")):
         shapes = (12, 300, 64), (2, 100, 64), (2, 300, 64), (300, 100)
         q, k, own, mask = (torch.empty(shape, dtype=dtype, device="cuda") for shape in shapes)
         for out, lse in (

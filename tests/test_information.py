@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -18,7 +19,7 @@ from iapo.information import (
     information_gain,
     information_rate,
 )
-from iapo.probe import attention, output_layer, packing
+from iapo.probe import attention, module_forward, output_layer, packing
 from iapo.probe.measure import default_max_tokens, interpolate
 from iapo.probe.naive import interpolated
 from iapo.probe.output_layer import entropy_and_log_prob
@@ -312,18 +313,21 @@ def test_gain_and_rate_by_hand():
         (dict(answers=[torch.tensor([1])]), "answers: 1 of them for 2"),
         (dict(answers=[torch.tensor([1]), torch.tensor([VOCAB])]), "answers: .*97.* of 0 to 96"),
         (dict(response_mask=torch.ones(2, 99)), "response_mask: shape"),
-        (dict(response_mask=torch.ones(2, 6)), "response_mask: marks padding"),
+        (dict(response_mask=torch.ones(2, 6)), "response_mask: row 1 is 1 where attention_mask is 0; set it to 0.$"),
         (dict(attention_mask=torch.ones(2, 3)), "attention_mask: shape"),
-        (dict(attention_mask=torch.zeros(2, 10)), "left-padded"),
-        (dict(attention_mask=torch.tensor([[1, 0, 1, 1] + [1] * 6, [1] * 10])), "left-padded"),
-        (dict(attention_mask=torch.tensor([[1] * 7 + [0, 1, 1], [1] * 10])), "right-padded"),
+        (dict(attention_mask=torch.zeros(2, 10)), "attention_mask: the prompt of row 0 has no token; give it"),
+        (
+            dict(attention_mask=torch.tensor([[1] * 10, [1, 0, 1, 1] + [1] * 6])),
+            "attention_mask: .* row 1 must be left-",
+        ),
+        (dict(attention_mask=torch.tensor([[1] * 7 + [0, 1, 1], [1] * 10])), "response of row 0 must be right-padded"),
         (dict(input_ids=torch.arange(10)), "input_ids: shape .10,. must be"),
         (dict(input_ids=torch.full((2, 10), VOCAB)), f"input_ids: {VOCAB} must be one of the model's 0 to {VOCAB - 1}"),
         (dict(response_mask=torch.full((2, 6), 0.5)), "response_mask: holds 0.5; it must be 0 or 1"),
         (dict(response_mask=torch.full((2, 6), 2)), "response_mask: holds 2; it must be 0 or 1"),
     ],
 )
-@pytest.mark.parametrize("function", [exit_entropy, exit_entropy_naive])
+@pytest.mark.parametrize("function", [exit_entropy, exit_entropy_naive], ids=["pass", "naive"])
 def test_bad_input_names_the_argument(models, function, change, message):
     input_ids, attention_mask, response_mask = make_batch([4, 2], [6, 3])
     arguments = dict(
@@ -331,6 +335,11 @@ def test_bad_input_names_the_argument(models, function, change, message):
     )
     with pytest.raises(ValueError, match=message):
         function(models["qwen2"], **(arguments | change))
+
+
+def test_the_reference_has_the_arguments_of_the_pass():
+    ours, naive = (inspect.signature(function).parameters for function in (exit_entropy, exit_entropy_naive))
+    assert list(ours) == list(naive) and naive["measure"].default is exit_entropies_naive
 
 
 def test_training_mode_is_refused():
@@ -509,7 +518,7 @@ def test_only_tokenwise_modules_are_limited():
     layer = make_model("llama").model.layers[1]
 
     def siblings():
-        return attention.tokenwise_siblings(layer, layer.self_attn)
+        return module_forward.tokenwise_siblings(layer, layer.self_attn)
 
     mlp = layer.mlp
     assert siblings() == [mlp]
@@ -517,26 +526,26 @@ def test_only_tokenwise_modules_are_limited():
     assert siblings() == []
     layer.mlp = Routed(mlp)
     assert siblings() == [layer.mlp]
-    assert attention.tokenwise_siblings(mlp, layer.self_attn) == []  # an attention that no layer holds directly
+    assert module_forward.tokenwise_siblings(mlp, layer.self_attn) == []  # an attention that no layer holds directly
 
     rows, x = torch.tensor([1, 3]), torch.randn(1, 5, 32)
     expected = mlp(x)
-    result = attention.limited_to(rows, 5, mlp.forward)(x)
+    result = module_forward.limited_to(rows, 5, mlp.forward)(x)
     torch.testing.assert_close(result[:, rows], expected[:, rows])
     assert (result[:, [0, 2, 4]] == 0).all()
     for unchanged in (
-        attention.limited_to(rows, 4, mlp.forward)(x),
-        attention.limited_to(rows, 5, mlp.forward)(x[0])[None],
+        module_forward.limited_to(rows, 4, mlp.forward)(x),
+        module_forward.limited_to(rows, 5, mlp.forward)(x[0])[None],
     ):
         assert torch.equal(unchanged, expected)
-    whole, _ = attention.limited_to(rows, 5, layer.mlp.forward)(x)
+    whole, _ = module_forward.limited_to(rows, 5, layer.mlp.forward)(x)
     assert torch.equal(whole, expected)
 
 
 def test_a_layer_with_an_attention_of_its_own_is_refused(models):
     model = make_model("llama")
     model.model.layers[0].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(ValueError, match="1 of the 2 layers of LlamaForCausalLM use transformers' attention interface"):
+    with pytest.raises(ValueError, match=r"1 of the 2 layers of LlamaForCausalLM .* all or none to; use another"):
         exit_entropy(model, *make_batch([2], [3]), PROBE)
 
 
@@ -544,7 +553,7 @@ def test_masks_and_keys_that_only_the_model_knows_are_refused():
     """Doge masks keys inside its attention."""
     config = transformers.DogeConfig(**SMALL, num_key_value_heads=2, intermediate_size=64, keep_window_size=4)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match="DogeAttention makes masks or keys of its own"):
+    with pytest.raises(ValueError, match=r"DogeAttention makes masks or keys of its own.*; use another"):
         exit_entropy(model, *make_batch([4], [9]), PROBE)
 
 
@@ -585,9 +594,9 @@ def test_the_model_s_own_attention_with_a_mask_gives_the_same(models, monkeypatc
     used = []
 
     class Watched(attention.MaskedAttention):
-        def run(self, *arguments, **options):
+        def forward(self, *arguments, **options):
             used.append(1)
-            return super().run(*arguments, **options)
+            return super().forward(*arguments, **options)
 
     monkeypatch.setattr(model, "_can_set_attn_implementation", lambda: False)
     monkeypatch.setattr(attention, "MaskedAttention", Watched)
@@ -617,9 +626,11 @@ def test_ragged_completions_are_checked_before_the_first_forward(models):
             torch.tensor(prompt, dtype=torch.long), torch.tensor([3]), torch.tensor([0, 1]), answer
         )
 
+    with pytest.raises(ValueError, match="probe_ids: \\[\\] has no token; pass at least one"):
+        exit_entropies(models["qwen2"], [row([1])], [])
     for rows, message in (
-        ([row([1]), row([])], "every prompt need at least one token"),
-        ([row([1]), row([1], torch.tensor([2]))], "all of them or none must have an answer"),
+        ([row([1]), row([])], "completions: the prompt of number 1 has no token; give it at least one"),
+        ([row([1]), row([1], torch.tensor([2]))], "completions: 1 of 2 have an answer to score; give one to all"),
     ):
         with pytest.raises(ValueError, match=message):
             exit_entropies(models["qwen2"], rows, PROBE)

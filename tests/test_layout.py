@@ -163,6 +163,15 @@ def test_verl_is_imported_only_where_it_is_adapted_and_started():
             assert not [name for name in found if any(inside(name, package) for package in VERL)], module
 
 
+def reached(module: str) -> set[str]:
+    """A module and every module of ours that it imports, directly or through others."""
+    found, left = set(), {module}
+    while left:
+        found |= left
+        left = ours({other for name in left for other in imports(lazy=True).get(name, ())}) - found
+    return found
+
+
 @pytest.mark.parametrize(
     "module", ["iapo.step", "iapo.advantage", "iapo.information", "iapo.probe.text", "iapo.reward"]
 )
@@ -170,13 +179,22 @@ def test_the_algorithm_needs_no_verl_by_any_way(module):
     """Followed through every module of ours that it imports."""
     if module not in modules():
         pytest.skip(f"{module} is not there")
-    reached, left = set(), {module}
-    while left:
-        reached |= left
-        left = ours({other for name in left for other in imports(lazy=True).get(name, ())}) - reached
-    assert not {name for name in reached if any(inside(name, package) for package in WITH_VERL)}
+    assert not {name for name in reached(module) if any(inside(name, package) for package in WITH_VERL)}
+
+
+@pytest.mark.parametrize("module", ["packing", "kernels", "output_layer", "supported_models"])
+def test_only_the_attention_of_the_probe_needs_transformers(module):
+    """Who sees what, the kernels and the checks are torch alone."""
+    found = {other for name in reached(f"iapo.probe.{module}") for other in imports(lazy=True)[name]}
+    assert not {name for name in found if inside(name, "transformers")}
 
 
 def test_the_format_imports_nothing_and_the_configuration_nothing_heavy():
     assert imports(lazy=True)["iapo.answer_format"] == set()
-    assert imports(lazy=True)["iapo.config"] == {"math", "dataclasses", "iapo.answer_format"}
+    assert imports(lazy=True)["iapo.config"] == {
+        "math",
+        "collections.abc",
+        "dataclasses",
+        "typing",
+        "iapo.answer_format",
+    }

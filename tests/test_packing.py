@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from iapo.information import exit_entropies
 from iapo.probe import packing
-from iapo.probe.attention import KeyRange
 from iapo.probe.packing import (
     Completion,
     KVSlot,
@@ -17,6 +16,7 @@ from iapo.probe.packing import (
     slots_of_sequences,
     trajectory_forward,
 )
+from iapo.probe.visibility import KeyRange
 from tests.conftest import VOCAB
 
 PROBE = torch.tensor([5, 11])
@@ -62,13 +62,13 @@ def test_forwards_by_hand():
     assert prompts == [KeyRange(slice(2, 5), slice(0, 2), 1)]
     assert first.token_ids.tolist() == [5, 11] * 4
     assert first.position_ids.tolist() == [2, 3, 3, 4, 4, 5, 2, 3]
-    assert first.runs == [(0, 0, 2), (1, 0, 0)] and first.scored.tolist() == [1, 3, 5, 7]
+    assert first.blocks == [(0, 0, 2), (1, 0, 0)] and first.scored.tolist() == [1, 3, 5, 7]
     own, prompts, prefixes, (stairs,) = first.parts
     assert own == [KeyRange(slice(0, 8), None, 2)]
     # The first row directly follows the prompt, which is part of its prefix.
     assert prefixes == [KeyRange(slice(0, 6), slice(0, 2), 2)] and prompts == [KeyRange(slice(6, 8), slice(0, 2), 1)]
     assert stairs == KeyRange(slice(2, 6), slice(2, 4), 2, staircase=True)  # the first probe sees nothing more
-    assert second.runs == [(1, 1, 1)]
+    assert second.blocks == [(1, 1, 1)]
     assert second.parts[2] == [KeyRange(slice(0, 2), slice(4, 5), 2)]  # a prefix that needs no mask
 
 
@@ -81,7 +81,7 @@ def test_probes_at_consecutive_positions_need_no_mask_and_others_small_ones(monk
     assert not masked.staircase
     monkeypatch.setattr(packing, "MASKED_SHARE", 25 / 100**2)  # queries x keys of at most 24
     (probes,) = probe_forwards([row], slots, PROBE, max_tokens=100)
-    assert probes.runs == [(0, 0, 3), (0, 4, 6)]
+    assert probes.blocks == [(0, 0, 3), (0, 4, 6)]
     consecutive, masked = probes.parts[-1]
     assert consecutive == KeyRange(slice(2, 8), slice(1, 4), 2, staircase=True)
     assert masked[:3] == (slice(10, 14), slice(6, 10), 2) and masked.visible.tolist() == [2, 4]

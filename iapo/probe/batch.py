@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from iapo.probe.packing import Completion, probe_positions
+from iapo.probe.supported_models import CausalLM
 
 
 def completions_of(
@@ -17,10 +18,10 @@ def completions_of(
     response_mask: torch.Tensor,
     vocabulary: int,
     *,
-    stride: int = 1,
-    boundaries: torch.Tensor | None = None,
-    max_gap: int = 64,
-    answers: Sequence[torch.Tensor] | None = None,
+    stride: int,
+    boundaries: torch.Tensor | None,
+    max_gap: int,
+    answers: Sequence[torch.Tensor] | None,
 ) -> list[Completion]:
     """The B rows of a padded batch, on the CPU. Arguments as in `iapo.information.exit_entropy`.
 
@@ -75,12 +76,19 @@ def check_masks(input_ids: torch.Tensor, attention_mask: torch.Tensor, response_
             raise ValueError(f"{name}: holds {others[0].item()}; it must be 0 or 1 everywhere.")
     T = response_mask.shape[1]
     prompt, response = attention_mask.bool().split([S - T, T], dim=1)
-    if (prompt[:, :-1] & ~prompt[:, 1:]).any() or not prompt.any(1).all():
-        raise ValueError("attention_mask: prompts must be left-padded and have at least one token.")
-    if (~response[:, :-1] & response[:, 1:]).any():
-        raise ValueError("attention_mask: responses must be right-padded.")
-    if (response_mask.bool() & ~response).any():
-        raise ValueError("response_mask: marks padding as valid; it must be 0 wherever attention_mask is 0.")
+    refuse_rows(
+        ~prompt.any(1, keepdim=True), "attention_mask: the prompt of row {} has no token; give it at least one."
+    )
+    refuse_rows(prompt[:, :-1] & ~prompt[:, 1:], "attention_mask: the prompt of row {} must be left-padded.")
+    refuse_rows(~response[:, :-1] & response[:, 1:], "attention_mask: the response of row {} must be right-padded.")
+    refuse_rows(response_mask.bool() & ~response, "response_mask: row {} is 1 where attention_mask is 0; set it to 0.")
+
+
+def refuse_rows(wrong: torch.Tensor, message: str) -> None:
+    """Raise ValueError with the message and the number of the first row that is wrong somewhere; wrong is (B, ...)."""
+    rows = wrong.flatten(1).any(1).nonzero()
+    if len(rows):
+        raise ValueError(message.format(int(rows[0])))
 
 
 def check_positive(name: str, value: int) -> None:
@@ -113,7 +121,7 @@ def answer_tensor(answer: Sequence[int] | torch.Tensor, vocabulary: int) -> torc
     return answer_A
 
 
-def vocabulary_size(model) -> int:
+def vocabulary_size(model: CausalLM) -> int:
     """Token ids that the model knows: 0 to this number - 1."""
     return model.config.get_text_config(decoder=True).vocab_size
 

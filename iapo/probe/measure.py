@@ -7,13 +7,14 @@ copied per position: the probes are queries of one shared copy, see `iapo.probe.
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 from iapo.probe.attention import Cascade, KeysAndValues, MaskedAttention, captured_attention, cascade_attention
 from iapo.probe.output_layer import MeasuredOutputLayer, measured_output_layer
 from iapo.probe.packing import Completion, Forward, forwards_of_pack, longest, packs
-from iapo.probe.supported_models import check_model
+from iapo.probe.supported_models import CausalLM, check_model
 
 # Tokens per forward where the caller names no number, by device: a CPU's caches suit few, a GPU's cores many.
 MAX_TOKENS = {"cpu": 768, "cuda": 16384}
@@ -22,7 +23,7 @@ MEMORY_BUDGET = 2 * 2**30
 
 
 def exit_entropies(
-    model,
+    model: CausalLM,
     completions: Sequence[Completion],
     probe_ids: Sequence[int] | torch.Tensor,
     *,
@@ -48,21 +49,36 @@ def exit_entropies(
     """
     probe_P = torch.as_tensor(probe_ids, dtype=torch.long).cpu()
     max_tokens = max_tokens or default_max_tokens(model.config, device)
-    if len(probe_P) == 0 or any(len(c.prompt) == 0 for c in completions):
-        raise ValueError("completions: the probe and every prompt need at least one token.")
-    if len({c.answer is None for c in completions}) > 1:
-        raise ValueError("completions: all of them or none must have an answer to score.")
+    check_input(completions, probe_P)
     check_model(model, longest(completions, len(probe_P)))
     probed = [torch.zeros(len(completion.positions)) for completion in completions]
     with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:
         for groups in packs(completions, max_tokens):
             forwards = forwards_of_pack(completions, groups, probe_P, max_tokens, chunk_size)
-            run(model, attention, output_layer, forwards, probed, device)
+            measure_forwards(model, attention, output_layer, forwards, probed, device)
     return [interpolate(h, c.positions, len(c.response)) for h, c in zip(probed, completions, strict=True)]
 
 
+def check_input(completions: Sequence[Completion], probe_P: torch.Tensor) -> None:
+    """Refuse an empty probe, empty prompts, and answers for some completions only.
+
+    Raises:
+        ValueError: names the argument, its value and the fix.
+    """
+    if len(probe_P) == 0:
+        raise ValueError("probe_ids: [] has no token; pass at least one.")
+    for i, completion in enumerate(completions):
+        if len(completion.prompt) == 0:
+            raise ValueError(f"completions: the prompt of number {i} has no token; give it at least one.")
+    answered = sum(completion.answer is not None for completion in completions)
+    if 0 < answered < len(completions):
+        raise ValueError(
+            f"completions: {answered} of {len(completions)} have an answer to score; give one to all or to none."
+        )
+
+
 @contextmanager
-def forward_to_share(model) -> Iterator[KeysAndValues]:
+def forward_to_share(model: CausalLM) -> Iterator[KeysAndValues]:
     """The keys and values of the one forward that runs inside, of packed sequences, for `exit_entropies_after`.
 
     That forward is bit for bit what it would be outside, its attention and its logits. The model must be one that
@@ -81,7 +97,7 @@ def forward_to_share(model) -> Iterator[KeysAndValues]:
 
 
 def exit_entropies_after(
-    model,
+    model: CausalLM,
     completions: Sequence[Completion],
     probes: Iterable[Forward],
     keys_and_values: KeysAndValues,
@@ -97,12 +113,12 @@ def exit_entropies_after(
     with torch.no_grad(), cascade_attention(model) as attention, measured_output_layer(model) as output_layer:
         assert isinstance(attention, Cascade), "a model that can't be captured has no keys and values to share"
         attention.stored = keys_and_values
-        run(model, attention, output_layer, probes, probed, device)
+        measure_forwards(model, attention, output_layer, probes, probed, device)
     return [interpolate(h, c.positions, len(c.response)) for h, c in zip(probed, completions, strict=True)]
 
 
-def run(
-    model,
+def measure_forwards(
+    model: CausalLM,
     attention: Cascade | MaskedAttention,
     output_layer: MeasuredOutputLayer,
     forwards: Iterable[Forward],
@@ -113,7 +129,7 @@ def run(
     for forward in forwards:
         output_layer.start(forward.targets, measures=forward.scored is not None)
         token_ids, position_ids = forward.token_ids.to(device), forward.position_ids.to(device)
-        result = attention.run(token_ids, position_ids, forward.parts, forward.scored, forward.stored)
+        result = attention.forward(token_ids, position_ids, forward.parts, forward.scored, forward.stored)
         if forward.stored:  # once per pack
             output_layer.check(model, result.logits)
         if forward.scored is None:
@@ -122,7 +138,7 @@ def run(
         # The surprisal of an answer is the sum over its tokens.
         h = torch.zeros(int(forward.probe_of_scored[-1]) + 1)
         h.index_add_(0, forward.probe_of_scored, output_layer.scores.cpu())
-        for i, first, last in forward.runs:
+        for i, first, last in forward.blocks:
             probed[i][first : last + 1], h = h[: last + 1 - first], h[last + 1 - first :]
 
 
@@ -135,7 +151,7 @@ def interpolate(values: torch.Tensor, positions: torch.Tensor, length: int) -> t
     return values[left] + (values[right] - values[left]) * fraction
 
 
-def default_max_tokens(config, device: torch.device | str | int) -> int:
+def default_max_tokens(config: Any, device: torch.device | str | int) -> int:
     """Tokens per forward: as many as suit the device, or as `MEMORY_BUDGET` holds if those are fewer, at least 1.
 
         bytes per token = 4 (4 hidden + 3 intermediate + 8 heads * head size + 2 layers * key heads * head size)

@@ -10,6 +10,7 @@ import torch
 from iapo.probe.batch import probe_tensor, vocabulary_size
 from iapo.probe.measure import exit_entropies
 from iapo.probe.packing import Completion
+from iapo.probe.supported_models import USE_ANOTHER, CausalLM
 
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -26,7 +27,7 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def exit_entropies_naive(
-    model,
+    model: CausalLM,
     completions: Sequence[Completion],
     probe_ids: Sequence[int] | torch.Tensor,
     *,
@@ -48,7 +49,9 @@ def exit_entropies_naive(
     return results
 
 
-def value_at(model, completion: Completion, t: int, probe_P: torch.Tensor, device: torch.device | str) -> float:
+def value_at(
+    model: CausalLM, completion: Completion, t: int, probe_P: torch.Tensor, device: torch.device | str
+) -> float:
     """Entropy of the next token, or surprisal of the answer, in nats, after t response tokens and the probe."""
     answer = completion.answer
     suffix = probe_P if answer is None else torch.cat([probe_P, answer])
@@ -72,7 +75,9 @@ def interpolated(values: Sequence[float], positions: Sequence[int], t: int) -> f
     return values[right - 1] + (values[right] - values[right - 1]) * (t - start) / (end - start)
 
 
-def check_exactness(model, probe_ids: Sequence[int] | torch.Tensor, *, device: torch.device | str = "cpu") -> float:
+def check_exactness(
+    model: CausalLM, probe_ids: Sequence[int] | torch.Tensor, *, device: torch.device | str = "cpu"
+) -> float:
     """Compare the pass with plain forwards on a short random text: finds what `check_model` can't know of a model.
 
     It makes 13 short forwards and four packed ones, equally many on every rank of an FSDP model. The packed ones have
@@ -105,7 +110,6 @@ def check_exactness(model, probe_ids: Sequence[int] | torch.Tensor, *, device: t
     if not error <= allowed:
         raise ValueError(
             f"model: on a random text the exit-entropy pass and plain forwards of {type(model).__name__} differ by "
-            f"{error:.2g} nats on average, more than {allowed}, so it can't be served exactly. Use another model, or "
-            "set iapo.alpha=0 and iapo.rho=0."
+            f"{error:.2g} nats on average, more than {allowed}, so it can't be served exactly; {USE_ANOTHER}"
         )
     return error

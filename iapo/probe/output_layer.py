@@ -13,11 +13,13 @@ Shape suffixes: N rows, D hidden size, V vocabulary.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from iapo.probe.attention import replaced_forward
+from iapo.probe.module_forward import replaced_forward
+from iapo.probe.supported_models import USE_ANOTHER, CausalLM
 
 # Float32 numbers in one slice of the logits or of the weight (64 MB). About four such tensors exist at once.
 NUMBERS_AT_A_TIME = 2**24
@@ -73,7 +75,7 @@ class MeasuredOutputLayer:
         entropy, log_prob: (N,) of the last forward's rows, float32 in nats; log_prob is that of the targets.
     """
 
-    def __init__(self, layer: torch.nn.Module, after: Callable[[torch.Tensor], torch.Tensor]):
+    def __init__(self, layer: torch.nn.Module, after: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.layer, self.original, self.after = layer, layer.forward, after
         self.targets: torch.Tensor | None = None
         self.measures = False
@@ -90,7 +92,7 @@ class MeasuredOutputLayer:
         """
         self.targets, self.measures = targets, measures
 
-    def check(self, model, logits: torch.Tensor) -> None:
+    def check(self, model: CausalLM, logits: torch.Tensor) -> None:
         """Call this after a forward: it refuses a model that changes its logits in an unknown way.
 
         Raises:
@@ -100,8 +102,8 @@ class MeasuredOutputLayer:
         expected, returned = self.after(self.raw.float()), logits[..., -1, :].float()
         if not torch.allclose(expected, returned, rtol=2e-2, atol=1e-3, equal_nan=True):
             raise ValueError(
-                f"model: {type(model).__name__} changes its logits after the output layer in a way that is not known "
-                "here, so their entropy can't be measured in float32 slices."
+                f"model: {type(model).__name__} changes its logits after the output layer in an unknown way, so their "
+                f"entropy can't be measured in float32 slices; {USE_ANOTHER}"
             )
 
     @property
@@ -150,7 +152,7 @@ def columns(z: torch.Tensor, words: slice) -> torch.Tensor:
 
 
 @contextmanager
-def measured_output_layer(model) -> Iterator[MeasuredOutputLayer]:
+def measured_output_layer(model: CausalLM) -> Iterator[MeasuredOutputLayer]:
     """Let the output layer measure instead of returning all logits; its own forward is restored at the end.
 
     It works for FSDP models too, because the layer holds its whole weight during the model's forward.
@@ -162,15 +164,15 @@ def measured_output_layer(model) -> Iterator[MeasuredOutputLayer]:
     layer = getattr(layer, "_fsdp_wrapped_module", layer)  # inside its FSDP1 unit, which gathers once per forward
     if any(hasattr(module, "_fsdp_wrapped_module") for module in layer.modules()):
         raise ValueError(
-            "model: its output layer has FSDP1 units inside, an adapter's, which ranks with unequal work would gather "
-            "unequally often; leave it out of actor_rollout_ref.model.target_modules."
+            f"model: the output layer of {type(model).__name__} has FSDP1 units inside, an adapter's, which ranks with "
+            "unequal work would gather unequally often; leave it out of actor_rollout_ref.model.target_modules."
         )
     measured = MeasuredOutputLayer(layer, _after_output_layer(model.config.get_text_config(decoder=True)))
     with replaced_forward(layer, measured):
         yield measured
 
 
-def _after_output_layer(config) -> Callable[[torch.Tensor], torch.Tensor]:
+def _after_output_layer(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """What the model does to the output layer's logits: Gemma caps them, Cohere and Granite scale them."""
     cap = getattr(config, "final_logit_softcapping", None)
     scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from iapo.probe.attention import AttentionPart, KeyRange
+from iapo.config import IapoConfig
+from iapo.probe.visibility import AttentionPart, KeyRange
 
 # Limits of a block whose keys are masked, in queries x keys, half of which are masked out: as a share of the squared
 # tokens per forward, and in any case. A larger block makes fewer calls and more wasted work. The share was tuned on a
@@ -68,7 +69,7 @@ class Forward(NamedTuple):
         token_ids, position_ids: (N,).
         parts: who sees what.
         stored: this many tokens, the first ones, are those of trajectories, and their keys and values are stored.
-        runs: (row, first, last): the probes in it, in order: those at a row's positions first..last.
+        blocks: (row, first, last): the probes in it, in order: those at a row's positions first..last.
         scored: (M,) the tokens whose logits count. None: there are no probes.
         probe_of_scored: (M,) number of the probe that each of them belongs to.
         targets: (M,) the tokens whose log-probabilities are asked for. None: the entropies are.
@@ -78,14 +79,17 @@ class Forward(NamedTuple):
     position_ids: torch.Tensor
     parts: Sequence[AttentionPart]
     stored: int = 0
-    runs: Sequence[tuple[int, int, int]] = ()
+    blocks: Sequence[tuple[int, int, int]] = ()
     scored: torch.Tensor | None = None
     probe_of_scored: torch.Tensor | None = None
     targets: torch.Tensor | None = None
 
 
 def probe_positions(
-    length: int, stride: int = 1, boundaries: torch.Tensor | None = None, max_gap: int = 64
+    length: int,
+    stride: int = IapoConfig.stride,
+    boundaries: torch.Tensor | None = None,
+    max_gap: int = IapoConfig.max_gap,
 ) -> torch.Tensor:
     """(J,) where a region of `length` tokens is probed, in tokens before the probe; increasing, from 0 to length.
 
@@ -223,27 +227,27 @@ def _probe_forward(
 ) -> Forward:
     """One forward of the probes of a chunk, after the trajectories if these are given."""
     parts = _ProbeParts([], [], [], [])
-    tokens, positions, runs, scored, probe_of_scored, targets = [], [], [], [], [], []
+    tokens, positions, blocks, scored, probe_of_scored, targets = [], [], [], [], [], []
     end = stored = probes = 0
     if trajectories:
         tokens, positions = [trajectories.token_ids], [trajectories.position_ids]
         for part, given in zip(parts, trajectories.parts, strict=False):
             part.extend(given)
         end = stored = trajectories.stored
-    for i, first, last in _runs(chunk, completions, len(probe_ids), min(MASKED_SHARE * max_tokens**2, MASKED_AREA)):
+    for i, first, last in _blocks(chunk, completions, len(probe_ids), min(MASKED_SHARE * max_tokens**2, MASKED_AREA)):
         completion = completions[i]
         before = completion.positions[first : last + 1]
         count = len(before)
         suffix = probe_ids if completion.answer is None else torch.cat([probe_ids, completion.answer[:-1]])
         width = len(suffix)
-        parts.add_run(slice(end, end + count * width), width, slots[i], before)
+        parts.add_block(slice(end, end + count * width), width, slots[i], before)
         tokens.append(suffix.repeat(count))
         positions.append((len(completion.prompt) + before[:, None] + torch.arange(width)).flatten())
         # The logits that count are those of the last probe token and of the answer tokens after it.
         offsets = torch.arange(len(probe_ids) - 1, width)
         scored.append((torch.arange(end, end + count * width, width)[:, None] + offsets).flatten())
         probe_of_scored.append(torch.arange(probes, probes + count).repeat_interleave(len(offsets)))
-        runs.append((i, first, last))
+        blocks.append((i, first, last))
         if completion.answer is not None:
             targets.append(completion.answer.repeat(count))
         end, probes = end + count * width, probes + count
@@ -252,7 +256,7 @@ def _probe_forward(
         torch.cat(positions),
         [part for part in parts if part],
         stored,
-        runs,
+        blocks,
         torch.cat(scored),
         torch.cat(probe_of_scored),
         torch.cat(targets) if targets else None,
@@ -265,7 +269,7 @@ class _ProbeParts(NamedTuple):
     Attributes:
         own: their own sequence; the trajectories' tokens too, where the forward has some.
         prompts: whole prompts; the trajectories' tokens too.
-        prefixes: what all probes of a run see of their trajectory.
+        prefixes: what all probes of a block see of their trajectory.
         stairs: what each probe sees of it beyond that.
     """
 
@@ -274,8 +278,8 @@ class _ProbeParts(NamedTuple):
     prefixes: list[KeyRange]
     stairs: list[KeyRange]
 
-    def add_run(self, queries: slice, width: int, slot: KVSlot, before: torch.Tensor) -> None:
-        """Add the probes of one run, `width` tokens each, which follow the first `before` (n,) trajectory tokens."""
+    def add_block(self, queries: slice, width: int, slot: KVSlot, before: torch.Tensor) -> None:
+        """Add the probes of one block, `width` tokens each, which follow the first `before` (n,) trajectory tokens."""
         _extend(self.own, KeyRange(queries, None, width))
         start = slot.trajectory.start
         lowest, highest = start + int(before[0]), start + int(before[-1])
@@ -359,12 +363,12 @@ def _chunks(
     yield chunk
 
 
-def _runs(
+def _blocks(
     chunk: Sequence[tuple[int, int]], completions: Sequence[Completion], probe_length: int, masked_area: float
 ) -> Iterator[tuple[int, int, int]]:
-    """(row, first, last): the probes of a chunk in runs of one completion.
+    """(row, first, last): the probes of a chunk in blocks of one completion.
 
-    A run is cut where its stairs would need a mask larger than `masked_area`. Probes at consecutive positions need no
+    A block is cut where its stairs would need a mask larger than `masked_area`. Probes at consecutive positions need no
     mask and are never cut.
     """
     row, first, last = *chunk[0], chunk[0][1]

@@ -1,11 +1,21 @@
 """Which models the exit-entropy pass serves exactly; the others are refused with the reason, never silently wrong."""
 
 import inspect
+from typing import Any
 
 from torch.nn import Embedding
 
+# A Hugging Face causal LM, or the root module of an FSDP or PEFT model around one. Their common class is
+# `torch.nn.Module`, which declares none of the attributes that are read here.
+CausalLM = Any
 
-def check_model(model, length: int) -> None:
+# How a message about a model that can't be served ends.
+USE_ANOTHER = (
+    "use another causal LM with full attention, or set iapo.alpha=0 iapo.rho=0 iapo.validation_information=false."
+)
+
+
+def check_model(model: CausalLM, length: int) -> None:
     """Refuse a model that would be silently wrong at `length` tokens (prompt + response + probe).
 
     Raises:
@@ -17,7 +27,7 @@ def check_model(model, length: int) -> None:
         raise ValueError("model: in training mode, where dropout would blur the entropies; call model.eval() first.")
     reason = unsupported(model.config, length)
     # FSDP1 and PEFT wrap the model in a module whose forward accepts any argument.
-    unwrapped = getattr(model, "_fsdp_wrapped_module", model)
+    unwrapped: CausalLM = getattr(model, "_fsdp_wrapped_module", model)
     if hasattr(unwrapped, "get_base_model"):
         if reason is None and unwrapped.active_peft_config.is_prompt_learning:
             reason = f"PEFT's {unwrapped.active_peft_config.peft_type.value} gives it tokens or keys of its own"
@@ -35,12 +45,12 @@ def check_model(model, length: int) -> None:
         reason = "its positions are counted from its padding index on, as RoBERTa's are"
     if reason is not None:
         raise ValueError(
-            f"model: {type(model).__name__} can't serve the exit-entropy pass at {length} tokens: {reason}. "
-            "Use a causal LM with full attention over the sequence, or set iapo.alpha=0 and iapo.rho=0."
+            f"model: {type(model).__name__} can't serve the exit-entropy pass at {length} tokens: {reason}; "
+            f"{USE_ANOTHER}"
         )
 
 
-def unsupported(config, length: int) -> str | None:
+def unsupported(config: Any, length: int) -> str | None:
     """Why a model with this Hugging Face config can't be probed at `length` tokens; None if it can."""
     text = config.get_text_config(decoder=True)
     if getattr(text, "is_encoder_decoder", False):

@@ -1,6 +1,7 @@
 """What a response's text says about its tokens: where the reasoning and its steps end, what it answers, how it ends."""
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 
@@ -52,7 +53,7 @@ def step_ends(decode: Callable[[Sequence[int]], str], vocabulary: int) -> torch.
 
 
 def region_length(
-    response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer, ends: Collection[int]
+    response: torch.Tensor, mask: torch.Tensor, config: IapoConfig, tokenizer: Any, ends: Collection[int]
 ) -> int:
     """Tokens of the region of a response, which is what is probed: its first tokens, as `config.region` says.
 
@@ -72,7 +73,7 @@ def region_length(
     return min(length, reasoning_length(response.tolist(), lambda ids: decode(tokenizer, ids), config.exit_marker))
 
 
-def answer_ids(tokenizer, probe: str, answer: str) -> torch.Tensor:
+def answer_ids(tokenizer: Any, probe: str, answer: str) -> torch.Tensor:
     """(A,) the tokens of `answer` as they follow the probe.
 
     Some tokenizers encode the first word of a text differently, so probe and answer are encoded together. Where the
@@ -84,12 +85,12 @@ def answer_ids(tokenizer, probe: str, answer: str) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-def decode(tokenizer, ids: Sequence[int]) -> str:
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of token ids as the model wrote it: special tokens and spaces are kept."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def end_tokens(tokenizer, generation_config) -> set[int]:
+def end_tokens(tokenizer: Any, generation_config: Any) -> set[int]:
     """Every token that ends a completion: the tokenizer's and those of the generation config, where generation stops.
 
     They may differ: Qwen's chat models end with <|im_end|> or <|endoftext|>, and the tokenizer names one of them.
