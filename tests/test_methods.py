@@ -1,5 +1,6 @@
 """The protocol of methods: who may act with whom, and what several make of a batch."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -64,7 +65,10 @@ def test_a_method_acts_by_the_hooks_that_it_overrides():
 @pytest.mark.parametrize(
     "methods,message",
     [
-        ([Doubled, Plus], "methods: only one method of a run may have its own shape_reward, not Doubled and Plus"),
+        (
+            [Doubled, Plus],
+            "methods: Doubled and Plus have their own shape_reward, but only one method of a run may; choose one.",
+        ),
         ([Own, Doubled], "the shape_reward of Doubled has no effect with Own: it judges by correctness alone; drop"),
         ([Doubled, Own], "the shape_reward of Doubled has no effect with Own: it judges by correctness alone; drop"),
         ([Doubled, Right, First, Even], None),
@@ -121,13 +125,16 @@ def test_states_travel_with_a_checkpoint_and_a_missing_one_is_named(tmp_path):
         ({"_target_": "iapo.methods.gfpo.Gfpo", "kk": 3}, "^methods.x: .*unexpected keyword argument 'kk'"),
         (
             {"_target_": "tests.test_methods.Curious"},
-            "^methods.x: needs truth, but there are correct, tokens, ent",
+            "^methods.x: its class needs truth, which no batch has; choose from correct, tokens, entropy.$",
         ),
         ({"k": 3}, "^methods.x: {'k': 3} lacks _target_, the class; choose it by variant=x.$"),
         (None, "^methods.x: None lacks _target_"),
         (3, "^methods.x: 3 lacks _target_"),
         ({"_target_": "tests.methods.batches.Row"}, "^methods.x: tests.methods.batches.Row can't be made of {}"),
-        ({"_target_": "collections.Counter"}, "^methods.x: .* \\(it is no iapo.methods.Method\\).$"),
+        (
+            {"_target_": "collections.Counter"},
+            "^methods.x: .* \\(it is no iapo.methods.Method\\); correct the class or its knobs.$",
+        ),
         ({"_target_": "os.getcwd"}, "^methods.x: os.getcwd can't be made of {}"),
     ],
 )
@@ -156,6 +163,13 @@ def test_the_limits_of_a_number(value, limits, message):
         return check_number("x", value, **limits)
     with pytest.raises(ValueError, match=message):
         check_number("x", value, **limits)
+
+
+def test_a_field_that_no_method_asked_for_is_named():
+    batch = make_batch(make_rows([2]))
+    assert batch.needed("tokens") is batch.tokens
+    with pytest.raises(ValueError, match=r"^entropy: None; the method that reads it must list it in `needs`.$"):
+        replace(batch, entropy=None).needed("entropy")
 
 
 def test_a_methods_section_that_is_no_mapping_gets_one_line():

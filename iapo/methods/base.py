@@ -16,13 +16,18 @@ Shape suffixes as in `iapo.information`.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 HOOKS = ("shape_reward", "keep_completions", "outcome_advantage", "token_weight", "loss_mask")
 # The fields of a `Batch` that are filled only if a method needs them.
 OPTIONAL = ("correct", "tokens", "entropy")
+
+Columns = TypeVar("Columns", bound="DataclassInstance")  # a dataclass, some of whose fields are tensors (B, ...)
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,20 @@ class Batch:
         """The row numbers of each group."""
         return [(self.group == g).nonzero().flatten() for g in self.group.unique().tolist()]
 
+    def needed(self, name: str) -> torch.Tensor:
+        """The field of `OPTIONAL` with this name.
+
+        Raises:
+            ValueError: it isn't filled, because no method lists it in `needs`.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{name}: None; the method that reads it must list it in `needs`.")
+        return value
+
     def rows(self, chosen: torch.Tensor) -> "Batch":
         """The batch of the `chosen` rows alone, given as (B,) bool or as row numbers."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        rows: dict[str, Any] = {k: v[chosen] for k, v in own.items() if isinstance(v, torch.Tensor)}
-        return replace(self, **rows)
+        return chosen_rows(self, chosen)
 
 
 class Method:
@@ -116,12 +130,19 @@ class Method:
         """Resume from a `state_dict`."""
 
 
+def chosen_rows(columns: Columns, chosen: torch.Tensor) -> Columns:
+    """The dataclass with these rows alone of each of its tensors (B, ...), given as (B,) bool or as row numbers."""
+    own = {f.name: getattr(columns, f.name) for f in fields(columns)}
+    rows: dict[str, Any] = {name: value[chosen] for name, value in own.items() if isinstance(value, torch.Tensor)}
+    return replace(columns, **rows)
+
+
 def acts_by(method: Method) -> list[str]:
     """The hooks that a method overrides."""
     return [hook for hook in HOOKS if getattr(type(method), hook) is not getattr(Method, hook)]
 
 
-def check_number(name: str, value, low: float = 0, high: float = math.inf, whole: bool = False) -> None:
+def check_number(name: str, value: Any, low: float = 0, high: float = math.inf, whole: bool = False) -> None:
     """Check that a knob is a finite number in [low, high], and a whole one if asked for.
 
     Raises:
@@ -134,7 +155,7 @@ def check_number(name: str, value, low: float = 0, high: float = math.inf, whole
         raise ValueError(f"{name}: {value!r} must be a {'whole ' if whole else ''}number{span}.")
 
 
-def check_choice(name: str, value, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Check that a knob is one of `choices`.
 
     Raises:

@@ -38,9 +38,12 @@ def make_methods(sections: dict[str, dict]) -> dict[str, Method]:
             if isinstance(error, ValueError) and str(error).partition(":")[0] in knobs:
                 raise ValueError(f"methods.{name}.{error}") from None
             reason = " ".join(str(error).split())
-            raise ValueError(f"methods.{name}: {target} can't be made of {knobs} ({reason}).") from None
+            raise ValueError(
+                f"methods.{name}: {target} can't be made of {knobs} ({reason}); correct the class or its knobs."
+            ) from None
         if unknown := set(methods[name].needs) - set(OPTIONAL):
-            raise ValueError(f"methods.{name}: needs {', '.join(unknown)}, but there are {', '.join(OPTIONAL)} only.")
+            what = f"{', '.join(sorted(unknown))}, which no batch has"
+            raise ValueError(f"methods.{name}: its class needs {what}; choose from {', '.join(OPTIONAL)}.")
     return methods
 
 
@@ -49,7 +52,7 @@ def conflicts(methods: dict[str, Method]) -> Iterator[str]:
     for hook in ONE_METHOD_ONLY:
         names = [name for name, method in methods.items() if hook in acts_by(method)]
         if len(names) > 1:
-            yield f"methods: only one method of a run may have its own {hook}, not {' and '.join(names)}; choose one."
+            yield f"methods: {' and '.join(names)} have their own {hook}, but only one method of a run may; choose one."
     for name, method in methods.items():
         for other in methods:
             for hook in set(acts_by(methods[other])) & set(method.ignores):

@@ -1,5 +1,6 @@
 """DLER: a hard target length, and advantages normalised over the batch (Liu et al., NVIDIA, arXiv 2510.15110)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,11 +44,11 @@ class Dler(Method):
     needs = ("correct",)
     ignores: ClassVar[dict[str, str]] = {"overlong": "all completions beyond target_length get truncated_reward"}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("target_length", self.target_length, low=1, whole=True)
         check_number("truncated_reward", self.truncated_reward, low=-float("inf"))
 
-    def problems(self, rollouts: int, max_response_length: int):
+    def problems(self, rollouts: int, max_response_length: int) -> Iterator[str]:
         if self.target_length > max_response_length:
             yield (
                 f"target_length: {self.target_length} exceeds data.max_response_length={max_response_length}, so that "
@@ -70,7 +71,7 @@ class Dler(Method):
 
     def _counted(self, batch: Batch) -> torch.Tensor:
         """(B, T) bool: the tokens within the target length, of groups with both success and failure."""
-        success_B = batch.correct & (batch.lengths <= self.target_length)
+        success_B = batch.needed("correct") & (batch.lengths <= self.target_length)
         mixed_B = torch.zeros_like(success_B)
         for rows in batch.groups():
             mixed_B[rows] = success_B[rows].any() & ~success_B[rows].all()

@@ -1,5 +1,6 @@
 """GFPO: sample many, learn from few (Shrivastava et al., arXiv 2508.09726)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -42,7 +43,7 @@ class Gfpo(Method):
 
     needs = ("correct",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("k", self.k, low=2, whole=True)  # one alone has no advantage
         check_choice("by", self.by, ("length", "reward_per_token"))
         if self.adaptive is not None:
@@ -53,7 +54,7 @@ class Gfpo(Method):
             if self.k != Gfpo.k:
                 raise ValueError(f"k: {self.k} has no effect with adaptive={self.adaptive}; leave it out.")
 
-    def problems(self, rollouts: int, max_response_length: int):
+    def problems(self, rollouts: int, max_response_length: int) -> Iterator[str]:
         largest = max(self.adaptive or [self.k])
         if largest >= rollouts:
             yield (
@@ -64,7 +65,8 @@ class Gfpo(Method):
     def keep_completions(self, batch: Batch) -> torch.Tensor:
         kept_B = torch.zeros(len(batch.group), dtype=torch.bool)
         groups = batch.groups()
-        accuracies = [batch.correct[rows].float().mean().item() for rows in groups]
+        correct_B = batch.needed("correct")
+        accuracies = [correct_B[rows].float().mean().item() for rows in groups]
         for accuracy in accuracies:
             self._seen[accuracy] = self._seen.get(accuracy, 0) + 1
         for rows, accuracy in zip(groups, accuracies, strict=True):

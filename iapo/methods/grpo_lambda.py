@@ -38,12 +38,13 @@ class GrpoLambda(Method):
 
     needs = ("correct",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("share", self.share, high=1)
         check_number("weight", self.weight)
 
     def shape_reward(self, batch: Batch) -> torch.Tensor:
-        groups = sorted(batch.groups(), key=lambda rows: -batch.correct[rows].float().mean().item())
+        correct_B = batch.needed("correct")
+        groups = sorted(batch.groups(), key=lambda rows: -correct_B[rows].float().mean().item())
         top = groups[: math.ceil(self.share * len(groups) - 1e-9)]  # 0.28 * 25 is a little more than 7
         rewards_B = batch.rewards.clone()
         if top:

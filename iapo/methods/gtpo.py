@@ -59,7 +59,7 @@ class Gtpo(Method):
         "overlong": "it judges by right and wrong alone",
     }
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("alpha", self.alpha, high=1)
         check_number("entropy_low", self.entropy_low, low=1e-6)  # wrong answers divide by it
         check_number("entropy_high", self.entropy_high, low=self.entropy_low)
@@ -71,18 +71,20 @@ class Gtpo(Method):
         return self._of_groups(batch, self._clipped(batch), batch.response_mask.bool())
 
     def _clipped(self, batch: Batch) -> torch.Tensor:
-        return batch.entropy.double().clamp(self.entropy_low, self.entropy_high)
+        return batch.needed("entropy").double().clamp(self.entropy_low, self.entropy_high)
 
     def _of_groups(self, batch: Batch, entropy: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(B, T) float32 advantages from entropies and mask, both (B, T)."""
-        advantages = torch.zeros(entropy.shape)
+        advantages, correct_B = torch.zeros(entropy.shape), batch.needed("correct")
         for rows in batch.groups():
-            values = shaped_advantages(entropy[rows], mask[rows], batch.correct[rows], self.alpha, self.zscore_over)
+            values = shaped_advantages(entropy[rows], mask[rows], correct_B[rows], self.alpha, self.zscore_over)
             advantages[rows] = values.float()
         return advantages
 
 
-def shaped_advantages(entropy, mask, correct, alpha: float, zscore_over: str) -> torch.Tensor:
+def shaped_advantages(
+    entropy: torch.Tensor, mask: torch.Tensor, correct: torch.Tensor, alpha: float, zscore_over: str
+) -> torch.Tensor:
     """The equations of `Gtpo` for the G completions of one group.
 
     Args:

@@ -52,7 +52,7 @@ class GtpoTrajectory(Method):
 
     needs = ("tokens", "entropy")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("amplification", self.amplification, low=1)
         check_number("entropy_weight", self.entropy_weight)
         check_number("max_entropy", self.max_entropy)
@@ -86,14 +86,15 @@ def centred_rewards(batch: Batch) -> torch.Tensor:
 
 def mean_entropy(batch: Batch) -> torch.Tensor:
     """(B,) mean next-token entropy of each completion, in nats."""
-    return (batch.entropy * batch.response_mask).sum(1) / batch.lengths
+    return (batch.needed("entropy") * batch.response_mask).sum(1) / batch.lengths
 
 
 def conflict_tokens(batch: Batch, sign: torch.Tensor) -> torch.Tensor:
     """(B, T) bool: the tokens in conflict, given the sign (B,) of each completion's advantage."""
-    conflict_BT = torch.zeros(batch.tokens.shape, dtype=torch.bool)
+    tokens_BT = batch.needed("tokens")
+    conflict_BT = torch.zeros(tokens_BT.shape, dtype=torch.bool)
     for rows in batch.groups():
-        tokens, mask = batch.tokens[rows], batch.response_mask[rows].bool()
+        tokens, mask = tokens_BT[rows], batch.response_mask[rows].bool()
         from_end = (mask.sum(1, keepdim=True) - 1 - torch.arange(mask.shape[1])).clamp(min=0)
         forward = shared_run(tokens, mask, sign[rows])
         backward = shared_run(tokens.gather(1, from_end), mask, sign[rows])

@@ -1,6 +1,7 @@
 """LASER and LASER-D: a bonus for right answers within a target length (Liu et al., arXiv 2505.15612)."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -51,7 +52,7 @@ class Laser(Method):
 
     needs = ("correct",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("target_length", self.target_length, low=1, whole=True)
         check_number("bonus", self.bonus)
         check_number("every", self.every, low=1, whole=True)
@@ -60,7 +61,7 @@ class Laser(Method):
         if self.every != Laser.every and not self.adaptive:
             raise ValueError(f"every: {self.every} has no effect with adaptive=false; set adaptive=true.")
 
-    def problems(self, rollouts: int, max_response_length: int):
+    def problems(self, rollouts: int, max_response_length: int) -> Iterator[str]:
         if self.target_length >= max_response_length:
             yield (
                 f"target_length: {self.target_length} of data.max_response_length={max_response_length} tokens gives "
@@ -69,11 +70,12 @@ class Laser(Method):
 
     def shape_reward(self, batch: Batch) -> torch.Tensor:
         target_B = self._adapted(batch) if self.adaptive else torch.tensor(self.target_length)
-        return batch.rewards + self.bonus * (batch.correct & (batch.lengths <= target_B))
+        return batch.rewards + self.bonus * (batch.needed("correct") & (batch.lengths <= target_B))
 
     def _adapted(self, batch: Batch) -> torch.Tensor:
         """(B,) target lengths, updated first if an update is due."""
-        groups = [(rows, difficulty(batch.correct[rows])) for rows in batch.groups()]
+        correct_B = batch.needed("correct")
+        groups = [(rows, difficulty(correct_B[rows])) for rows in batch.groups()]
         for rows, level in groups:
             self._lengths[level] += [int(length) for length in batch.lengths[rows]]
         if (batch.step - 1) % self.every == 0:

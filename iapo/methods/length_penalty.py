@@ -1,6 +1,7 @@
 """Length penalties on correct completions, in their common forms."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +49,12 @@ class LengthPenalty(Method):
 
     needs = ("correct",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("form", self.form, ("linear", "sigmoid", "cosine"))
         check_number("weight", self.weight)
         check_number("max_length", self.max_length, low=1, whole=True)
 
-    def problems(self, rollouts: int, max_response_length: int):
+    def problems(self, rollouts: int, max_response_length: int) -> Iterator[str]:
         if self.form == "cosine" and self.max_length < max_response_length:  # beyond it the price would fall again
             yield (
                 f"max_length: {self.max_length} is below data.max_response_length={max_response_length}; set it to the "
@@ -61,9 +62,9 @@ class LengthPenalty(Method):
             )
 
     def shape_reward(self, batch: Batch) -> torch.Tensor:
-        rewards_B = batch.rewards.clone()
+        rewards_B, correct_B = batch.rewards.clone(), batch.needed("correct")
         for rows in batch.groups():
-            rows = rows[batch.correct[rows]]
+            rows = rows[correct_B[rows]]
             if len(rows):
                 rewards_B[rows] += self.weight * self._price(batch.lengths[rows])
         return rewards_B

@@ -1,6 +1,7 @@
 """S-GRPO: a loss on part of the tokens, drawn at random (Lee and Tong, arXiv 2504.20834)."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,7 @@ class SGrpo(Method):
 
     needs = ("tokens",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("always", self.always, whole=True)
         check_number("until", self.until, low=max(self.always, 1), whole=True)
         check_number("p", self.p, high=1)
@@ -53,7 +54,7 @@ class SGrpo(Method):
         if self.always == 0 and self.p == 0:
             raise ValueError("p: 0 with always=0 keeps no token; raise one of them.")
 
-    def problems(self, rollouts: int, max_response_length: int):
+    def problems(self, rollouts: int, max_response_length: int) -> Iterator[str]:
         if self.always >= max_response_length:
             budget = f"data.max_response_length={max_response_length}"
             yield f"always: {self.always} of {budget} keeps every token; lower it."
@@ -67,6 +68,7 @@ class SGrpo(Method):
         return kept_BT & batch.response_mask.bool()
 
     def _generator(self, batch: Batch, row: int, length: int) -> torch.Generator:
-        key = torch.tensor([self.seed, batch.step, *batch.tokens[row, :length].tolist()], dtype=torch.int64)
+        tokens = batch.needed("tokens")[row, :length].tolist()
+        key = torch.tensor([self.seed, batch.step, *tokens], dtype=torch.int64)
         digest = hashlib.blake2b(key.numpy().tobytes(), digest_size=8).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

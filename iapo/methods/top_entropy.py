@@ -37,15 +37,15 @@ class TopEntropy(Method):
 
     needs = ("entropy",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_number("share", self.share, high=1)
         if self.share in (0, 1):
             what = "every token, which is variant=dapo" if self.share else "no token"
             raise ValueError(f"share: {self.share} keeps {what}; choose a number in between.")
 
     def loss_mask(self, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
-        mask_BT = batch.response_mask.bool()
-        entropies = batch.entropy[mask_BT]
+        mask_BT, entropy_BT = batch.response_mask.bool(), batch.needed("entropy")
+        entropies = entropy_BT[mask_BT]
         # The product of a decimal share is often just above a whole number, which must not become the next.
         count = max(1, math.ceil(round(self.share * len(entropies), 6)))
-        return mask_BT & (batch.entropy >= entropies.topk(count).values[-1])
+        return mask_BT & (entropy_BT >= entropies.topk(count).values[-1])

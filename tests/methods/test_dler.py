@@ -92,4 +92,4 @@ def test_a_target_beyond_the_response_budget_and_a_second_reward_are_refused():
     assert next(iter(Dler(target_length=101).problems(8, 100))).startswith(
         "target_length: 101 exceeds data.max_response_length=100"
     )
-    assert "only one method of a run" in next(conflicts({"dler": Dler(), "length_penalty": LengthPenalty()}))
+    assert "only one method of a run may" in next(conflicts({"dler": Dler(), "length_penalty": LengthPenalty()}))
