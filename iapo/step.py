@@ -7,14 +7,14 @@ The methods of `iapo.methods` act by `select` and `weigh`, and one of them may h
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 
 from iapo.advantage import grpo_advantage, iapo_advantage
 from iapo.config import IapoConfig
 from iapo.methods import OPTIONAL, Batch, Method, acts_by, select, weigh
+from iapo.methods.base import chosen_rows
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,6 @@ class StepInputs:
     correct: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
-
-    def rows(self, chosen: torch.Tensor) -> "StepInputs":
-        """The inputs of these rows alone."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors: dict[str, Any] = {k: v[chosen] for k, v in own.items() if isinstance(v, torch.Tensor)}
-        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -85,38 +79,57 @@ def step_advantage(
         ValueError: an input that a non-zero weight needs is missing.
     """
     methods = list(inputs.methods.values())
+    everything = batch_of(rewards, response_mask, group, inputs)
+    real_B = response_mask.bool().any(1) if methods else torch.ones(len(rewards), dtype=torch.bool)
+    batch, kept_B = select(methods, everything.rows(real_B))
+    rows = real_B.nonzero().flatten()[kept_B]
+    outcome = outcome_advantage(methods, batch, inputs.divide_by_std)
+    advantages, terms = add_terms(outcome, batch, chosen_rows(inputs, rows))
+    advantages, loss_mask = weigh(methods, batch, advantages)
+    count = len(rewards)
+    return StepAdvantage(
+        in_rows(advantages, rows, count),
+        in_rows(loss_mask, rows, count),
+        {name: in_rows(term, rows, count) for name, term in terms.items()},
+    )
+
+
+def batch_of(
+    rewards: torch.Tensor, response_mask: torch.Tensor, group: Sequence[Hashable], inputs: StepInputs
+) -> Batch:
+    """What the methods see: groups are numbered in the order in which they appear."""
     numbers = {name: number for number, name in enumerate(dict.fromkeys(group))}
-    everything = Batch(
+    return Batch(
         group=torch.tensor([numbers[name] for name in group]),
         rewards=rewards,
         response_mask=response_mask,
         step=inputs.step,
         **{name: getattr(inputs, name) for name in OPTIONAL},
     )
-    real_B = response_mask.bool().any(1) if methods else torch.ones(len(rewards), dtype=torch.bool)
-    batch, kept = select(methods, everything.rows(real_B))
-    rows = real_B.nonzero().flatten()[kept]
-    chosen = inputs.rows(rows)
-    region_mask = None if chosen.region_mask is None else chosen.region_mask * batch.response_mask
-    own = next((method.outcome_advantage for method in methods if "outcome_advantage" in acts_by(method)), None)
-    outcome = (
-        own(batch) if own else grpo_advantage(batch.rewards, batch.response_mask, batch.group, inputs.divide_by_std)
-    )
-    advantages, terms = iapo_advantage(
+
+
+def outcome_advantage(methods: Sequence[Method], batch: Batch, divide_by_std: bool) -> torch.Tensor:
+    """(B, T) the outcome advantage of the method that has one of its own, else GRPO's."""
+    for method in methods:
+        if "outcome_advantage" in acts_by(method):
+            return method.outcome_advantage(batch)
+    return grpo_advantage(batch.rewards, batch.response_mask, batch.group, divide_by_std)
+
+
+def add_terms(outcome: torch.Tensor, batch: Batch, inputs: StepInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """`iapo.advantage.iapo_advantage` of a batch and the inputs of its rows; regions end with their responses."""
+    return iapo_advantage(
         outcome,
         batch.response_mask,
         inputs.config,
         index=batch.group.tolist(),
-        exit_entropy=chosen.exit_entropy,
-        region_mask=region_mask,
-        old_log_probs=chosen.old_log_probs,
-        correct=chosen.correct,
+        exit_entropy=inputs.exit_entropy,
+        region_mask=None if inputs.region_mask is None else inputs.region_mask * batch.response_mask,
+        old_log_probs=inputs.old_log_probs,
+        correct=inputs.correct,
     )
-    advantages, loss_mask = weigh(methods, batch, advantages)
 
-    def in_place(x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(response_mask.shape).index_copy(0, rows, x)
 
-    return StepAdvantage(
-        in_place(advantages), in_place(loss_mask), {name: in_place(term) for name, term in terms.items()}
-    )
+def in_rows(x: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """(count, T) with x (len(rows), T) in these rows and 0 in the others."""
+    return x.new_zeros(count, x.shape[1]).index_copy(0, rows, x)
