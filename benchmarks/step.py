@@ -39,7 +39,7 @@ PARTS = ("step", "gen", "old_log_prob", "ref", "update_actor", "exit_entropy")
 
 
 def rows_of_table() -> dict[str, list[str]]:
-    methods = load_methods(Path(__file__).parent / "table.yaml")
+    methods = load_methods(ROOT / "benchmarks/table/table.yaml")
     rows = {name: [f"variant={m.variant}", *m.overrides(m.values[0])] for name, m in methods.items() if m.quick}
     return rows | {"grpo, again": rows["grpo"]}
 

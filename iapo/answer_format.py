@@ -4,6 +4,7 @@ r"""The formats of an answer: their markers, the probe that asks for it, and how
              <answer> answer </answer>
     boxed    <think> reasoning </think>             (DeepSeek-R1, Qwen3: reasoning models as they are)
              any text \boxed{answer} any text
+    boxed_no_think   the same without markers       (Qwen2.5-Math: the reasoning ends where the box begins)
 
 The instruction of the prompts, the reward, the exit probe and the embedded task all take the format from here.
 """
@@ -71,9 +72,10 @@ class Tags(AnswerFormat):
 
 
 class Boxed(AnswerFormat):
-    r"""`<think>` is opened by the chat template or by the model; the answer is in the last `\boxed{}` after `</think>`.
+    r"""The answer is in the last `\boxed{}`, after the reasoning.
 
-    What counts, for a completion with one `</think>` unless said otherwise:
+    `<think>` is opened by the chat template or by the model. What counts, for a completion with one `</think>` unless
+    said otherwise:
 
     - a box with braces inside, `\boxed{\frac{1}{2}}`: the whole content; `\{` and `\}` are no braces of it.
     - several boxes after `</think>`: the last is the answer. Well formed only if all say the same.
@@ -83,35 +85,49 @@ class Boxed(AnswerFormat):
     """
 
     name = "boxed"
-    markers = (THINK, EXIT_MARKER)
+    markers: tuple[str, ...] = (THINK, EXIT_MARKER)
     probe = f"\n{EXIT_MARKER}\n\n{BOX}"
     answer_end = "}"
     instruction = f"Please reason step by step, and put your final answer within {BOX}}}."
 
     def well_formed(self, text: str) -> bool:
         reasoning, exited, after = text.strip().partition(EXIT_MARKER)
-        contents = boxes(after)
-        return (
-            bool(exited)
-            and EXIT_MARKER not in after
-            and THINK not in after
-            and THINK not in reasoning.removeprefix(THINK)
-            and bool(contents)
-            and len({content and content.strip() for content in contents}) == 1
-            and contents[0] is not None
-        )
+        stray = EXIT_MARKER in after or THINK in after or THINK in reasoning.removeprefix(THINK)
+        return bool(exited) and not stray and _say_the_same(boxes(after))
 
     def answers(self, text: str) -> list[str]:
         _, exited, after = text.rpartition(EXIT_MARKER)
-        contents = boxes(after) if exited else []
-        return [contents[-1]] if contents and contents[-1] is not None else []
+        return _last(boxes(after)) if exited else []
 
     def final_answer(self, text: str, probe: str, end: str) -> str:
         """The answer itself: prose may stand between `</think>` and the box, where the probe has none."""
         return "".join(self.answers(text))
 
 
-FORMATS: dict[str, AnswerFormat] = {format.name: format for format in (Tags(), Boxed())}
+class BoxedNoThink(Boxed):
+    r"""The same for models without `<think>`: the whole completion is read, and its first box ends the reasoning."""
+
+    name = "boxed_no_think"
+    markers = ()
+    exit_marker = BOX
+    probe = f"\n\n{BOX}"
+
+    def well_formed(self, text: str) -> bool:
+        return THINK not in text and EXIT_MARKER not in text and _say_the_same(boxes(text))
+
+    def answers(self, text: str) -> list[str]:
+        return _last(boxes(text))
+
+
+FORMATS: dict[str, AnswerFormat] = {format.name: format for format in (Tags(), Boxed(), BoxedNoThink())}
+
+
+def _say_the_same(contents: list[str | None]) -> bool:
+    return None not in contents and len({content.strip() for content in contents if content is not None}) == 1
+
+
+def _last(contents: list[str | None]) -> list[str]:
+    return [content for content in contents[-1:] if content is not None]
 
 
 def boxes(text: str) -> list[str | None]:

@@ -74,7 +74,7 @@ def changed(*overrides):
     What is computed from a changed value stays as it was; run_dir and the folders in it are the exception.
     """
     expanded = [part for override in overrides for part in compose.expand(override)]
-    choices = [part for part in expanded if part.partition("=")[0] in ("variant", "model", "data")]
+    choices = [part for part in expanded if part.partition("=")[0] in ("variant", "model", "data", "format")]
     config = copy.deepcopy(composed(os.environ.get("IAPO_DATA_DIR"), *choices))
     given = OverridesParser.create().parse_overrides([part for part in expanded if part not in choices])
     run_dir = os.path.abspath(next((o.value() for o in given if o.key_or_group == "run_dir"), "runs/a"))
@@ -627,10 +627,13 @@ def test_a_model_folder_that_lacks_files_is_refused(lost, message, verbose_arith
     assert len(str(error.value).splitlines()) == 1
 
 
+CONTENTS = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
 def test_a_chat_template_of_the_configuration_will_do(verbose_arithmetic):
     ignore = shutil.ignore_patterns("chat_template.jinja")
     shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m", ignore=ignore)
-    check(changed("model=m", "actor_rollout_ref.model.custom_chat_template=x"))
+    check(changed("model=m", f"actor_rollout_ref.model.custom_chat_template='{CONTENTS}'"))
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,22 @@ def test_a_text_without_answer():
     assert score("5", "5")["failure_reason"] == "no_answer"
 
 
+def boxed(text: str, truth) -> dict:
+    return asyncio.run(reward.compute_score("d", text, truth, format="boxed"))
+
+
+def test_a_reasoning_model_as_it_is():
+    right = boxed("so 2 + 2 = 4\n</think>\n\nThe answer is \\boxed{4}.", "4")
+    assert (right["score"], right["acc"], right["format"], right["pred"]) == (1.5, 1.0, 1.0, "4")
+    assert boxed("a</think> \\boxed{\\frac{1}{2}}", "0.5")["score"] == 1.5
+    assert boxed("a</think> \\boxed{4} no, \\boxed{5}", "5")["score"] == 0.5  # right, not well formed
+    assert boxed("a</think> \\boxed{5}", "4")["score"] == -0.5
+    for text in ("a \\boxed{4}", "a</think> \\boxed{4", "a</think> 4", "<think>a</think>\n<answer>4</answer>"):
+        assert (boxed(text, "4")["score"], boxed(text, "4")["failure_reason"]) == (-1.5, "no_answer"), text
+    with pytest.raises(ValueError, match=r"^format: 'xml' must be one of tags, boxed, boxed_no_think.$"):
+        asyncio.run(reward.compute_score("d", "", "4", format="xml"))
+
+
 def test_timeout_must_be_positive():
     with pytest.raises(ValueError, match=r"^timeout_s: 0 must be positive; give seconds, such as 5\.0\.$"):
         score(well_formed("1/2"), "0.5", timeout_s=0)

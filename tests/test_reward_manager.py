@@ -5,6 +5,7 @@ import json
 import math
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -273,3 +274,20 @@ def test_verls_validation_metrics_read_it(tokenizer):
     assert metrics["response_length"]["mean@2"] == 23.5
     assert metrics["verify_failure"]["mean@2"] == 0.0
     assert not {"pred", "failure_reason", "reward_error"} & set(metrics)
+
+
+def test_markers_that_are_special_tokens_stay_in_the_text():
+    """As R1's, <think> may be one special token, which verl's decoding drops; the end of a turn is dropped still."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    tokens.add_special_tokens([AddedToken("<think>", special=True), AddedToken("</think>", special=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    text = "<think>a</think> \\boxed{42}"
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=True) == "a \\boxed{42}"
+    config = make_config()
+    OmegaConf.update(config, "iapo.format", "boxed", force_add=True)
+    ids = tokenizer.encode(text + "<|im_end|>")
+    [result] = run(config, tokenizer, make_data(ids), score_function=partial(compute_score, format="boxed"))
+    assert result["reward_score"] == 1.5 and result["reward_extra_info"]["pred"] == "42"

@@ -191,11 +191,29 @@ def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
         yield f"actor_rollout_ref.model.path: {path} holds no weights (*.safetensors or *.bin); put them there."
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where there are no files
         yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
+    elif tokenizer.eos_token_id is None:
+        yield f"actor_rollout_ref.model.path: {path} has a tokenizer without eos_token; add it to its configuration."
+    elif (ends := _generation_ends(path)) and tokenizer.eos_token_id not in ends:
+        yield (
+            f"actor_rollout_ref.model.path: {path} has eos_token {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), "
+            f"but its generation_config.json ends at {sorted(ends)}; correct the one that is wrong."
+        )
     elif not tokenizer.chat_template and not config.actor_rollout_ref.model.custom_chat_template:
         yield (
             f"actor_rollout_ref.model.path: {path} has a tokenizer without a chat template; add chat_template.jinja, "
             "or set actor_rollout_ref.model.custom_chat_template."
         )
+
+
+def _generation_ends(path: str) -> set[int]:
+    """The end tokens of a model's generation configuration; none if it has no such file."""
+    from transformers import GenerationConfig
+
+    try:
+        ends = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        return set()
+    return set(ends if isinstance(ends, list) else [ends]) - {None}
 
 
 def _attention(config: DictConfig, model_config) -> Iterator[str]:

@@ -42,7 +42,7 @@ def template_problems(
     if render(messages, strftime_now=lambda _: "a day") != text:
         yield (
             f"actor_rollout_ref.model.path: the chat template of {path} writes today's date, so a run that resumes "
-            "tomorrow has other prompts; fix it, such as by +data.apply_chat_template_kwargs.date_string='26 Jul 2024'."
+            "tomorrow has other prompts; fix it, such as by data.apply_chat_template_kwargs.date_string='26 Jul 2024'."
         )
     yield from _format(config, generation_prompt(text, render(messages, add_generation_prompt=False)), text)
 
@@ -56,19 +56,24 @@ def generation_prompt(text: str, without: str) -> str:
 def _format(config: DictConfig, begins: str, text: str) -> Iterator[str]:
     """What the template writes where the completion begins must be what the format leaves to it."""
     name, path = config.iapo.format, config.actor_rollout_ref.model.path
+    thinks = THINK in FORMATS[name].markers
     if EXIT_MARKER in begins:
-        yield (
-            f"actor_rollout_ref.model.path: the chat template of {path} ends the reasoning before the model begins "
-            f"({begins!r}); let it think, such as by +data.apply_chat_template_kwargs.enable_thinking=true."
-        )
-    elif THINK in begins and name == "tags":
-        yield (
-            f"iapo.format: 'tags' asks the model for {THINK}, but the chat template of {path} writes it ({begins!r}); "
-            "set format=boxed, or actor_rollout_ref.model.custom_chat_template."
-        )
-    for other in FORMATS.values():
-        if other.name != name and other.instruction in text:
+        if thinks:
             yield (
-                f"iapo.format: {name!r}, but the prompts ask for {other.name!r} ({other.instruction!r}); set "
-                f"format={other.name}, or make the data with iapo data NAME --format {name}."
+                f"iapo.format: {name!r} asks the model to reason, but the chat template of {path} ends the reasoning "
+                f"before the model begins ({begins!r}); set data.apply_chat_template_kwargs.enable_thinking=true, or "
+                "format=boxed_no_think."
+            )
+    elif THINK in begins and name != "boxed":
+        what = f"asks the model for {THINK}" if thinks else f"has no {THINK}"
+        yield (
+            f"iapo.format: {name!r} {what}, but the chat template of {path} writes it ({begins!r}); set format=boxed, "
+            "or actor_rollout_ref.model.custom_chat_template."
+        )
+    others = {other.instruction: other.name for other in reversed(FORMATS.values())}
+    for instruction, other in others.items():
+        if instruction != FORMATS[name].instruction and instruction in text:
+            yield (
+                f"iapo.format: {name!r}, but the prompts ask for {other!r} ({instruction!r}); set format={other}, or "
+                f"make the data with iapo data NAME --format {name}."
             )

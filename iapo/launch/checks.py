@@ -300,7 +300,8 @@ def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         return
     answer_format = FORMATS[iapo.format]
     own = "or set a reward function of your own"
-    if not answer_format.well_formed(text := f"{THINK}{iapo.probe}0{answer_format.answer_end}"):
+    opening = THINK if THINK in answer_format.markers else ""
+    if not answer_format.well_formed(text := f"{opening}{iapo.probe}0{answer_format.answer_end}"):
         yield (
             f"iapo.probe: {iapo.probe!r} asks for a format that iapo.reward does not pay for, such as {text!r}; set "
             f"{answer_format.probe!r}, {own}."
@@ -310,7 +311,7 @@ def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             f"iapo.exit_marker: {iapo.exit_marker!r} is not how iapo.probe={iapo.probe!r} begins, so it does not end "
             "the reasoning that iapo.reward pays for; set them to begin alike, " + own + "."
         )
-    text = f"{THINK}{answer_format.probe}0{iapo.answer_end}"
+    text = f"{opening}{answer_format.probe}0{iapo.answer_end}"
     if iapo.score == "answer_logprob" and not answer_format.well_formed(text):
         yield (
             f"iapo.answer_end: {iapo.answer_end!r} ends no answer that iapo.reward pays for, such as {text!r}; set "

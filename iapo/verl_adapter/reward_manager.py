@@ -17,13 +17,17 @@ verl's is not clipped there: no difference while L never exceeds L_max, which th
 
 import logging
 import math
+from collections.abc import Sequence
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.dapo import DAPORewardManager
 from verl.utils.fs import copy_to_local
 from verl.utils.model import get_generation_config
 
+from iapo.answer_format import FORMATS
+from iapo.config import IapoConfig
 from iapo.metrics.training import check_acc, number
 from iapo.probe.text import end_tokens
 from iapo.reward import score_dict
@@ -47,6 +51,8 @@ class IapoRewardManager(DAPORewardManager):
 
     def __init__(self, config: DictConfig, tokenizer, compute_score, **kwargs):
         super().__init__(config, tokenizer, compute_score, **kwargs)
+        answer_format = FORMATS[OmegaConf.select(config, "iapo.format") or IapoConfig().format]
+        self.tokenizer = keeping(tokenizer, answer_format.markers)
         self.max_response_length = config.data.max_response_length
         self.eos_token_ids = eos_token_ids(config, tokenizer)
         penalty_on = self.overlong_buffer_cfg is not None and self.overlong_buffer_cfg.enable
@@ -83,6 +89,26 @@ class IapoRewardManager(DAPORewardManager):
         info |= length_info(data[-1], self.max_response_length, self.eos_token_ids)
         info["reward_error"] = reward_error
         return {"reward_score": reward, "reward_extra_info": info}
+
+
+class _Keeping:
+    """Decodes as a tokenizer does, but for some of its special tokens, which stay in the text."""
+
+    def __init__(self, tokenizer, dropped: set[int]):
+        self._tokenizer, self._dropped = tokenizer, dropped
+
+    def decode(self, ids, skip_special_tokens: bool = True) -> str:
+        """As the tokenizer's; verl skips special tokens."""
+        ids = torch.as_tensor(ids).tolist()
+        kept = [token for token in ids if not (skip_special_tokens and token in self._dropped)]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+
+def keeping(tokenizer, markers: Sequence[str]):
+    """`tokenizer`, or one that keeps those of the format's markers that are special tokens, which verl would drop."""
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    dropped = {number for number, text in special.items() if text not in markers}
+    return _Keeping(tokenizer, dropped) if len(dropped) < len(special) else tokenizer
 
 
 def eos_token_ids(config: DictConfig, tokenizer) -> frozenset[int]:
