@@ -1,8 +1,11 @@
 """Small files in the originals' schemas, converted to verl's rows; every error line."""
 
+import csv
 import hashlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -60,6 +63,12 @@ def dapo_row(question: str, truth: str, index: str = "9a9b6eb4-a1cb-49d1-8c1e-62
 
 def write(path: Path, rows: list) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        return path
     if path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
@@ -202,7 +211,7 @@ def test_a_failed_write_leaves_the_old_files_and_nothing_else(tmp_path, monkeypa
         if len(calls) == 2:
             raise OSError("No space left on device")
 
-    monkeypatch.setattr(data.pq, "write_table", fail_on_second)
+    monkeypatch.setattr(pq, "write_table", fail_on_second)
     with pytest.raises(OSError, match="No space left"):
         data.prepare("verbose_arithmetic", tmp_path, train_size=5, test_size=2, seed=9)
     assert {split: path.read_bytes() for split, path in paths.items()} == before
@@ -230,9 +239,9 @@ def failure(name, out_dir, source=None, **options) -> str:
 
 
 def test_unknown_name_and_sizes(tmp_path):
-    assert failure("gsm9k", tmp_path) == (
-        "name: 'gsm9k' must be one of gsm8k, math500, dapo_math_17k, verbose_arithmetic."
-    )
+    line = failure("gsm9k", tmp_path)
+    assert line.startswith("name: 'gsm9k' must be one of gsm8k, math500, dapo_math_17k, svamp, aime24, aime25, amc23,")
+    assert line.endswith("verbose_arithmetic; for data of your own give --question and --answer.")
     for size in (0, -3, 99_999_999):
         for field in ("train_size", "test_size"):
             expected = f"{field}: {size} must be from 1 to 1000000."
@@ -243,7 +252,7 @@ def test_missing_or_unsuitable_files(tmp_path):
     out = tmp_path / "out"
     line = failure("math500", out, tmp_path / "absent.jsonl")
     assert "absent.jsonl" in line and "does not exist; give a file, a directory or a hub id" in line
-    assert "must be one file of type" in failure("math500", out, write(tmp_path / "math.csv", MATH500))
+    assert "must be one file of type" in failure("math500", out, write(tmp_path / "math.txt", MATH500))
     assert "must be one file of type" in failure("math500", out, tmp_path)
     line = failure("gsm8k", out, write(tmp_path / "both.jsonl", GSM8K_TRAIN))
     assert "both.jsonl' is a file; " in line and "gsm8k needs a directory with one train* and one test* file" in line
@@ -278,10 +287,12 @@ def test_missing_column_names_the_column_and_what_is_there(tmp_path):
 @pytest.mark.parametrize(
     ("name", "bad", "reason"),
     [
-        ("math500", {"problem": "1+1?", "answer": " "}, "' ' is no question or answer"),
-        ("math500", {"problem": "1+1?", "answer": None}, "None is no question or answer"),
-        ("math500", {"problem": "1+1?", "answer": math.nan}, "None is no question or answer"),
-        ("math500", {"problem": "1+1?", "answer": ["2"]}, "['2'] is no question or answer"),
+        ("math500", {"problem": "1+1?", "answer": " "}, "answer: has 0 characters, not 1 to 1000"),
+        ("math500", {"problem": "1+1?", "answer": None}, "answer: is null"),
+        ("math500", {"problem": "1+1?", "answer": math.nan}, "answer: is nan, no finite number"),
+        ("math500", {"problem": "1+1?", "answer": []}, "answer: is an empty list"),
+        ("math500", {"problem": "1+1?", "answer": {"value": 2}}, "answer: is a dict"),
+        ("math500", {"problem": ["1+1?"], "answer": "2"}, "['1+1?'] is no question or answer"),
         ("math500", {"problem": "1+1?", "answer": "2" * 1001}, "answer: has 1001 characters, not 1 to 1000"),
         ("math500", {"problem": "", "answer": "2"}, "'' is no question or answer"),
         ("dapo_math_17k", {"prompt": [], "reward_model": {}}, "unexpected structure, IndexError"),
@@ -309,7 +320,7 @@ def test_unparsable_rows_are_named_by_number(tmp_path, name, bad, reason):
     ("answer", "reason"),
     [
         ("It is 72.", "answer: 'It is 72.' has no '####'"),
-        ("72 ####", "'' is no question or answer"),
+        ("72 ####", "answer: has 0 characters, not 1 to 1000"),
         (72, "unexpected structure"),
     ],
 )
@@ -351,6 +362,303 @@ def test_the_hub_is_asked_for_the_originals(tmp_path, monkeypatch):
     paths = data.prepare("gsm8k", tmp_path)
     assert asked == [("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")]
     assert len(read(paths, "train")) == 2
+
+
+def test_one_split_of_the_hub_may_have_another_name(tmp_path, monkeypatch):
+    rows = [{"problem": f"{k}+1?", "answer": str(k + 1)} for k in range(5)]
+    splits = {"train": rows}
+    monkeypatch.setattr("datasets.load_dataset", lambda hub_id, config: splits)
+    assert len(read(data.prepare("aime24", tmp_path, "someone/aime"), "test")) == 5
+    splits["dev"] = rows
+    line = failure("aime25", tmp_path, "someone/aime")
+    assert line == "source: 'someone/aime' has the splits train, dev, not 'test'; give a local file."
+
+
+# --- SVAMP ---
+
+
+def svamp_row(number: int, answer: object = None) -> dict:
+    return {
+        "ID": f"chal-{number}",
+        "Body": f"Ann has {number} pens and buys 2 more.",
+        "Question": "How many pens does she have?",
+        "Equation": f"( {number}.0 + 2.0 )",
+        "Answer": float(number + 2) if answer is None else answer,
+        "Type": "Addition",
+    }
+
+
+def sides(paths: dict[str, Path]) -> dict[str, set[str]]:
+    return {split: set(questions(read(paths, split))) for split in ("train", "test")}
+
+
+def test_svamp_is_divided_700_300_by_id_alone(tmp_path):
+    rows = [svamp_row(number) for number in range(1, 1001)]
+    whole = data.prepare("svamp", tmp_path / "a", str(write(tmp_path / "SVAMP.json", rows)))
+    assert {split: len(read(whole, split)) for split in whole} == {"train": 700, "test": 300}
+    first = read(whole, "train")[0]
+    number = first["extra_info"]["index"] + 1
+    assert questions([first]) == [f"Ann has {number} pens and buys 2 more. How many pens does she have?"]
+    assert first["reward_model"]["ground_truth"] == str(number + 2)
+    part = data.prepare("svamp", tmp_path / "b", str(write(tmp_path / "part.jsonl", rows[900:400:-3])), seed=7)
+    assert all(sides(part)[split] < sides(whole)[split] for split in ("train", "test"))
+
+
+def test_svamp_keeps_the_split_of_the_hub_and_reads_its_text_as_numbers(tmp_path, monkeypatch):
+    hub = {"train": [svamp_row(1, "145.0"), svamp_row(2, "0.5")], "test": [svamp_row(3, "7")]}
+    monkeypatch.setattr("datasets.load_dataset", lambda hub_id, config, split: hub[split])
+    paths = data.prepare("svamp", tmp_path / "hub")
+    assert [row["reward_model"]["ground_truth"] for row in read(paths, "train")] == ["145", "0.5"]
+    assert [row["reward_model"]["ground_truth"] for row in read(paths, "test")] == ["7"]
+    source = tmp_path / "files"
+    for split, rows in hub.items():
+        write(source / f"{split}.parquet", rows)
+    assert sides(data.prepare("svamp", tmp_path / "local", str(source))) == sides(paths)
+
+
+def test_svamp_needs_an_id(tmp_path):
+    row = svamp_row(1)
+    line = failure("svamp", tmp_path / "out", write(tmp_path / "a.jsonl", [svamp_row(2), row | {"ID": None}]))
+    assert "row 1 can't be parsed (None is no question or answer" in line
+    del row["ID"]
+    assert "row 0 has no column 'ID'" in failure("svamp", tmp_path / "out", write(tmp_path / "b.jsonl", [row]))
+
+
+# --- for evaluation alone ---
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answer"),
+    [
+        ("aime24", {"id": 60, "problem": "1+1?", "solution": r"\boxed{204}", "url": "https://a"}, "204"),
+        ("aime24", {"id": 60, "problem": "1+1?", "solution": r"So $\boxed{1}$ ...", "answer": "073"}, "73"),
+        ("aime24", {"ID": "2024-I-1", "Problem": "1+1?", "Solution": "...", "Answer": 204}, "204"),
+        ("aime25", {"problem": "1+1?", "answer": "70", "id": "0"}, "70"),
+        ("amc23", {"id": 0, "question": "1+1?", "answer": "27.0", "url": "https://a"}, "27"),
+        ("amc23", {"id": 0, "problem": "1+1?", "answer": 27.5, "url": "https://a"}, "27.5"),
+        ("amc23", {"question": "1+1?", "answer": ["27.0"]}, "27"),
+        ("minerva", {"question": "1+1?", "answer": "4.5e33"}, "4.5e33"),
+        ("minerva", {"question": "1+1?", "answer": r"5\mathrm{~cm}"}, r"5\mathrm{~cm}"),
+        (
+            "minerva",
+            {
+                "problem": "1+1?",
+                "type": "Physics",
+                "solution": r"\boxed{1}, so \boxed{\frac{a_{1}}{\{2\}}} m.",
+                "idx": 0,
+            },
+            r"\frac{a_{1}}{\{2\}}",
+        ),
+    ],
+)
+def test_test_sets_in_the_forms_of_their_copies(tmp_path, name, row, answer):
+    paths = data.prepare(name, tmp_path, str(write(tmp_path / "test.jsonl", [row])))
+    assert paths == {"test": tmp_path / name / "test.parquet"}
+    assert [file.name for file in (tmp_path / name).iterdir()] == ["test.parquet"]
+    assert read(paths, "test") == [
+        {
+            "data_source": name,
+            "prompt": [{"role": "user", "content": f"1+1?\n\n{data.INSTRUCTION}"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": answer},
+            "extra_info": {"split": "test", "index": 0},
+        }
+    ]
+
+
+@pytest.mark.parametrize("solution", ["It is 204.", r"It is \boxed{20{4}"])
+def test_a_solution_without_a_box_is_refused(tmp_path, solution):
+    source = write(tmp_path / "a.jsonl", [{"problem": "1+1?", "solution": solution}])
+    assert "row 0 can't be parsed (solution: " in failure("minerva", tmp_path / "out", source)
+
+
+def test_all_known_forms_are_named(tmp_path):
+    line = failure("aime24", tmp_path / "out", write(tmp_path / "a.jsonl", [{"text": "1+1?"}]))
+    assert "has no column 'problem' but ['text']; give rows with ['problem', 'answer'], or ['question'," in line
+
+
+def olympiad_row(question: str, *answers: str, **others) -> dict:
+    row = {"id": 1, "question": question, "solution": ["..."], "final_answer": list(answers), "context": None}
+    row |= {"image_1": None, "modality": "Text-only", "is_multiple_answer": len(answers) > 1, "unit": None}
+    return row | {"answer_type": "Numerical", "error": None, "question_type": "Open-ended"} | others
+
+
+def test_olympiadbench_has_text_problems_with_all_their_answers(tmp_path, capsys):
+    rows = [
+        olympiad_row("Find $x$.", r"$\frac{1}{2 n+2}$"),
+        olympiad_row("Which?", "$3$", "$7$", context="Let $p$ be a prime."),
+        olympiad_row("How long?", "5", unit="cm"),
+        olympiad_row("How many?", "6", unit="wombats"),
+        olympiad_row("See the picture.", "1", modality="Multimodal"),
+        olympiad_row("See it.", "1", image_1={"bytes": "x"}),
+        olympiad_row("See <img_3362>.", "1"),
+        olympiad_row("Prove it.") | {"final_answer": None},
+        olympiad_row("How much?", r"\$5"),
+    ]
+    paths = data.prepare("olympiadbench", tmp_path, str(write(tmp_path / "a.json", rows)))
+    assert [(row["extra_info"]["index"], row["reward_model"]["ground_truth"]) for row in read(paths, "test")] == [
+        (0, r"\frac{1}{2 n+2}"),
+        (1, "3, 7"),
+        (2, "5 cm"),
+        (3, "6"),
+        (8, r"\$5"),
+    ]
+    assert questions(read(paths, "test"))[1] == "Let $p$ be a prime.\n\nWhich?"
+    assert "left out 4 of 9 rows, which have pictures or no final answer" in capsys.readouterr().out
+    text = write(tmp_path / "b.json", [olympiad_row("How many?") | {"final_answer": "12"}])
+    assert "unexpected structure, TypeError('final_answer is a str" in failure("olympiadbench", tmp_path / "o", text)
+
+
+# --- data of the user's own ---
+
+OWN = [{"topic": "sums", "q": f"What is {k} plus {k}?", "a": str(2 * k)} for k in range(10)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".jsonl", ".parquet"])
+def test_own_data_by_its_columns(tmp_path, capsys, suffix):
+    source = write(tmp_path / f"mine{suffix}", OWN)
+    arguments = ["sums", "--source", str(source), "--question", "q", "--answer", "a", "--out", str(tmp_path / "data")]
+    assert data.main(arguments) == 0
+    paths = {split: tmp_path / "data" / "sums" / f"{split}.parquet" for split in ("train", "test")}
+    rows = [read(paths, split) for split in ("train", "test")]
+    assert [len(split) for split in rows] == [8, 2]
+    for row in rows[0] + rows[1]:
+        original = OWN[row["extra_info"]["index"]]
+        assert questions([row]) == [original["q"]] and row["data_source"] == "sums"
+        assert row["reward_model"]["ground_truth"] == original["a"]
+    assert f"sums: train on it with data={tmp_path / 'data' / 'sums'}" in capsys.readouterr().out
+
+
+def test_own_data_with_several_right_answers_and_splits(tmp_path):
+    write(tmp_path / "mine" / "train.jsonl", [{"q": "A root of 4?", "a": [2, "-2"]}, {"q": "A root of 0?", "a": 0}])
+    write(tmp_path / "mine" / "test.csv", [{"q": "A root of 1, above 0?", "a": "1"}])
+    paths = data.prepare("roots", tmp_path, str(tmp_path / "mine"), question="q", answer="a")
+    assert [row["reward_model"]["ground_truth"] for row in read(paths, "train")] == [["2", "-2"], ["0"]]
+    assert [row["reward_model"]["ground_truth"] for row in read(paths, "test")] == ["1"]
+
+
+def test_wrong_requests_for_own_data(tmp_path):
+    source, out = write(tmp_path / "mine.csv", OWN), tmp_path / "out"
+    needs = "missing; data of your own needs --source, --question and --answer."
+    assert failure("sums", out, source, question="q") == f"answer: {needs}"
+    assert failure("sums", out, source, answer="a") == f"question: {needs}"
+    assert failure("sums", out, question="q", answer="a") == f"source: {needs}"
+    assert "name: 'gsm8k' has columns of its own; choose another" in failure("gsm8k", out, source, question="q")
+    for name in ("../sums", "a/b", ".", ""):
+        with pytest.raises(ValueError, match=r"^name: .* it names a folder.$"):
+            data.prepare(name, out, str(source), question="q", answer="a")
+    line = failure("sums", out, source, question="Q", answer="a")
+    assert line == (
+        f"source: {source}, row 0 has no column 'Q' but ['topic', 'q', 'a']; name its columns with --question and "
+        "--answer."
+    )
+    line = failure("sums", out, tmp_path / "absent.csv", question="q", answer="a")
+    assert "absent.csv' does not exist; give a file" in line
+
+
+def test_broken_csv_files(tmp_path):
+    def refused(content: bytes) -> str:
+        (tmp_path / "a.csv").write_bytes(content)
+        return failure("sums", tmp_path / "out", tmp_path / "a.csv", question="q", answer="a")
+
+    ragged = "is not valid CSV (it has not as many cells as the first line); correct it."
+    assert refused(b"q,a\n1+1?,2\n2+2?,4,5\n").endswith(f"a.csv line 3 {ragged}")
+    assert refused(b"q,a\n1+1?\n").endswith(f"a.csv line 2 {ragged}")
+    assert "is not valid CSV (" in refused(b'q,a\n"1+1?,2\n')
+    assert "is no UTF-8 text (" in refused("q,a\nWie groß?,2\n".encode("latin-1"))
+    (tmp_path / "b.csv").write_bytes('\ufeffq,a\n"Zwei,\nplus zwei?",4\nx?,1\ny?,2\n'.encode())
+    paths = data.prepare("sums", tmp_path, str(tmp_path / "b.csv"), question="q", answer="a")
+    assert "Zwei,\nplus zwei?" in questions(read(paths, "train") + read(paths, "test"))
+
+
+# --- reference answers that the verifier can't read ---
+
+UNREADABLE = ("np.arcsin(10/13)", "???")
+
+
+def numbered(*answers: object) -> list[dict]:
+    return [{"question": f"Question {k}?", "answer": answer} for k, answer in enumerate(answers)]
+
+
+def test_unreadable_answers_are_listed_and_dropped_on_request(tmp_path, capsys):
+    rows = numbered("1", UNREADABLE[0], r"\frac{1}{2}", r"\text{Evelyn}", UNREADABLE[1], "(1, 2]", [UNREADABLE[0], "2"])
+    source = str(write(tmp_path / "a.jsonl", rows))
+    assert len(read(data.prepare("minerva", tmp_path, source), "test")) == 7
+    _, line, *listed, wrote = capsys.readouterr().out.splitlines()
+    assert line == (
+        "minerva: the verifier can't read 2 of 7 reference answers, so any other spelling of them is judged wrong; "
+        "--drop-unverifiable leaves these rows out:"
+    )
+    assert listed == ["  test, row 1: 'np.arcsin(10/13)'", "  test, row 4: '???'"] and "wrote 7 rows" in wrote
+    arguments = ["minerva", "--source", source, "--out", str(tmp_path), "--drop-unverifiable"]
+    assert data.main(arguments) == 0
+    kept = pq.read_table(tmp_path / "minerva" / "test.parquet").to_pylist()
+    assert [row["extra_info"]["index"] for row in kept] == [0, 2, 3, 5, 6]
+    _, line, *again, wrote = capsys.readouterr().out.splitlines()
+    assert line == "minerva: dropped 2 of 7 rows, whose reference answers the verifier can't read:"
+    assert again == listed and "wrote 5 rows" in wrote
+
+
+def test_readable_answers_get_one_line(tmp_path, capsys):
+    data.prepare("minerva", tmp_path, str(write(tmp_path / "a.jsonl", numbered("1", r"\sqrt{2}"))))
+    assert "minerva: the verifier can read all 2 reference answers\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_data_set_without_one_readable_answer_is_refused(tmp_path, drop):
+    source = write(tmp_path / "a.jsonl", numbered(*UNREADABLE))
+    assert failure("minerva", tmp_path / "out", source, drop_unverifiable=drop) == (
+        "answer: the verifier can read none of the 2 reference answers of test, the first is 'np.arcsin(10/13)' of "
+        "row 0; give numbers, LaTeX or words."
+    )
+
+
+def test_an_answer_that_takes_too_long_cannot_be_read(tmp_path, capsys, monkeypatch):
+    async def verdict(answer, gold, timeout_s):
+        return "timeout" if gold == "x^{9999999}" else "wrong"
+
+    monkeypatch.setattr("iapo.tasks.verifier.verdict", verdict)
+    data.prepare("minerva", tmp_path, str(write(tmp_path / "a.jsonl", numbered("x^{9999999}", "x"))))
+    assert "  test, row 0: 'x^{9999999}'" in capsys.readouterr().out
+
+
+def test_a_long_list_is_cut(tmp_path, capsys, monkeypatch):
+    async def verdict(answer, gold, timeout_s):
+        return "wrong" if gold == "x" else "unparsable"
+
+    monkeypatch.setattr("iapo.tasks.verifier.verdict", verdict)
+    data.prepare("minerva", tmp_path, str(write(tmp_path / "a.jsonl", numbered("x", *["y"] * 130))))
+    out = capsys.readouterr().out
+    assert out.count("\n  test, row") == 100 and "\n  and 30 more\n" in out
+
+
+# --- the command ---
+
+
+def without_packages(*missing: str, command: list[str]) -> subprocess.CompletedProcess:
+    """The command where these packages aren't installed."""
+    hide = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); from iapo import data; "
+    code = f"{hide} sys.exit(data.main({command!r}))"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_a_base_installation_gets_one_line(tmp_path):
+    source = str(write(tmp_path / "a.jsonl", numbered("1")))
+    command = ["minerva", "--source", source, "--out", str(tmp_path / "out")]
+    base = without_packages("pyarrow", "datasets", "pebble", "math_verify", "verl", command=command)
+    assert (base.returncode, base.stderr) == (
+        2,
+        "iapo.data: packages: pyarrow is not installed; set up with bash scripts/setup.sh cpu (or gpu), or run pip "
+        "install pyarrow datasets pebble math-verify==0.8.0.\n",
+    )
+    assert not (tmp_path / "out").exists()
+    needs_no_verifier = without_packages("datasets", "pebble", "math_verify", "verl", command=command)
+    assert needs_no_verifier.returncode == 0, needs_no_verifier.stderr
+    write(tmp_path / "a.jsonl", numbered(r"\sqrt{2}"))
+    (line,) = without_packages("pebble", command=command).stderr.splitlines()
+    assert line.startswith("iapo.data: packages: pebble is not installed; set up with")
+    (line,) = without_packages("datasets", command=["gsm8k", "--out", str(tmp_path)]).stderr.splitlines()
+    assert line.startswith("iapo.data: packages: datasets is not installed; set up with")
 
 
 def test_the_command_prints_one_error_line(tmp_path, capsys):

@@ -15,6 +15,7 @@ import yaml
 
 from iapo.__main__ import COMMANDS
 from iapo.config import IapoConfig
+from iapo.launch.compose import INNER_RECIPES
 from iapo.launch.provenance import by_dotted_key
 
 ROOT = Path(__file__).parent.parent
@@ -164,8 +165,7 @@ def test_configuration_has_every_key_with_its_default():
         assert f"`{key}`" in page, key
     for group in ("variant", "model", "data", "platform"):
         for path in (ROOT / "recipes" / group).glob("*.yaml"):
-            shared = path.stem in ("path", "parquet", "iapo_data")  # chosen by a folder's name, or by other files
-            assert shared or f"`{path.stem}`" in page, path
+            assert path.stem in INNER_RECIPES or f"`{path.stem}`" in page, path
 
 
 def test_environment_variables_of_ours_are_documented():

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 
 from iapo import train
 from iapo.config import IapoConfig
+from iapo.data import EVALUATION
 from iapo.launch import compose, machine, provenance, weights
 from iapo.launch.checks import ConfigError, check, check_with_verl
 from iapo.launch.folder_lock import FolderInUse, lock_run_dir
@@ -29,7 +30,7 @@ from iapo.launch.provenance import by_dotted_key
 
 VARIANTS = sorted(path.stem for path in (compose.recipes_dir() / "variant").glob("*.yaml"))
 MODELS = ["tiny", "qwen2.5-0.5b-instruct", "qwen2.5-1.5b-instruct", "qwen2.5-7b-instruct", "my-org/my-model"]
-DATA = ["verbose_arithmetic", "gsm8k", "math500", "dapo_math_17k", "/some/folder"]
+DATA = ["verbose_arithmetic", "gsm8k", "svamp", "math500", "dapo_math_17k", "/some/folder"]
 PLATFORMS = ["cpu", "gpu"]
 # Lengths and batches that suit the embedded model.
 SHORT = [
@@ -102,7 +103,8 @@ def test_the_lists_above_are_complete():
     recipes = compose.recipes_dir()
     for group, names in (("model", [*MODELS[:-1], "path"]), ("platform", PLATFORMS)):
         assert sorted(names) == sorted(path.stem for path in (recipes / group).glob("*.yaml"))
-    assert {path.stem for path in (recipes / "data").glob("*.yaml")} == {*DATA[:-1], "parquet", "iapo_data"}
+    inner = {"parquet", "iapo_data", "evaluation"}
+    assert {path.stem for path in (recipes / "data").glob("*.yaml")} == {*DATA[:-1], *EVALUATION} | inner
 
 
 def composes(variant, model, data, platform):
@@ -121,8 +123,22 @@ def composes(variant, model, data, platform):
 def test_every_variant_composes_and_passes_verl(variant, platform):
     """With the others in turn: each model with each data set, each of both with each platform."""
     number = 2 * VARIANTS.index(variant) + PLATFORMS.index(platform)
-    model, data = MODELS[number % 5], DATA[(number // 5 + number) % 5]
+    model, data = MODELS[number % len(MODELS)], DATA[number // len(MODELS) % len(DATA)]
     check(composes(variant, model, data, platform), files=False)
+
+
+@pytest.mark.parametrize("name", EVALUATION)
+def test_a_set_for_evaluation_validates_and_does_not_train(name):
+    own = f"{Path.cwd()}/data/{name}/test.parquet"
+    config = changed(f"data={name}", "trainer.val_only=true", "actor_rollout_ref.actor.ppo_mini_batch_size=16")
+    assert (config.data.train_files, config.data.val_files, config.data.val_max_samples) == (own, own, -1)
+    check(config, files=False)
+    fix = rf"is for evaluation only; train on another data=, with data.val_files={own}, or set trainer.val_only=true.$"
+    with pytest.raises(ConfigError, match=f"^data.train_files: {own} {fix}"):
+        check(changed(f"data={name}", "actor_rollout_ref.actor.ppo_mini_batch_size=16"), files=False)
+    with pytest.raises(ConfigError, match=f"^data.train_files: {own} {fix}"):
+        check(changed(*SHORT, f"data.train_files=[/d/train.parquet,{own}]"), files=False)
+    check(changed(*SHORT, f"data.val_files=[/d/test.parquet,{own}]"), files=False)
 
 
 def test_model_data_set_and_platform_set_different_keys():
@@ -229,7 +245,8 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
         ),
         (
             ["data=gsm8kk"],
-            "^data: 'gsm8kk' must be one of dapo_math_17k, gsm8k, math500, verbose_arithmetic, or a ",
+            "^data: 'gsm8kk' must be one of aime24, aime25, amc23, dapo_math_17k, gsm8k, math500, minerva, "
+            "olympiadbench, svamp, verbose_arithmetic, or a ",
         ),
         (["help"], "^'help': an argument is key=value; see iapo train --help.$"),
         (["alpha=0.1"], "^alpha: unknown key; did you mean iapo.alpha\\?$"),
@@ -329,6 +346,7 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
             "overlong_buffer_cfg.penalty_factor: -3 must be a number of at least 0",
         ),
         (["data.train_batch_size=99999"], "data.train_files: .* has 4096 rows, 99999 are needed; give more, or lower"),
+        (["data=svamp"], "svamp/train.parquet is no file; make it with python -m iapo.data svamp --out /"),
         (["data=math500"], "math500/train.parquet is no file; make it with python -m iapo.data math500 --out /"),
         (["data=/my/own"], "data.val_files: /my/own/test.parquet is no file; set the path of a parquet file."),
         (["model=/no/such/model"], "actor_rollout_ref.model.path: /no/such/model is no folder"),
@@ -487,6 +505,10 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
         (
             truths({"answer": "2"}),
             "reward_model.ground_truth: row 0 is a dict, and 8 more can't be judged; each must be",
+        ),
+        (
+            truths("np.arcsin(10/13)", "???"),
+            "reward_model.ground_truth: the verifier can read none of the 10 answers, the first is 'np.arcsin",
         ),
         ({"prompt": PROMPT[:14] + [None] * 2}, "prompt: 2 rows are null; each must hold chat messages.$"),
         ({"data_source": ["x"] * 13 + [None] * 3}, "data_source: 3 rows are null; each must name the data set"),

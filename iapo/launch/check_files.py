@@ -16,6 +16,7 @@ from yaml import YAMLError
 from iapo.checkpoints import local_ranks, problem, resume_point, steps, tracker_file
 from iapo.config import IapoConfig
 from iapo.data import NAMES
+from iapo.data.judge import any_readable
 from iapo.launch.check_prompts import prompt_problems
 from iapo.launch.provenance import differences, saved_config
 from iapo.launch.weights import KEY, largest_weight
@@ -127,10 +128,17 @@ def _references(column, judged_by_us: bool) -> Iterator[str]:
     null = [number for number, row in enumerate(rows) if row is None]
     if null:
         yield f"reward_model: {len(null)} rows are null, the first is row {null[0]}; each must hold a ground_truth."
-    elif judged_by_us and (problem := unjudgeable(row["ground_truth"] for row in rows)):
+        return
+    truths = [row["ground_truth"] for row in rows]
+    if judged_by_us and (problem := unjudgeable(truths)):
         yield (
             f"reward_model.ground_truth: {problem}; each must be a number, text, or a list of these, any of which is "
             "right; correct or remove it."
+        )
+    elif judged_by_us and not any_readable(truths):
+        yield (
+            f"reward_model.ground_truth: the verifier can read none of the {len(truths)} answers, the first is "
+            f"{truths[0]!r}; give numbers, LaTeX or words."
         )
 
 

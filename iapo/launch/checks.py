@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from netrc import NetrcParseError, netrc
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 
 from iapo.answer_format import FORMATS, THINK
 from iapo.config import IapoConfig
+from iapo.data import EVALUATION
 from iapo.launch.check_files import file_problems
 from iapo.methods import Method, acts_by, conflicts, make_methods
 
@@ -189,7 +191,14 @@ def _wandb_can_log_in() -> bool:
 
 
 def _data(config: DictConfig) -> Iterator[str]:
-    """Options that verl's v1 trainer accepts and never reads."""
+    """Test splits as training data, and options that verl's v1 trainer accepts and never reads."""
+    files = config.data.train_files
+    for name in [files] if isinstance(files, str) else files or []:
+        if Path(str(name)).parent.name in EVALUATION and not config.trainer.val_only:
+            yield (
+                f"data.train_files: {name} is for evaluation only; train on another data=, with data.val_files={name}, "
+                "or set trainer.val_only=true."
+            )
     for name, only in UNREAD_DATA_OPTIONS.items():
         if (value := OmegaConf.select(config, f"data.{name}")) != only:
             yield f"data.{name}: {value!r} has no effect in verl's v1 trainer; leave it at {only!r}."

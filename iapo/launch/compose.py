@@ -118,12 +118,12 @@ def check_readable(overrides: list[str]) -> None:
             raise ConfigError(f"{key}: {value!r} must be one of {listed}, or {GROUPS[key]}.")
 
 
-# What else a group of recipes takes, and the recipes that are chosen by giving that.
+# What else a group of recipes takes, and the recipes that are chosen by giving that or by other recipes.
 GROUPS = {
     "model": "a folder that holds a model, or a hub name (org/name)",
     "data": "a folder that holds train.parquet and test.parquet",
 }
-INNER_RECIPES = ("path", "parquet", "iapo_data")
+INNER_RECIPES = ("path", "parquet", "iapo_data", "evaluation")
 
 
 def recipe_names(group: str) -> list[str]:
