@@ -272,6 +272,10 @@ def test_broken_files(tmp_path):
     table = tmp_path / "a.parquet"
     table.write_bytes(b"not a table")
     assert "is no parquet file" in failure("math500", out, table)
+    gsm8k_directory(tmp_path / "gsm8k")
+    (tmp_path / "gsm8k" / "test-00000-of-00001.jsonl").unlink()
+    (tmp_path / "gsm8k" / "test.jsonl").mkdir()
+    assert "test.jsonl' can't be read (Is a directory); check it." in failure("gsm8k", out, tmp_path / "gsm8k")
 
 
 def test_missing_column_names_the_column_and_what_is_there(tmp_path):
@@ -659,6 +663,18 @@ def test_a_base_installation_gets_one_line(tmp_path):
     assert line.startswith("iapo.data: packages: pebble is not installed; set up with")
     (line,) = without_packages("datasets", command=["gsm8k", "--out", str(tmp_path)]).stderr.splitlines()
     assert line.startswith("iapo.data: packages: datasets is not installed; set up with")
+
+
+def test_without_math_verify_there_is_one_line(tmp_path, capsys, monkeypatch):
+    from iapo.tasks import verifier
+
+    verifier.close_pool()
+    monkeypatch.setattr(verifier.importlib.util, "find_spec", lambda name: None)
+    source = str(write(tmp_path / "a.jsonl", numbered(r"\sqrt{2}")))
+    assert data.main(["minerva", "--source", source, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("iapo.data: packages: math-verify is not installed; set up with bash scripts/setup.sh cpu")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_prints_one_error_line(tmp_path, capsys):

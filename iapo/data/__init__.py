@@ -203,9 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"iapo.data: {error}", file=sys.stderr)
     except ImportError as error:
-        package = f"{error.name} is not installed" if error.name else str(error)
+        lacking = f"{error.name} is not installed" if error.name else str(error).partition(";")[0]
         print(
-            f"iapo.data: packages: {package}; set up with bash scripts/setup.sh cpu (or gpu), or run pip install "
+            f"iapo.data: packages: {lacking}; set up with bash scripts/setup.sh cpu (or gpu), or run pip install "
             "pyarrow datasets pebble math-verify==0.8.0.",
             file=sys.stderr,
         )

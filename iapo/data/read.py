@@ -116,13 +116,15 @@ def read_file(path: Path) -> Iterator[dict]:
     """The rows of a local file, lazily where the format allows it.
 
     Raises:
-        ValueError: the file is not what its name says.
+        ValueError: the file can't be read, or is not what its name says.
     """
     read = {".parquet": _read_parquet, ".json": _read_json, ".csv": _read_csv}.get(path.suffix, _read_lines)
     try:
         yield from read(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"source: {str(path)!r} is no UTF-8 text ({error.reason}); convert it.") from error
+    except OSError as error:
+        raise ValueError(f"source: {str(path)!r} can't be read ({error.strerror or error}); check it.") from error
 
 
 def _read_parquet(path: Path) -> Iterator[dict]:

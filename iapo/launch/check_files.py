@@ -135,11 +135,17 @@ def _references(column, judged_by_us: bool) -> Iterator[str]:
             f"reward_model.ground_truth: {problem}; each must be a number, text, or a list of these, any of which is "
             "right; correct or remove it."
         )
-    elif judged_by_us and not any_readable(truths):
-        yield (
-            f"reward_model.ground_truth: the verifier can read none of the {len(truths)} answers, the first is "
-            f"{truths[0]!r}; give numbers, LaTeX or words."
-        )
+    elif judged_by_us:
+        try:
+            readable = any_readable(truths)
+        except ImportError as error:
+            yield f"reward_model.ground_truth: these answers can't be judged ({error})."
+            return
+        if not readable:
+            yield (
+                f"reward_model.ground_truth: the verifier can read none of the {len(truths)} answers, the first is "
+                f"{truths[0]!r}; give numbers, LaTeX or words."
+            )
 
 
 def _fields(kind) -> set[str]:
