@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from iapo import data
+from iapo.answer_format import FORMATS
+from iapo.data.originals import DAPO_SUFFIX
 from iapo.tasks import verbose_arithmetic
 
 GSM8K_TRAIN = [
@@ -121,6 +123,14 @@ def test_gsm8k_rows_by_hand(tmp_path, capsys, suffix):
 
 def test_the_instruction_shows_the_form_that_the_reward_wants():
     assert "<think> ... </think>\n<answer> ... </answer>" in data.INSTRUCTION
+
+
+def test_the_instruction_is_that_of_the_format(tmp_path):
+    source = str(write(tmp_path / "a.jsonl", [{"question": "1+1?", "answer": "2"}]))
+    paths = data.prepare("minerva", tmp_path, source, format="boxed")
+    (row,) = read(paths, "test")
+    assert row["prompt"][0]["content"] == f"1+1?\n\n{FORMATS['boxed'].instruction}"
+    assert failure("amc23", tmp_path, source, format="box") == "format: 'box' must be one of tags, boxed."
 
 
 def test_verl_reads_the_rows(tmp_path):
@@ -700,7 +710,7 @@ def test_the_command_passes_on_its_options(tmp_path):
 
 def test_a_dapo_row_without_one_of_the_fixed_sentences_is_refused(tmp_path):
     row = dapo_row("What is 1?", "1")
-    row["prompt"][0]["content"] = row["prompt"][0]["content"].removesuffix(data.DAPO_SUFFIX)
+    row["prompt"][0]["content"] = row["prompt"][0]["content"].removesuffix(DAPO_SUFFIX)
     source = str(write(tmp_path / "dapo.parquet", [row] * 3))
     with pytest.raises(ValueError, match="lacks the data set's fixed first and last sentence"):
         data.prepare("dapo_math_17k", tmp_path, source)

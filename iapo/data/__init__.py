@@ -1,6 +1,6 @@
 """Training and test data as verl reads it.
 
-    iapo data NAME [--source FILE_OR_HUB_ID] [--drop-unverifiable] [--out DIR] [--seed S]
+    iapo data NAME [--source FILE_OR_HUB_ID] [--format tags|boxed] [--drop-unverifiable] [--out DIR] [--seed S]
     iapo data NAME --source FILE --question COLUMN --answer COLUMN
 
 writes `DIR/NAME/train.parquet` and `DIR/NAME/test.parquet`. The first form takes one of
@@ -36,7 +36,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from iapo.answer_format import ANSWER, ANSWER_END, EXIT_MARKER, THINK, written
+from iapo.answer_format import FORMATS
 from iapo.data.judge import unreadable
 from iapo.data.originals import EVALUATION, NAMES, ORIGINALS, own
 from iapo.data.read import load_examples
@@ -46,10 +46,7 @@ from iapo.tasks import verbose_arithmetic
 
 __all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "generate_verbose_arithmetic", "main", "prepare", "write_parquets"]
 
-INSTRUCTION = (
-    f"Reason within {THINK} {EXIT_MARKER}, then give only the final answer within {ANSWER} {ANSWER_END}. "
-    f"Your whole reply must have exactly this form:\n{written(' ... ', ' ... ')}"
-)
+INSTRUCTION = FORMATS["tags"].instruction
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 4096, 256, 256
 MOST_GENERATED = 1_000_000  # of 99^4 problems, so that drawing distinct ones stays quick
 MOST_LISTED = 100  # reference answers that can't be read
@@ -65,6 +62,7 @@ def prepare(
     question: str | None = None,
     answer: str | None = None,
     drop_unverifiable: bool = False,
+    format: str = "tags",
 ) -> dict[str, Path]:
     """Write `out_dir/name/{train,test}.parquet`, or those of them that the data set has; return the paths by split.
 
@@ -78,12 +76,15 @@ def prepare(
         question: the column of the questions, for data of the user's own.
         answer: the column of the answers, for data of the user's own.
         drop_unverifiable: leave out the rows whose reference answer the verifier can't read.
+        format: of `iapo.answer_format`; its instruction is added to each question, except in verbose_arithmetic.
 
     Raises:
         ValueError: an unknown name, an impossible size, or data that can't be used; in one line.
         ImportError: a package that this data set needs is not installed.
     """
     _check_name(name, source, question, answer)
+    if format not in FORMATS:
+        raise ValueError(f"format: {format!r} must be one of {', '.join(FORMATS)}.")
     for field, value in (("train_size", train_size), ("test_size", test_size)):
         if value is not None and not 1 <= value <= MOST_GENERATED:
             raise ValueError(f"{field}: {value} must be from 1 to {MOST_GENERATED}.")
@@ -93,7 +94,7 @@ def prepare(
         splits = generate_verbose_arithmetic(train_size or TRAIN_SIZE, test_size or TEST_SIZE, seed)
     else:
         _warn_if_set(name, train_size=train_size, test_size=test_size)
-        instruction = INSTRUCTION
+        instruction = FORMATS[format].instruction
         splits = load_examples(name, ORIGINALS.get(name) or own(question, answer), source, seed)
         splits = _judged(name, splits, drop_unverifiable)
     for split, examples in splits.items():
@@ -189,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--drop-unverifiable", action="store_true", help="leave out rows whose answer the verifier can't read"
     )
+    parser.add_argument("--format", default="tags", help=f"asked of answers: {', '.join(FORMATS)} (default tags)")
     out = os.environ.get("IAPO_DATA_DIR", "data")  # where iapo.train looks
     parser.add_argument("--out", default=out, help="directory in which NAME/ is made (default $IAPO_DATA_DIR, or data)")
     parser.add_argument("--seed", type=int, default=0, help="of the 80/20 split or the generated problems (default 0)")

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 
+from iapo.answer_format import boxes
 from iapo.data.split import Divide, divide_by_id, divide_randomly
 from iapo.tasks.quantity import quantity
 
@@ -95,16 +96,11 @@ def number(value: object) -> object:
 
 
 def boxed(solution: str) -> str:
-    r"""What is in the last `\boxed{}` of a solution, whatever braces are in it."""
-    start = solution.rfind("\\boxed{")
-    if start < 0:
-        raise ValueError(f"solution: {solution[-80:]!r} has no \\boxed{{}}")
-    depth, begin = 1, start + len("\\boxed{")
-    for brace in re.finditer(r"(?<!\\)[{}]", solution[begin:]):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return solution[begin : begin + brace.start()]
-    raise ValueError(f"solution: {solution[start : start + 80]!r} has an unclosed \\boxed{{}}")
+    r"""What is in the last `\boxed{}` of a solution."""
+    found = boxes(solution)
+    if not found or found[-1] is None:
+        raise ValueError(f"solution: {solution[-80:]!r} has no closed \\boxed{{}}")
+    return found[-1]
 
 
 # --- rows that need more than two columns ---
