@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from iapo import train
+from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.data import EVALUATION
 from iapo.launch import compose, machine, provenance, weights
@@ -29,7 +30,22 @@ from iapo.launch.folder_lock import FolderInUse, lock_run_dir
 from iapo.launch.provenance import by_dotted_key
 
 VARIANTS = sorted(path.stem for path in (compose.recipes_dir() / "variant").glob("*.yaml"))
-MODELS = ["tiny", "qwen2.5-0.5b-instruct", "qwen2.5-1.5b-instruct", "qwen2.5-7b-instruct", "my-org/my-model"]
+REASONING = {  # format, temperature and top_p and top_k of validation, response tokens
+    "deepseek-r1-distill-qwen-1.5b": ("boxed", 0.6, 0.95, -1, 8192),
+    "deepseek-r1-distill-qwen-7b": ("boxed", 0.6, 0.95, -1, 8192),
+    "qwen2.5-math-1.5b": ("boxed_no_think", 0.0, 1.0, -1, 3072),
+    "qwen3-0.6b": ("boxed", 0.6, 0.95, 20, 8192),
+    "qwen3-1.7b": ("boxed", 0.6, 0.95, 20, 8192),
+    "qwen3-4b": ("boxed", 0.6, 0.95, 20, 8192),
+}
+MODELS = [
+    "tiny",
+    "qwen2.5-0.5b-instruct",
+    "qwen2.5-1.5b-instruct",
+    "qwen2.5-7b-instruct",
+    *REASONING,
+    "my-org/my-model",
+]
 DATA = ["verbose_arithmetic", "gsm8k", "svamp", "math500", "dapo_math_17k", "/some/folder"]
 PLATFORMS = ["cpu", "gpu"]
 # Lengths and batches that suit the embedded model.
@@ -139,6 +155,25 @@ def test_a_set_for_evaluation_validates_and_does_not_train(name):
     with pytest.raises(ConfigError, match=f"^data.train_files: {own} {fix}"):
         check(changed(*SHORT, f"data.train_files=[/d/train.parquet,{own}]"), files=False)
     check(changed(*SHORT, f"data.val_files=[/d/test.parquet,{own}]"), files=False)
+
+
+@pytest.mark.parametrize("model", REASONING)
+def test_reasoning_models_have_their_format_sampling_and_lengths(model):
+    config = composes("iapo_rate", model, "gsm8k", "gpu")
+    check(config, files=False)
+    given, temperature, top_p, top_k, tokens = REASONING[model]
+    sampling = config.actor_rollout_ref.rollout.val_kwargs
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (temperature, top_p, top_k)
+    assert sampling.do_sample == (temperature > 0)
+    assert config.actor_rollout_ref.rollout.temperature == (temperature or 1.0)
+    assert (config.actor_rollout_ref.rollout.top_p, config.actor_rollout_ref.rollout.top_k) == (1, -1)
+    assert config.data.max_response_length == tokens
+    assert config.iapo.format == config.reward.custom_reward_function.reward_kwargs.format == given
+    assert config.iapo.probe == FORMATS[given].probe
+    assert config.data.apply_chat_template_kwargs == ({"enable_thinking": True} if "qwen3" in model else {})
+    by_hand = resolve(f"model={model}", "data=gsm8k", "platform=gpu", "format=tags", "data.max_response_length=100")
+    assert by_hand.iapo.format == "tags" and by_hand.data.max_response_length == 100
+    assert "reward_kwargs" not in by_hand.reward.custom_reward_function
 
 
 def test_model_data_set_and_platform_set_different_keys():

@@ -27,6 +27,8 @@ from iapo.verl_adapter import ENGINE_VENDOR
 from iapo.verl_adapter.old_log_probs import needs_old_log_probs
 
 PACKAGE = Path(__file__).parent.parent
+# The format that `iapo.reward` pays for, as `iapo.format`.
+REWARD_FORMAT = "reward.custom_reward_function.reward_kwargs.format"
 
 
 def checked_config(overrides: list[str], files: bool = True) -> DictConfig:
@@ -89,7 +91,7 @@ def resolve(overrides: list[str]) -> DictConfig:
                 config.iapo[name] = text.replace("\\n", "\n")
         reward = config.reward.custom_reward_function
         if (reward.path, reward.name) == OUR_REWARD and config.iapo.format != IapoConfig().format:
-            OmegaConf.update(config, "reward.custom_reward_function.reward_kwargs.format", config.iapo.format)
+            OmegaConf.update(config, REWARD_FORMAT, config.iapo.format, force_add=True)
         return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(str(error))) from None
