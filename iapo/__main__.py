@@ -1,7 +1,9 @@
-"""The command: iapo train|data|evaluate|report|export ...
+"""The command: iapo train|data|model|warmup|evaluate|report|export ...
 
     iapo train       train a model; iapo train --dry-run ... shows the configuration
     iapo data        prepare a data set
+    iapo model       fetch a small pretrained model
+    iapo warmup      teach a model the answer format before training
     iapo evaluate    accuracy and length of a run's validation completions, with intervals
     iapo report      a run before and after training, as a table and a picture
     iapo export      a checkpoint as a Hugging Face model
@@ -17,6 +19,8 @@ from collections.abc import Callable
 COMMANDS = {
     "train": "iapo.train",
     "data": "iapo.data",
+    "model": "iapo.tools.model",
+    "warmup": "iapo.launch.warmup",
     "evaluate": "iapo.tools.evaluate",
     "report": "iapo.tools.report",
     "export": "iapo.tools.export",

@@ -22,6 +22,7 @@ from iapo.launch.provenance import differences, saved_config
 from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
 from iapo.tasks.reference import unjudgeable
+from iapo.tools.model import MODELS
 
 # What verl's DAPORewardManager passes to a reward function, by keyword.
 REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
@@ -160,7 +161,9 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
 
     path = config.actor_rollout_ref.model.path
     if os.path.isabs(path) and not os.path.isdir(path):
-        yield f"actor_rollout_ref.model.path: {path} is no folder; give one that holds a Hugging Face model."
+        made = next((name for name, model in MODELS.items() if model.name == Path(path).name), None)
+        make = f"make it with iapo model {made} --out {path}, or " if made else ""
+        yield f"actor_rollout_ref.model.path: {path} is no folder; {make}give one that holds a Hugging Face model."
         return
     trust = config.actor_rollout_ref.model.trust_remote_code
     try:

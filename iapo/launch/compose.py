@@ -221,6 +221,7 @@ def register_resolvers() -> None:
         "iapo.recipe": lambda name: str(recipes_dir() / name),
         "iapo.dataset": lambda name: str(data_dir() / name),
         "iapo.format": lambda name, field: getattr(FORMATS[name], field),
+        "iapo.model": lambda name: str(data_dir() / "models" / name),
         "iapo.part": lambda length, share: int(Fraction(str(share)) * int(length)),
         "iapo.pack": lambda tokens, prompt, response: max(int(tokens), int(prompt) + int(response)),
         "iapo.gpu_count": gpu_count,

@@ -8,10 +8,8 @@ they were trained, bit for bit, unless --dtype asks for another. transformers, v
 import argparse
 import json
 import logging
-import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from iapo.checkpoints import TRACKER, problem, steps
+from iapo.tools.folder import whole_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,10 +49,11 @@ def _merged(name: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.cat([part._local_tensor for part in one_replica], placement.dim)
 
 
-def export(actor: Path, out: Path, dtype: torch.dtype | None = None) -> torch.dtype:
-    """Write the model of a checkpoint's folder `actor` to `out`, which is whole or absent.
+def export(files: Sequence[Path], out: Path, dtype: torch.dtype | None = None) -> torch.dtype:
+    """Write a checkpoint's model to `out`, which is whole or absent.
 
     Args:
+        files: the weights of every rank, in order; `huggingface` next to them has configuration and tokenizer.
         dtype: None: that of the shards.
 
     Returns:
@@ -64,7 +64,7 @@ def export(actor: Path, out: Path, dtype: torch.dtype | None = None) -> torch.dt
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    files = shard_files(actor)
+    actor = files[0].parent
     state = merge([torch.load(path, map_location="cpu", weights_only=False) for path in files])
     if any("lora_" in name for name in state):
         raise ValueError(f"{actor}: holds the weights of LoRA; merge it with python -m verl.model_merger.")
@@ -74,9 +74,7 @@ def export(actor: Path, out: Path, dtype: torch.dtype | None = None) -> torch.dt
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
         if beyond := next((name for name, tensor in state.items() if not tensor.isfinite().all()), None):
             raise ValueError(f"--dtype: {beyond} has numbers that {dtype} can't hold; choose float32 or bfloat16.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with whole_folder(out) as partial:
         shutil.copytree(actor / "huggingface", partial, dirs_exist_ok=True)
         settings = json.loads((partial / "config.json").read_text())
         settings.pop("attn_implementation", None)  # that of training, which another machine may not have
@@ -92,12 +90,6 @@ def export(actor: Path, out: Path, dtype: torch.dtype | None = None) -> torch.dt
             names = ", ".join([*unexpected, *missing][:3])
             raise ValueError(f"{actor}: its weights are not those of {type(model).__name__}: {names} ...")
         model.save_pretrained(partial)
-        for path in partial.iterdir():  # readable by others, as mkdtemp's and the weights aren't
-            path.chmod(0o644)
-        partial.chmod(0o755)
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return dtype
 
 
@@ -157,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         out = options.out or options.run_dir / "export" / f"step_{step}"
         if out.exists():
             raise ValueError(f"--out: {out} exists; choose another, or remove it.")
-        dtype = export(actor, out, DTYPES.get(options.dtype))
+        dtype = export(shard_files(actor), out, DTYPES.get(options.dtype))
     except (ValueError, OSError) as error:
         print(f"iapo.export: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

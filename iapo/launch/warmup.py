@@ -1,0 +1,175 @@
+"""Teach a model the answer format before RL: iapo warmup MODEL_DIR [--source DIR] [--out DIR] [key=value ...]
+
+A model that never writes the format gets equal rewards for all its completions, so it can't learn. This fine-tunes it
+on solutions of GSM8K's train split, rewritten as <think>reasoning</think> and <answer>answer</answer>, with the
+instruction that iapo data writes. verl's own supervised trainer does the work, on the CPU. DIR is then a Hugging Face
+folder: iapo train model=DIR. It is whole or absent.
+
+key=value sets any key of recipes/warmup.yaml or of verl's trainer, e.g. optim.lr=1e-5 trainer.total_epochs=2.
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice, tee
+from pathlib import Path
+
+from iapo.answer_format import written
+from iapo.data import DATASETS, parse_rows, read_source, to_row
+from iapo.launch.machine import cpu_environment
+from iapo.tools.export import export
+
+DATA = "gsm8k"
+
+
+def reasoning(solution: str) -> str:
+    """The text of a GSM8K solution without its calculator's notes `<<6*2=12>>` and without the final `#### 12`."""
+    return re.sub(r"<<.*?>>", "", solution.rpartition("####")[0]).strip()
+
+
+def conversations(source: str | None) -> Iterator[list[dict]]:
+    """GSM8K's train split as chats: the prompt that `iapo data` writes, and a solution in the format.
+
+    Raises:
+        ValueError: a row that can't be read.
+    """
+    dataset = DATASETS[DATA]
+    rows, again = tee(read_source(DATA, source)["train"])
+    for row, example in zip(rows, parse_rows(again, dataset, f"{source or dataset.hub_id} (train)"), strict=True):
+        (prompt,) = to_row(example, DATA, "train", dataset.instruction)["prompt"]
+        yield [prompt, {"role": "assistant", "content": written(reasoning(row["answer"]), example.answer)}]
+
+
+def fitting(chats: Iterator[list[dict]], tokenizer, max_tokens: int) -> Iterator[tuple[list[dict], int]]:
+    """The chats whose answer has at most `max_tokens` tokens, its end included, each with the tokens of the whole.
+
+    Raises:
+        ValueError: the chat template writes another text than the answer after the prompt.
+    """
+    for chat in chats:
+        prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        if not text.startswith(prompt + chat[-1]["content"]):
+            raise ValueError(
+                "MODEL_DIR: its chat template writes other text than the answer after the prompt, so the model would "
+                "learn another format; use a template that leaves answers as they are."
+            )
+        before, whole = (len(tokenizer.encode(part, add_special_tokens=False)) for part in (prompt, text))
+        if whole - before <= max_tokens:
+            yield chat, whole
+
+
+def configuration(overrides: list[str]):
+    """The recipe of a warm start.
+
+    Raises:
+        ValueError: a key or value that Hydra refuses.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    from iapo.launch.compose import recipes_dir
+
+    try:
+        with initialize_config_dir(str(recipes_dir()), version_base=None):
+            return compose("warmup", overrides=overrides)
+    except HydraException as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+
+
+def train(config) -> None:
+    """verl's supervised trainer in this process.
+
+    verl's `run_sft` names the CPU's backend twice, which torch refuses, so the process group is made here.
+    """
+    import torch.distributed as dist
+    from verl.trainer.sft_trainer import SFTTrainer
+
+    from iapo.verl_adapter.cpu import use_all_cores
+
+    use_all_cores(ranks=1)
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("cpu:gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            SFTTrainer(config).fit()
+        finally:
+            dist.destroy_process_group()
+
+
+def warm_up(
+    model: Path, out: Path, source: str | None, examples: int, max_tokens: int, overrides: list[str]
+) -> tuple[int, float]:
+    """Fine-tune the model of a folder, and write it to `out`.
+
+    Returns:
+        Steps, and their seconds.
+
+    Raises:
+        ValueError: in one line, what can't be read or doesn't fit.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if not tokenizer.chat_template:
+        raise ValueError(f"MODEL_DIR: {model} has a tokenizer without a chat template; add chat_template.jinja.")
+    chosen = list(islice(fitting(conversations(source), tokenizer, max_tokens), examples))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
+        work = Path(name)
+        longest = max((tokens for _, tokens in chosen), default=0)
+        settings = {"model.path": model.absolute(), "data.train_files": work / "train.parquet"}
+        settings |= {"data.max_length": longest, "trainer.default_local_dir": work}
+        config = configuration([*(f"{key}='{value}'" for key, value in settings.items()), *overrides])
+        if len(chosen) < config.data.train_batch_size:
+            raise ValueError(
+                f"--examples: {len(chosen)} of at most {max_tokens} tokens are fewer than data.train_batch_size="
+                f"{config.data.train_batch_size}; raise --max-tokens or --examples, or lower data.train_batch_size."
+            )
+        pq.write_table(pa.Table.from_pylist([{"messages": chat} for chat, _ in chosen]), work / "train.parquet")
+        start = time.monotonic()
+        train(config)
+        seconds = time.monotonic() - start
+        (step,) = work.glob("global_step_*")
+        export(list(step.glob("model_world_size_1_rank_0.pt")), out)
+        return int(step.name.removeprefix("global_step_")), seconds
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 written, 2 nothing written, with the reason in one line."""
+    parser = argparse.ArgumentParser(
+        prog="iapo warmup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a Hugging Face folder, as iapo model writes it")
+    parser.add_argument("--source", help="folder with GSM8K's train* file, or hub id (default: openai/gsm8k)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: MODEL_DIR-warm")
+    parser.add_argument("--examples", type=int, default=256, help="the first ones that fit (default 256)")
+    parser.add_argument("--max-tokens", type=int, default=96, help="of an answer, its end included (default 96)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args(arguments)
+    out = options.out or options.model.with_name(f"{options.model.name}-warm")
+    try:
+        if not options.model.is_dir():
+            raise ValueError(f"MODEL_DIR: {options.model} is no folder; make it with iapo model, or give another.")
+        if out.exists():
+            raise ValueError(f"--out: {out} exists; choose another, or remove it.")
+        # Before verl is imported, which reads them. The process group needs no port, but verl reads one.
+        os.environ.update(cpu_environment(os.environ))
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        steps, seconds = warm_up(
+            options.model, out, options.source, options.examples, options.max_tokens, options.overrides
+        )
+    except (ValueError, OSError) as error:
+        print(f"iapo.warmup: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"iapo warmup: {steps} steps in {seconds:.0f} s: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
