@@ -2,7 +2,8 @@
 
 variant   iapo (the paper), iapo_rate (ours), grpo, dapo, or another file of recipes/variant; several that act together
           as variant=[iapo_rate,gfpo]
-model     tiny, qwen2.5-0.5b-instruct, qwen2.5-1.5b-instruct, qwen2.5-7b-instruct, or any folder or hub name
+model     tiny, smollm2-135m-instruct (made by iapo model), qwen2.5-0.5b-instruct, qwen2.5-1.5b-instruct,
+          qwen2.5-7b-instruct, or any folder or hub name
 data      verbose_arithmetic, gsm8k, svamp, math500, dapo_math_17k, or a folder with train.parquet and test.parquet;
           to validate alone also aime24, aime25, amc23, minerva, olympiadbench
 platform  cpu or gpu; by default what the machine has

@@ -25,7 +25,7 @@ LAYERS = (
     ("iapo.checkpoints", "the checkpoints of a run"),
     ("iapo.metrics", "what is logged, and where"),
     ("iapo.verl_adapter", "everything that runs inside verl"),
-    ("iapo.tools", "the commands evaluate, report and export"),
+    ("iapo.tools", "the commands evaluate, report, export and model"),
     ("iapo.launch", "from the command line to a running trainer"),
     ("iapo.train", "the command train"),
     ("iapo.evaluation", "an older name of a command"),

@@ -117,7 +117,7 @@ def test_a_changed_configuration_is_the_resolved_one(overrides):
 
 def test_the_lists_above_are_complete():
     recipes = compose.recipes_dir()
-    for group, names in (("model", [*MODELS[:-1], "path"]), ("platform", PLATFORMS)):
+    for group, names in (("model", [*MODELS[:-1], "path", "smollm2-135m-instruct"]), ("platform", PLATFORMS)):
         assert sorted(names) == sorted(path.stem for path in (recipes / group).glob("*.yaml"))
     inner = {"parquet", "iapo_data", "evaluation"}
     assert {path.stem for path in (recipes / "data").glob("*.yaml")} == {*DATA[:-1], *EVALUATION} | inner
@@ -174,6 +174,35 @@ def test_reasoning_models_have_their_format_sampling_and_lengths(model):
     by_hand = resolve(f"model={model}", "data=gsm8k", "platform=gpu", "format=tags", "data.max_response_length=100")
     assert by_hand.iapo.format == "tags" and by_hand.data.max_response_length == 100
     assert "reward_kwargs" not in by_hand.reward.custom_reward_function
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_the_small_real_model_in_small_steps_on_a_cpu(variant):
+    config = composes(variant, "smollm2-135m-instruct", "gsm8k", "cpu")
+    check(config, files=False)
+    sizes = (config.data.train_batch_size, config.actor_rollout_ref.rollout.n)
+    assert (*sizes, config.data.max_response_length, config.data.val_max_samples) == (4, 4, 96, 16)
+
+
+def test_the_small_steps_are_for_a_cpu_and_give_way_to_the_command_line():
+    model = "model=smollm2-135m-instruct"
+    gpu = resolve(model, "data=gsm8k", "platform=gpu")
+    assert (gpu.data.train_batch_size, gpu.actor_rollout_ref.rollout.n, gpu.data.max_response_length) == (64, 8, 2048)
+    cpu = resolve("data.max_response_length=200", "platform=cpu", "data=gsm8k", model)
+    assert (cpu.data.train_batch_size, cpu.data.max_response_length) == (4, 200)
+    warm = resolve("platform=cpu", "data=gsm8k", model, "actor_rollout_ref.model.path=/warm")
+    assert (warm.actor_rollout_ref.model.path, warm.data.train_batch_size) == ("/warm", 4)
+
+
+def test_a_model_that_a_command_makes_is_asked_for_by_the_command(verbose_arithmetic):
+    folder = Path(resolve("platform=cpu", "model=smollm2-135m-instruct").actor_rollout_ref.model.path)
+    assert folder == Path(os.environ.get("IAPO_DATA_DIR", "data")).absolute() / "models" / "smollm2-135m-instruct"
+    with pytest.raises(ConfigError) as error:
+        check(changed(*SHORT, f"actor_rollout_ref.model.path={folder}"))
+    assert str(error.value) == (
+        f"actor_rollout_ref.model.path: {folder} is no folder; make it with iapo model smollm2-135m --out {folder}, or "
+        "give one that holds a Hugging Face model."
+    )
 
 
 def test_model_data_set_and_platform_set_different_keys():
@@ -276,7 +305,7 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
         (["variant=[[gfpo]]"], "^variant: '\\[gfpo\\]' must be one of"),
         (
             ["model=qwen"],
-            "^model: 'qwen' must be one of qwen2.5-0.5b-instruct, .*, tiny, or a folder that",
+            "^model: 'qwen' must be one of deepseek-r1-distill-qwen-1.5b, .*, tiny, or a folder that",
         ),
         (
             ["data=gsm8kk"],

@@ -123,9 +123,9 @@ def warm_up(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         work = Path(name)
         longest = max((tokens for _, tokens in chosen), default=0)
-        settings = {"model.path": model.absolute(), "data.train_files": work / "train.parquet"}
-        settings |= {"data.max_length": longest, "trainer.default_local_dir": work}
-        config = configuration([*(f"{key}='{value}'" for key, value in settings.items()), *overrides])
+        settings = {"model.path": str(model.absolute()), "data.train_files": f"{work}/train.parquet"}
+        settings |= {"data.max_length": longest, "trainer.default_local_dir": name}
+        config = configuration([*(f"{key}={value!r}" for key, value in settings.items()), *overrides])
         if len(chosen) < config.data.train_batch_size:
             raise ValueError(
                 f"--examples: {len(chosen)} of at most {max_tokens} tokens are fewer than data.train_batch_size="
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=256, help="the first ones that fit (default 256)")
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer, its end included (default 96)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     out = options.out or options.model.with_name(f"{options.model.name}-warm")
     try:
         if not options.model.is_dir():
