@@ -214,7 +214,9 @@ def test_model_data_set_and_platform_set_different_keys():
         return {key for recipe in recipes for key in recipe if "defaults" not in key}
 
     model, data, platform, variant = keys("model", ""), keys("data", "data"), keys("platform", ""), keys("variant", "")
-    assert not model & data and not model & variant and not data & variant
+    # A reasoning model's lengths win over those of a data set.
+    assert model & data == {"data.max_prompt_length", "data.max_response_length"}
+    assert not model & variant and not data & variant
     # The embedded model needs no gradient checkpointing, and the CPU loads no data in processes of their own.
     assert model & platform == {"actor_rollout_ref.model.enable_gradient_checkpointing"}
     assert data & platform == set() and variant & platform == set()
