@@ -130,7 +130,8 @@ def test_the_instruction_is_that_of_the_format(tmp_path):
     paths = data.prepare("minerva", tmp_path, source, format="boxed")
     (row,) = read(paths, "test")
     assert row["prompt"][0]["content"] == f"1+1?\n\n{FORMATS['boxed'].instruction}"
-    assert failure("amc23", tmp_path, source, format="box") == "format: 'box' must be one of tags, boxed."
+    listed = "must be one of tags, boxed, boxed_no_think."
+    assert failure("amc23", tmp_path, source, format="box") == f"format: 'box' {listed}"
 
 
 def test_verl_reads_the_rows(tmp_path):

@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from itertools import islice, tee
 from pathlib import Path
 
-from iapo.answer_format import written
-from iapo.data import DATASETS, parse_rows, read_source, to_row
+from iapo.answer_format import FORMATS, written
+from iapo.data.originals import ORIGINALS
+from iapo.data.read import parse_rows, read_source
+from iapo.data.write import to_rows
 from iapo.launch.machine import cpu_environment
 from iapo.tools.export import export
 
@@ -37,10 +39,10 @@ def conversations(source: str | None) -> Iterator[list[dict]]:
     Raises:
         ValueError: a row that can't be read.
     """
-    dataset = DATASETS[DATA]
-    rows, again = tee(read_source(DATA, source)["train"])
-    for row, example in zip(rows, parse_rows(again, dataset, f"{source or dataset.hub_id} (train)"), strict=True):
-        (prompt,) = to_row(example, DATA, "train", dataset.instruction)["prompt"]
+    original = ORIGINALS[DATA]
+    rows, again = tee(read_source(DATA, original, source)["train"])
+    for row, example in zip(rows, parse_rows(again, original, f"{source or original.hub_id} (train)"), strict=True):
+        (prompt,) = to_rows([example], DATA, "train", FORMATS["tags"].instruction)[0]["prompt"]
         yield [prompt, {"role": "assistant", "content": written(reasoning(row["answer"]), example.answer)}]
 
 
