@@ -15,7 +15,7 @@ CHOICES = {
     "gate": ("all", "correct"),
     "region": ("reasoning", "response"),
     "format": tuple(FORMATS),
-    "score": ("first_token_entropy", "answer_logprob", "next_token_entropy"),
+    "score": ("first_token_entropy", "answer_logprob", "reference_answer", "next_token_entropy"),
     "probe_at": ("stride", "boundaries"),
 }
 
@@ -37,9 +37,12 @@ class IapoConfig:
         probe: text of the exit probe, appended to a prefix to make the model answer now.
         score: what is measured after the probe. "first_token_entropy": the entropy of the next token (paper).
             "answer_logprob": -log p of the completion's own final answer, all its tokens (pointwise information).
+            "reference_answer": -log p of the data's right answer and of `answer_end` after it, all their tokens; of
+            several right answers the most probable one. On the command line "auto" is this, or
+            "first_token_entropy" for the embedded models.
             "next_token_entropy": nothing; the policy's entropy at each token itself takes its place (the paper's
             ablation, for alpha alone). It needs no probe pass; `validation_information` still makes its own.
-        answer_end: text that ends the answer, for `score` "answer_logprob".
+        answer_end: text that ends the answer, for `score` "answer_logprob" and "reference_answer".
         probe_at: "stride", every `stride`-th position, or "boundaries", where a reasoning step ends. The tokens
             between two probes share the gain equally.
         stride: 1 probes every position (paper).
@@ -106,6 +109,11 @@ class IapoConfig:
     def probes(self) -> bool:
         """Whether anything needs the probe pass: a term, or the metric of validation completions."""
         return self.needs_exit_entropy or self.validation_information
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether the probe pass scores the data's right answers."""
+        return self.probes and self.score == "reference_answer"
 
     @property
     def needs_next_token_entropy(self) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from iapo.information import exit_entropies_naive
+from iapo.verl_adapter.rows import joined, separated
 from tests.conftest import make_model
 from tests.ranks import run_ranks
 from tests.test_worker import CONFIG, EOS, OTHER_EOS, Tokenizer, make_rows
@@ -17,6 +18,7 @@ CONFIGS = {
     "stride": replace(CONFIG, stride=3),
     "boundaries": replace(CONFIG, probe_at="boundaries", max_gap=4),
     "answer": replace(CONFIG, score="answer_logprob", answer_end="e"),
+    "reference": replace(CONFIG, score="reference_answer", answer_end="e"),
 }
 CASES = [*(("some padding", name) for name in CONFIGS), ("only padding", "every position")]
 KINDS = {
@@ -83,9 +85,16 @@ def make_data(rows, config=None):
         batch_size=len(rows),
     )
     tu.assign_non_tensor(data, temperature=0.7, calculate_entropy=True, compute_loss=False)
+    if config is not None and config.score == "reference_answer":
+        data["reference_tokens"] = jagged([joined(references_of(i)) for i in range(len(rows))])
     if config is not None:
         tu.assign_non_tensor_data(data, "iapo", asdict(config))
     return data
+
+
+def references_of(row):
+    """Right answers with what ends them; two for every other row."""
+    return [torch.tensor([12, 13, 14]), *([torch.tensor([row % 5, 14])] if row % 2 else [])]
 
 
 def answering_rows(batch, rank):
@@ -173,6 +182,21 @@ def test_shared_equals_the_naive_reference(results):
         for (row, mask), h in zip(answering_rows("some padding", rank), values, strict=True):
             (expected,) = exit_entropies_naive(model, [row], [5, 11])
             torch.testing.assert_close(h, expected if mask.any() else 0 * expected, atol=1e-5, rtol=0)
+
+
+def test_of_several_right_answers_the_most_probable_one_counts(results):
+    model = make_model("qwen2")
+    for rank in range(2):
+        values = results[f"shared-some padding-reference-{rank}"]["shared"]["exit_entropy"]
+        for i, ((row, mask), h) in enumerate(zip(answering_rows("some padding", rank), values, strict=True)):
+            each = exit_entropies_naive(model, [row._replace(answer=answer) for answer in references_of(i)], [5, 11])
+            expected = torch.stack(each).amin(0)
+            torch.testing.assert_close(h, expected if mask.any() else 0 * expected, atol=2e-5, rtol=0)
+
+
+def test_answers_in_one_row_of_the_store_come_out_as_they_went_in():
+    for row in (1, 2):
+        assert [x.tolist() for x in separated(joined(references_of(row)))] == [x.tolist() for x in references_of(row)]
 
 
 def test_attention_per_sequence_shares_its_forwards_too(results):

@@ -21,7 +21,7 @@ from iapo.launch.check_prompts import prompt_problems
 from iapo.launch.provenance import differences, saved_config
 from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
-from iapo.tasks.reference import unjudgeable
+from iapo.tasks.reference import references, unjudgeable
 from iapo.tools.model import MODELS
 
 # What verl's DAPORewardManager passes to a reward function, by keyword.
@@ -30,8 +30,8 @@ REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 def file_problems(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     """Everything that is wrong with the files; the prompts are read only if nothing else is wrong."""
-    problems = [*_paths(config), *_reward(config), *_data(config), *_resume(config), *_model(config, iapo)]
-    yield from problems or prompt_problems(config)
+    problems = [*_paths(config), *_reward(config), *_data(config, iapo), *_resume(config), *_model(config, iapo)]
+    yield from problems or [*prompt_problems(config), *_long_references(config, iapo)]
 
 
 def _paths(config: DictConfig) -> Iterator[str]:
@@ -69,14 +69,14 @@ def _reward(config: DictConfig) -> Iterator[str]:
         yield f"{name} can't be called by keyword with {', '.join(passed)} ({error}); let it take these, or **kwargs."
 
 
-def _data(config: DictConfig) -> Iterator[str]:
+def _data(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     for field in ("train_files", "val_files"):
         value = OmegaConf.select(config, f"data.{field}")
         for name in [value] if isinstance(value, str) else value or [None]:
-            yield from _parquet(config, field, name)
+            yield from _parquet(config, iapo, field, name)
 
 
-def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
+def _parquet(config: DictConfig, iapo: IapoConfig, field: str, name: str | None) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
@@ -100,7 +100,7 @@ def _parquet(config: DictConfig, field: str, name: str | None) -> Iterator[str]:
     if missing:
         yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
-        judged_by_us = config.reward.custom_reward_function.path == "pkg://iapo.reward"
+        judged_by_us = config.reward.custom_reward_function.path == "pkg://iapo.reward" or iapo.needs_references
         problems = [*_columns(schema, rows, prompt)] or _references(rows["reward_model"], judged_by_us)
         yield from (f"data.{field}: {name}, column {line}" for line in problems)
 
@@ -197,9 +197,38 @@ def _probing(config: DictConfig, iapo: IapoConfig, model_config, tokenizer) -> I
     length = config.data.max_prompt_length + config.data.max_response_length + len(probe)
     if iapo.score == "answer_logprob" and iapo.region == "response":
         length += config.data.max_response_length  # a probe, and the answer once more, after the answer
-    reason = unsupported(model_config, length)
-    if reason:
+    if reason := unsupported(model_config, length):
         yield f"actor_rollout_ref.model.path: {path} can't serve the exit-entropy pass at {length} tokens: {reason}."
+
+
+def _long_references(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    """With a right answer after the probe, the longest sequence is longer still."""
+    import pyarrow.parquet
+    from transformers import AutoConfig, AutoTokenizer
+
+    from iapo.probe.supported_models import unsupported
+
+    if not iapo.needs_references:
+        return
+    model, data = config.actor_rollout_ref.model, config.data
+    tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    names = [name for field in ("train_files", "val_files") for name in listed(config.data[field])]
+    columns = [pyarrow.parquet.read_table(name, columns=["reward_model"])["reward_model"] for name in names]
+    truths = [row["ground_truth"] for column in columns for row in column.to_pylist()]
+    texts = {text + iapo.answer_end for truth in truths for text in references(truth)}
+    length = data.max_prompt_length + data.max_response_length
+    length += max(len(tokenizer.encode(iapo.probe + text, add_special_tokens=False)) for text in texts)
+    model_config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    if reason := unsupported(model_config, length):
+        yield (
+            f"actor_rollout_ref.model.path: {model.path} can't serve the exit-entropy pass at {length} tokens, with "
+            f"the longest reference answer: {reason}."
+        )
+
+
+def listed(files) -> list[str]:
+    """One file, or several, as verl takes both."""
+    return [files] if isinstance(files, str) else list(files or [])
 
 
 def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:

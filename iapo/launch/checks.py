@@ -55,7 +55,7 @@ def check(config: DictConfig, files: bool = True) -> None:
             problems += file_problems(config, iapo)
     if problems:
         raise ConfigError("\n".join(problems))
-    for line in _without_effect(config, iapo):
+    for line in [*_layout(config, iapo), *_without_effect(config, iapo)]:
         warnings.warn(line, stacklevel=2)
 
 
@@ -321,10 +321,24 @@ def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             "the reasoning that iapo.reward pays for; set them to begin alike, " + own + "."
         )
     text = f"{opening}{answer_format.probe}0{iapo.answer_end}"
-    if iapo.score == "answer_logprob" and not answer_format.well_formed(text):
+    if iapo.score in ("answer_logprob", "reference_answer") and not answer_format.well_formed(text):
         yield (
             f"iapo.answer_end: {iapo.answer_end!r} ends no answer that iapo.reward pays for, such as {text!r}; set "
             f"{answer_format.answer_end!r}, {own}."
+        )
+
+
+def is_embedded(config: DictConfig) -> bool:
+    """Whether the model is one that comes with this package: its answers begin with the answer itself."""
+    return Path(str(config.actor_rollout_ref.model.path)).parent == Path(__file__).parent.parent / "assets"
+
+
+def _layout(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    if iapo.probes and iapo.score == "first_token_entropy" and not is_embedded(config):
+        yield (
+            "iapo.score: 'first_token_entropy' on a model of natural text, where the first token after the probe is "
+            "often layout, such as a blank, and says little about the answer; iapo.score=reference_answer measures the "
+            "right answer itself."
         )
 
 

@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.data import prepare
-from iapo.launch.checks import OUR_REWARD, ConfigError, check, check_numbers, check_with_verl
+from iapo.launch.checks import OUR_REWARD, ConfigError, check, check_numbers, check_with_verl, is_embedded
 from iapo.launch.machine import ALL_CORES, check_machine, cpu_environment, gpu_count
 from iapo.launch.provenance import by_dotted_key
 from iapo.launch.weights import size_bucket
@@ -89,6 +90,9 @@ def resolve(overrides: list[str]) -> DictConfig:
         for name in ("exit_marker", "probe", "answer_end"):  # neither a shell nor Hydra makes a line break of \n
             if isinstance(text := config.iapo[name], str):
                 config.iapo[name] = text.replace("\\n", "\n")
+        if config.iapo.score == "auto":
+            config.iapo.score = "first_token_entropy" if is_embedded(config) else "reference_answer"
+            print(f"iapo: iapo.score=auto is {config.iapo.score} for this model", file=sys.stderr)
         reward = config.reward.custom_reward_function
         if (reward.path, reward.name) == OUR_REWARD and config.iapo.format != IapoConfig().format:
             OmegaConf.update(config, REWARD_FORMAT, config.iapo.format, force_add=True)

@@ -30,10 +30,11 @@ from iapo.probe.packing import Completion, forward_count, longest, probe_forward
 from iapo.probe.supported_models import check_model
 from iapo.probe.text import answer_ids, decode, end_tokens, region_length, step_ends
 from iapo.verl_adapter import ENGINE_VENDOR
-from iapo.verl_adapter.rows import jagged
+from iapo.verl_adapter.rows import jagged, separated
 
 # What the pass reads from TransferQueue and what it writes back, as jagged tensors.
 INPUT_FIELDS = ["prompts", "responses", "response_mask"]
+REFERENCES = "reference_tokens"  # read too with iapo.score=reference_answer, see `iapo.verl_adapter.rows.joined`
 OUTPUT_FIELDS = ["exit_entropy", "region_mask", "probe_tokens"]
 
 
@@ -41,11 +42,14 @@ class RankWork(NamedTuple):
     """What this rank is to measure of a batch or micro-batch.
 
     Attributes:
-        completions: by row; without the rows that verl pads a batch with, whose `response_mask` is 0.
+        rows: the row of each completion. Rows that verl pads a batch with, whose `response_mask` is 0, have none; one
+            with several reference answers has as many.
+        completions: what is measured.
         longest: tokens of the longest sequence of all ranks.
     """
 
-    completions: dict[int, Completion]
+    rows: list[int]
+    completions: list[Completion]
     probe_ids: torch.Tensor
     max_tokens: int
     longest: int
@@ -77,12 +81,12 @@ class IapoEngine(FSDPEngineWithLMHead):
         with forward_to_share(self.module) as keys_and_values:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         with simple_timer("exit_entropy", timing), self._autocast():
-            completions = list(work.completions.values())
-            offsets = micro_batch["input_ids"].offsets().tolist()
+            completions, offsets = work.completions, micro_batch["input_ids"].offsets().tolist()
             assert all(
-                offsets[i + 1] - offsets[i] == len(c.prompt) + len(c.response) for i, c in work.completions.items()
+                offsets[i + 1] - offsets[i] == len(c.prompt) + len(c.response)
+                for i, c in zip(work.rows, completions, strict=True)
             )
-            slots = slots_of_sequences(completions, [offsets[i] for i in work.completions])
+            slots = slots_of_sequences(completions, [offsets[i] for i in work.rows])
             probes = list(probe_forwards(completions, slots, work.probe_ids, work.max_tokens))
             forwards = self._maximum_over_ranks(len(probes))
             values = exit_entropies_after(self.module, completions, probes, keys_and_values, device=get_device_id())
@@ -98,7 +102,7 @@ class IapoEngine(FSDPEngineWithLMHead):
         assert config is not None, "the entry 'iapo' says what to measure"
         with self.eval_mode(), torch.no_grad(), self._autocast():
             work = self._work(data, config)
-            completions = list(work.completions.values())
+            completions = work.completions
             own_forwards = forward_count(completions, len(work.probe_ids), work.max_tokens)
             forwards = self._maximum_over_ranks(own_forwards)
             check_model(self.module, work.longest)
@@ -114,23 +118,23 @@ class IapoEngine(FSDPEngineWithLMHead):
         """Ranks agree on what to refuse and on how often to call the model before the first forward: FSDP gathers
         parameters in every forward, so a rank that makes one less, or raises alone, would leave the others waiting."""
         probe_ids = self.model_config.tokenizer.encode(config.probe, add_special_tokens=False)
-        rows = zip(*(data[name].cpu().unbind() for name in INPUT_FIELDS), strict=True)
-        completions = {
-            i: self.completion(prompt, response, mask, config)
-            for i, (prompt, response, mask) in enumerate(rows)
-            if mask.any()
-        }
+        fields = zip(*(data[name].cpu().unbind() for name in INPUT_FIELDS), strict=True)
+        found = [(i, self.completion(*row, config)) for i, row in enumerate(fields) if row[-1].any()]
+        if config.score == "reference_answer":
+            references = [separated(row) for row in data[REFERENCES].cpu().unbind()]
+            found = [(i, completion._replace(answer=answer)) for i, completion in found for answer in references[i]]
+        rows, completions = [i for i, _ in found], [completion for _, completion in found]
         max_tokens = config.max_tokens_per_micro_batch or default_max_tokens(self.module.config, get_device_id())
-        length = self._maximum_over_ranks(longest(list(completions.values()), len(probe_ids)))
+        length = self._maximum_over_ranks(longest(completions, len(probe_ids)))
         if not self._exact:
             check_exactness(self.module, probe_ids, device=get_device_id())
             self._exact = True
-        return RankWork(completions, torch.tensor(probe_ids), max_tokens, length)
+        return RankWork(rows, completions, torch.tensor(probe_ids), max_tokens, length)
 
     def completion(
         self, prompt: torch.Tensor, response: torch.Tensor, mask: torch.Tensor, config: IapoConfig
     ) -> Completion:
-        """Where a completion is probed, and what for."""
+        """Where a completion is probed, and what for, unless that is the data's right answer."""
         tokenizer = self.model_config.tokenizer
         length = region_length(response, mask, config, tokenizer, self._end_tokens)
         if config.probe_at == "boundaries":
@@ -181,7 +185,8 @@ def output_fields(work: RankWork, values: Sequence[torch.Tensor], data: TensorDi
     """`OUTPUT_FIELDS` for every row of `data`, jagged.
 
     - exit_entropy: R_i + 1 values per completion in nats, constant after its region; with
-      `iapo.score=answer_logprob` the surprisals of its answer.
+      `iapo.score=answer_logprob` the surprisals of its answer, with `reference_answer` of the right one: the smallest
+      at each position, if there are several.
     - region_mask: R_i; 1 on the tokens whose information was measured.
     - probe_tokens: one number, the tokens that were pushed through the model for it, without its trajectory.
 
@@ -191,10 +196,12 @@ def output_fields(work: RankWork, values: Sequence[torch.Tensor], data: TensorDi
     exit_entropy = [torch.zeros(len(mask) + 1) for mask in masks]
     region_mask = [torch.zeros(len(mask), dtype=torch.int64) for mask in masks]
     probe_tokens = [torch.zeros(1, dtype=torch.int64) for _ in masks]
-    for (i, completion), h in zip(work.completions.items(), values, strict=True):
-        exit_entropy[i] = h
+    seen: set[int] = set()
+    for i, completion, h in zip(work.rows, work.completions, values, strict=True):
+        exit_entropy[i] = torch.minimum(exit_entropy[i], h) if i in seen else h
+        seen.add(i)
         length = len(completion.trajectory)
         region_mask[i][:length] = masks[i][:length]
         if not completion.nothing_to_score:
-            probe_tokens[i][0] = len(completion.positions) * (len(work.probe_ids) + completion.answered)
+            probe_tokens[i][0] += len(completion.positions) * (len(work.probe_ids) + completion.answered)
     return dict(zip(OUTPUT_FIELDS, map(jagged, (exit_entropy, region_mask, probe_tokens)), strict=True))

@@ -69,6 +69,21 @@ def order_rows(batch: KVBatchMeta, index) -> list[int]:
     return order
 
 
+def joined(answers: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One row of TransferQueue from the tokens of several answers: each after its length."""
+    return torch.cat([torch.cat([torch.tensor([len(answer)]), answer]) for answer in answers])
+
+
+def separated(row: torch.Tensor) -> list[torch.Tensor]:
+    """The inverse of `joined`."""
+    answers = []
+    while len(row):
+        length = int(row[0])
+        answers.append(row[1 : 1 + length])
+        row = row[1 + length :]
+    return answers
+
+
 def jagged(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """One tensor of rows of different lengths, as TransferQueue holds them."""
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)

@@ -28,14 +28,15 @@ from iapo.metrics.console import ProgressConsole, clock
 from iapo.metrics.file import MetricsFile
 from iapo.metrics.training import information_metrics, method_metrics, reward_metrics
 from iapo.metrics.validation import validations
-from iapo.probe.text import region_length
+from iapo.probe.text import answer_ids, region_length
 from iapo.step import StepAdvantage, StepInputs
-from iapo.verl_adapter.engine import INPUT_FIELDS, OUTPUT_FIELDS
+from iapo.tasks.reference import references
+from iapo.verl_adapter.engine import INPUT_FIELDS, OUTPUT_FIELDS, REFERENCES
 from iapo.verl_adapter.estimator import bind
 from iapo.verl_adapter.old_log_probs import needs_old_log_probs
 from iapo.verl_adapter.replay_buffer import IapoReplayBuffer
 from iapo.verl_adapter.reward_manager import eos_token_ids
-from iapo.verl_adapter.rows import correctness, fetch, jagged, order_rows, pad_with_last, put, reward_infos
+from iapo.verl_adapter.rows import correctness, fetch, jagged, joined, order_rows, pad_with_last, put, reward_infos
 from iapo.verl_adapter.worker import IapoWorker
 
 # What verl's log-probs and its loss read, and the pass. verl leaves out those that aren't there.
@@ -147,7 +148,9 @@ class IapoTrainer(PPOTrainerSync):
     def _on_batch(self, batch: KVBatchMeta, metrics: dict, prompts: int) -> None:
         """Every sampled batch, for training or validation, in order and checked."""
         training = batch.partition_id == "train"
-        data = fetch(batch, ["index", "extra_fields"])
+        probes = self.iapo.needs_exit_entropy if training else self.iapo.validation_information
+        scores_references = probes and self.iapo.needs_references
+        data = fetch(batch, ["index", "extra_fields", *(["reward_model"] if scores_references else [])])
         infos = reward_infos(data)
         errors = [info["reward_error"] for info in infos if info.get("reward_error")]
         if errors:
@@ -159,8 +162,16 @@ class IapoTrainer(PPOTrainerSync):
             expected = prompts * self.config.actor_rollout_ref.rollout.n
             metrics["iapo/rollout_failures"] = expected - len(batch)
         order = order_rows(batch, data["index"])
+        if scores_references:
+            put(batch, **{REFERENCES: jagged([self._references(data["reward_model"][i]) for i in order])})
         if not training and self.iapo.validation_information:
             self._record_validation_information(batch, [data["extra_fields"][i] for i in order])
+
+    def _references(self, reward_model) -> torch.Tensor:
+        """The tokens of a row's right answers as they follow the probe, each with what ends it."""
+        texts = references(getattr(reward_model, "data", reward_model)["ground_truth"])
+        ends = [text + self.iapo.answer_end for text in texts]
+        return joined([answer_ids(self.tokenizer, self.iapo.probe, text) for text in ends])
 
     @cached_property
     def _skips_old_log_prob(self) -> bool:
@@ -172,7 +183,8 @@ class IapoTrainer(PPOTrainerSync):
             return batch
         if self._shares_forward:
             batch.extra_info["iapo"] = asdict(self.iapo)
-        with self._reads(batch, LOG_PROB_FIELDS):
+        references = [REFERENCES] if self._shares_forward and self.iapo.needs_references else []
+        with self._reads(batch, LOG_PROB_FIELDS + references):
             result = super()._compute_old_log_prob(batch, metrics)
         result.extra_info.pop("iapo", None)  # reference log-probs may be computed by the same worker
         return result
@@ -285,7 +297,7 @@ class IapoTrainer(PPOTrainerSync):
             partition_id=batch.partition_id,
             keys=batch.keys,
             tags=batch.tags,
-            fields=INPUT_FIELDS,
+            fields=INPUT_FIELDS + ([REFERENCES] if self.iapo.needs_references else []),
             extra_info={"iapo": asdict(self.iapo)},
         )
         self.actor_rollout_wg.compute_exit_entropy(request)
