@@ -1,16 +1,21 @@
 """The verifier: equal numbers, equivalent answers, hostile answers, and the workers that it starts."""
 
 import asyncio
+import json
+import os
+import re
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
 
 from iapo.reward import compute_score
 from iapo.tasks import verifier
+from iapo.tasks.reference import references
 from iapo.tasks.verifier import plain_number, same_number, verdict
 
 HOSTILE = "9^{9^{9^{9}}}"
@@ -121,9 +126,29 @@ def test_a_letter_of_the_ground_truth_may_be_a_variable():
 
 
 def test_a_number_in_a_base():
-    assert judge("42_9", "42") == judge("42_9", "42_{9}") == "right"
-    assert judge("42_9", "42_7") == judge("1_000", "1") == "wrong"
+    """Digits and base are compared; without a base it is 10. The same value in another base is another answer."""
+    for same in ("42_{9}", "(42)_9", "042_9", "42_{(9)}", "42_{\\text{base }9}", "42 (base 9)", "42 base 9", "42_9 m"):
+        assert judge(same, "42_9") == judge("42_9", same) == "right", same
+    for other in ("42_7", "42", "38", "38_{10}", "24_9", "-42_9", "x^2", "42_9 + 1"):
+        assert judge(other, "42_9") == "wrong", other
+    assert judge("42_{10}", "42") == judge("1a_{16}", "1A_{16}") == "right"
+    assert judge("42_9", "42") == judge("1_000", "1") == judge("10_8", "8") == "wrong"
     assert judge("5_{max}", "5") == "unparsable"
+    assert plain_number("42_9") is None and plain_number("42_{10}") == 42
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        ("1/3", "0.\\overline{3}"),
+        ("0.1\\overline{6}", "\\frac16"),
+        ("-2.\\bar{45}", "-27/11"),
+        ("0.\\overline{9}", "1"),
+    ],
+)
+def test_repeating_decimals_are_fractions(answer, gold):
+    assert judge(answer, gold) == "right"
+    assert judge(answer, "0.\\overline{31}") == "wrong"
 
 
 def test_same_number():
@@ -219,6 +244,144 @@ def test_wrong_answers_are_no_failures(answer, gold):
     assert judge(answer, gold) == "wrong"
 
 
+REFERENCES = [
+    *("7", "-4", "0.35", ".0081", "12,500", "1,\\!024", "1,\\! 234,\\! 567", "10^{20}", "0.\\overline{27}"),
+    *("\\frac{5}{12}", "-\\frac{7}{3}", "\\frac 38", "\\frac9{14}", "\\dfrac{11}{20}", "3 \\frac{1}{4}", "1/6"),
+    *("\\sqrt{15}", "4 \\sqrt{7}", "\\frac{2\\sqrt{3}}{5}", "9 - 2\\sqrt{5}", "\\sqrt[3]{4}", "15\\pi", "24 + 3\\pi"),
+    *(
+        "4 - 7i",
+        "2 \\pm \\sqrt{11}",
+        "\\pi",
+        "e",
+        "\\cot \\theta",
+        "\\log_2 5",
+        "(x + 3)(y - 1)",
+        "6x^2 - x + 8",
+        "3ab",
+    ),
+    *("(4,-9)", "\\left( 2, \\frac{\\pi}{3} \\right)", "(1,0,-5)", "3, 8, 13", "\\{1 \\pm \\sqrt{2}, 4\\}"),
+    *("[-3,5)", "(-\\infty, -1] \\cup (4, \\infty)", "\\left[ \\frac{1}{4}, 2 \\right]", "x \\in (0,8]"),
+    *("x = 9", "y = 4x - 1", "2x - 3y + z = 0", "x \\le 6", "\\emptyset"),
+    *("\\begin{pmatrix} 3 & -1 \\\\ 0 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1/2 \\\\ -3 \\end{pmatrix}"),
+    *("\\text{Marcus}", "\\text{(D)}", "\\text{odd}", "\\text{no solution}", "hyperbola", "\\text{Yes}"),
+    *("314_5", "1011_{2}", "3C_{16}", "35\\%", "140^\\circ", "\\frac{90}{7}^{\\circ}"),
+    *("\\$24.50", "\\$1,\\!250", "48\\text{ cm}^2", "3.6 \\text{ cents}", "55 \\text{ miles per hour}"),
+]
+WRAPPERS = [
+    *("{}", "{}.", "\\boxed{{{}}}", "\\boxed{{{}}}.", "\\boxed{{{}.}}", "${}$", "${}$.", "${}.$", "$${}$$", "$${}$$."),
+    *("\\[{}\\]", "\\[{}\\].", "\\[{}.\\]", "\\[\n  {}\n\\]", "\\({}\\)", "\\({}\\).", "\\({}.\\)", "$\\boxed{{{}}}$."),
+    *(
+        "\\[\\boxed{{{}}}\\]",
+        "\\[ \\boxed{{{}}}. \\]",
+        "**{}**",
+        "**{}**.",
+        "**{}.**",
+        "**${}$**",
+        "__{}__",
+        "\n {} \n",
+    ),
+    *("Answer: {}", "Answer: {}.", "Answer: ${}$", "**Answer:** {}", "**Answer**: \\({}\\)", "**Answer: {}**"),
+    *("Final answer: $\\boxed{{{}}}$", "The answer is {}.", "The answer is ${}$.", "The answer is **{}**."),
+    *("So, the final answer is: \\[\\boxed{{{}}}\\]", "$\\displaystyle {}$", "= {}"),
+]
+WITH_UNIT = [
+    *("{} cm", "{}\\text{{ cm}}", "{} \\text{{ units}}", "${}$ apples", "{} dollars.", "{}\\,\\mathrm{{cm}}"),
+    *("\\boxed{{{}}} cm", "\\boxed{{{}\\text{{ cm}}^2}}", "**{}** hours", "The answer is {} hours.", "${}", "\\${}"),
+    *("$\\${}$", "€{}", "**${}**", "\\boxed{{\\${}}}", "The answer is ${}."),
+]
+
+
+def sized(text: str) -> str:
+    """With \\left and \\right at every bracket."""
+    text = re.sub(r"\\(?:left|right)(?![a-z])\s*", "", text)
+    return re.sub(r"(?<!\\)[)\]]", r"\\right\g<0>", re.sub(r"(?<!\\)[(\[]", r"\\left\g<0>", text))
+
+
+WITHOUT_UNIT = re.compile(r"\\text|\\mbox|_\{?\d+\}?$|\\circ|%|\\\$|^[a-z]{4}|emptyset|\\in |\\le ")
+
+
+def forms(reference: str) -> list[str]:
+    """All forms in which a reference answer is right; those with a unit only for a value that has none."""
+    wrappers = WRAPPERS + ([] if WITHOUT_UNIT.search(reference) else WITH_UNIT)
+    spellings = {
+        reference.replace("\\dfrac", "\\frac"),
+        re.sub(r"\\d?frac", r"\\dfrac", reference),
+        sized(reference),
+        reference.replace(" ", ""),
+    }
+    return [form.format(reference) for form in wrappers] + [
+        form.format(spelling) for spelling in sorted(spellings) for form in ("{}", "${}$.", "\\boxed{{{}}}")
+    ]
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_every_form_of_a_reference_is_right(reference):
+    verdicts = {answer: judge(answer, reference) for answer in forms(reference)}
+    assert {answer: found for answer, found in verdicts.items() if found != "right"} == {}
+
+
+NEAR_MISSES = [
+    *(("52_9", "52_8"), ("52", "52_8"), ("42", "52_8"), ("52_8", "52"), ("1011_3", "1011_2")),
+    *(("(0,1]", "[0,1)"), ("[0,1]", "[0,1)"), ("(0,1)", "[0,1]"), ("(1,0)", "(0,1)"), ("(3,1)", "(2,1)")),
+    *(("(-\\infty,2]", "(-\\infty,2)"), ("(2,\\infty)", "(-\\infty,2)"), ("x < 6", "x \\le 6"), ("(1,2)", "(2,1)")),
+    *(("(1,2,3)", "(2,1,3)"), ("2,1", "(1,2)"), ("[1,2]", "\\{1,2\\}"), ("(1,2) \\cap (3,4)", "(1,2) \\cup (3,4)")),
+    *(("0.333", "1/3"), ("0.33", "\\frac{1}{3}"), ("3.14", "\\pi"), ("1.41", "\\sqrt{2}"), ("0.28", "\\frac{2}{7}")),
+    *(("10", "10\\%"), ("10\\%", "10"), ("\\boxed{10}\\%", "10"), ("0.01", "10\\%"), ("141^\\circ", "140^\\circ")),
+    *(("58", "58,500"), ("10", "10,\\!080"), ("137", "137 \\frac{1}{2}"), ("1", "1,-2"), ("2", "2\\sqrt{3}")),
+    *(("x", "x=5"), ("2k", "2k+2"), ("6+9", "6+9i"), ("(-\\infty,2)", "(-\\infty,2) \\cup (3,\\infty)"), ("p", "p-q")),
+    *(("\\text{Eve}", "\\text{Evelyn}"), ("E", "\\text{Evelyn}"), ("A", "\\text{(B)}"), ("even", "\\text{odd}")),
+    *(("1+\\sqrt{19}", "1 \\pm \\sqrt{19}"), ("1-\\sqrt{19}", "1 \\pm \\sqrt{19}"), ("-3", "3"), ("x^2+1", "x^2-1")),
+    *(("5 or 6", "5"), ("5 or 6", "6"), ("5, 6", "5"), ("5 and 6", "6"), ("$5$ or $6$", "5"), ("Answer: 5, 6", "6")),
+    *(("\\boxed{5} or \\boxed{6}", "5"), ("\\boxed{4} \\boxed{5}", "20"), ("\\boxed{4}\\boxed{5}", "45"), ("5 5", "5")),
+    *(("**5** **6**", "6"), ("$4$ $5$", "20"), ("5\n6", "6"), ("The answer is 5. The answer is 6.", "5")),
+    *(
+        ("The answer is 5. The answer is 6.", "6"),
+        ("Answer: 5 Answer: 6", "6"),
+        ("x = 5 or 6", "5"),
+        ("5 or 6 cm", "6"),
+    ),
+    *(("1 hour", "60 minutes"), ("60", "1 hour"), ("\\$0.054", "5.4 \\text{ cents}"), ("15 cm", "15\\mbox{ cm}^2")),
+    *(("The answer is not 5.", "5"), ("not 5", "5"), ("Answer: 5 wombats", "5"), ("**5** million", "5")),
+    *(("1 1/2", "11/2"), ("\\frac1 23", "\\frac12 3"), ("**2**3", "23"), ("2**3", "23"), ("\\boxed{2} 5", "25")),
+    *(("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("3:2", "2:3"), ("", "5")),
+]
+
+
+@pytest.mark.parametrize(("answer", "gold"), NEAR_MISSES)
+def test_near_misses_stay_wrong(answer, gold):
+    for form in ("{}", "\\boxed{{{}}}", "${}$.", "**{}**", "Answer: {}"):
+        assert judge(form.format(answer), gold) in ("wrong", "unparsable"), form
+
+
+def real_references() -> dict[str, list[str]]:
+    """The reference answers of GSM8K, MATH-500 and SVAMP in the folder that IAPO_REAL_DATA names."""
+
+    def rows(name: str) -> list[dict]:
+        return [json.loads(line) for line in (Path(os.environ["IAPO_REAL_DATA"]) / name).read_text().splitlines()]
+
+    gsm8k = rows("gsm8k/train.jsonl") + rows("gsm8k/test.jsonl")
+    return {
+        "math500": [row["answer"] for row in rows("math500/test.jsonl")],
+        "gsm8k": [row["answer"].rpartition("####")[2].strip() for row in gsm8k],
+        "svamp": [text for row in rows("svamp/all.jsonl") for text in references(row["Answer"])],
+    }
+
+
+@pytest.mark.real
+@pytest.mark.skipif("IAPO_REAL_DATA" not in os.environ, reason="IAPO_REAL_DATA names no folder with the real data sets")
+@pytest.mark.parametrize("name", ["math500", "gsm8k", "svamp"])
+def test_every_form_of_every_real_reference_is_right(name):
+    """Run it with -s to see the counts."""
+    found = real_references()[name]
+    asked = {reference: forms(reference) for reference in set(found)}
+    wrong = [(answer, gold) for gold, answers in asked.items() for answer in answers if judge(answer, gold) != "right"]
+    pairs = sum(len(asked[reference]) for reference in found)
+    print(
+        f"\n{name}: {len(found)} references, {pairs} pairs of a reference and a form, {len(wrong)} distinct ones wrong"
+    )
+    assert wrong == []
+
+
 @pytest.mark.parametrize("answer", ["5\0", "\0", "9**9**9**9", "\\frac", "2 3", "5 & 5", "4 | 5", "$$", "4} \\boxed{5"])
 def test_answers_that_are_no_expressions(answer):
     assert judge(answer, "5") == "unparsable"
@@ -260,6 +423,34 @@ def test_the_limit_is_cpu_time():
     """An answer that waits four times the limit is judged; the same with work to do is not."""
     assert in_worker(time.sleep, 2.0, timeout_s=0.5) is None
     assert in_worker(spin, 2.0, timeout_s=0.5) == "timeout"
+
+
+@pytest.fixture
+def busy_core():
+    """One core for this process, its workers and three others that never stop computing."""
+    cores = os.sched_getaffinity(0)
+    verifier.close_pool()
+    os.sched_setaffinity(0, {min(cores)})
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    yield
+    for other in others:
+        other.kill()
+        other.wait()
+    verifier.close_pool()
+    os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="binding to a core is Linux's")
+def test_the_verdicts_are_the_same_on_a_loaded_machine(monkeypatch, busy_core):
+    """An answer that needs most of its CPU time takes longer than the limit by the clock, and is judged."""
+    monkeypatch.setattr(verifier, "WORKERS", 1)
+    judge("1/2", "0.5")
+    start = time.monotonic()
+    assert in_worker(spin, 0.6, timeout_s=1.0) == "done"
+    assert time.monotonic() - start > 1.0
+    answers = ("\\frac{2}{4}", "\\(0.5\\)", "1/3", "1/2 or 1/3", "\\frac", HOSTILE)
+    verdicts = [judge(answer, "1/2", timeout_s=1.0) for answer in answers]
+    assert verdicts == ["right", "right", "wrong", "wrong", "unparsable", "timeout"]
 
 
 def test_the_limit_is_per_answer(monkeypatch):

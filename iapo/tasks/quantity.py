@@ -14,6 +14,8 @@ import re
 from decimal import Decimal
 from typing import NamedTuple
 
+from iapo.tasks.wrapping import FONT, SPACE, balanced, bare, unwrapped
+
 # Where a form has several meanings ("pounds"), two units agree if they share one.
 _MEASURES = {
     "dollar": "$ dollar dollars buck bucks USD",
@@ -147,24 +149,22 @@ class Quantity(NamedTuple):
     number: the exact value, or None where `text` is no plain number.
     units: meanings of the unit; empty without one.
     maybe_variable: the unit is one letter outside \\text{}.
+    base: of the digits in `text`; 10 where none is written.
     """
 
     text: str
     number: Decimal | None
     units: frozenset[str]
     maybe_variable: bool = False
+    base: int = 10
 
 
 def quantity(text: str) -> Quantity:
-    """`text` taken apart into number and unit.
+    """`text` taken apart into number, base and unit.
 
     Degenerate cases: a text without a number or a unit is its own `text`, tidied (see `tidy`).
     """
     text = tidy(text)
-    based = _BASED.fullmatch(text)
-    if based and 2 <= (base := int(based["base"] or based["braced"])) <= 36:
-        # The digits are compared as math-verify does, which drops the base; two bases must agree.
-        return Quantity(based["digits"], Decimal(based["digits"]), frozenset({f"base {base}"}))
     rest, units, letter = _without_unit(text)
     sign = _CURRENCY.match(rest)
     if sign:
@@ -172,7 +172,11 @@ def quantity(text: str) -> Quantity:
         if units and not units & before:  # "$5 cm" is no quantity
             return Quantity(text, None, NONE)
         rest, units = (sign["sign"] + rest[sign.end() :]).strip(), before
-    number = _number(rest)
+    rest = unwrapped(rest)  # of "\\boxed{1,000} cm" braces are left
+    digits, base = _digits(rest)
+    if base != 10:
+        return Quantity(digits, None, units, base=base)
+    number = _number(digits)
     if letter:
         return Quantity(text, number, units if number is not None else NONE, number is not None)
     return Quantity(rest if number is None else _written(number), number, units)
@@ -223,42 +227,43 @@ def whole_number_of_another_base(text: str) -> int | None:
 
 # --- reading ---
 
-_SPACE = r"(?:\s|\\[,;:\ ]|~|\\q?quad(?![A-Za-z]))"
-_FONT = r"\\(?:text|textrm|textnormal|textit|textbf|mathrm|mathit|mathbf|mathsf|mbox)\s*"
-_DIGITS = rf"[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,3}}(?:_[0-9]{{3}})+|[0-9]{{1,3}}(?:{_SPACE}[0-9]{{3}})+|[0-9]+"
+_DIGITS = rf"[0-9]{{1,3}}(?:,[0-9]{{3}})+|[0-9]{{1,3}}(?:_[0-9]{{3}})+|[0-9]{{1,3}}(?:{SPACE}[0-9]{{3}})+|[0-9]+"
 _NUMBER = re.compile(
     rf"""
     (?P<mantissa> [+-]? (?: (?:{_DIGITS}) (?:\.[0-9]*)? | \.[0-9]+ ) )
     (?: [eE] (?P<e> [+-]?[0-9]{{1,4}} )
-      | {_SPACE}* (?: \\times | \\cdot | [x×*·] ) {_SPACE}* 10 \s*\^\s*
+      | {SPACE}* (?: \\times | \\cdot | [x×*·] ) {SPACE}* 10 \s*\^\s*
         (?: (?P<digit> [0-9] ) | \{{ \s* (?P<braced> [+-]?[0-9]{{1,4}} ) \s* \}} | (?P<bare> [+-]?[0-9]{{1,4}} ) )
     )?
     """,
     re.VERBOSE,
 )
-_CURRENCY = re.compile(rf"(?P<sign>[+-]?){_SPACE}*(?P<currency>\\?\$|[¢€£¥₹]){_SPACE}*")
-_BASED = re.compile(r"(?P<digits>[0-9]+)_(?:(?P<base>[1-9][0-9]?)|\{(?P<braced>[1-9][0-9]?)\})")
-_PERCENT = re.compile(rf"{_SPACE}*(?:{_FONT}\{{\s*(?:\\?%|per\ ?cent|percentage|pct)\s*\}}|\bper\ cent)$")
-_DEGREES = re.compile(rf"(?<=[0-9}}]){_SPACE}*(?:°|\\degrees?|degrees?|{_FONT}\{{\s*degrees?\s*\}})$")
-_MIXED = re.compile(rf"(?P<whole>-?[0-9]+){_SPACE}+(?P<top>[1-9][0-9]*)/(?P<bottom>[1-9][0-9]*)")
+_CURRENCY = re.compile(rf"(?P<sign>[+-]?){SPACE}*(?P<currency>\\?\$|[¢€£¥₹]){SPACE}*")
+# After `bare`: 52_8, 52_{8}, (52)_{(8)}, 52_{\text{base }8}, 52 (base 8), 1A_{16}
+_BASED = re.compile(
+    r"(?P<sign>-?)(?P<open>\()?0*(?P<digits>[0-9A-Z]+|(?=[a-z]*[0-9])[0-9a-z]+)(?(open)\))"
+    r"(?:_|_?\{?\(?base-?)\{?\(?(?P<base>[1-9][0-9]?)\)?\}?"
+)
+_PERCENT = re.compile(rf"{SPACE}*(?:{FONT}\{{\s*(?:\\?%|per\ ?cent|percentage|pct)\s*\}}|\bper\ cent)$")
+_DEGREES = re.compile(rf"(?<=[0-9}}]){SPACE}*(?:°|\\degrees?|degrees?|{FONT}\{{\s*degrees?\s*\}})$")
+_MIXED = re.compile(rf"(?P<whole>-?[0-9]+){SPACE}+(?P<top>[1-9][0-9]*)/(?P<bottom>[1-9][0-9]*)")
+# The end of a value that a unit may follow: "7", "x", "3xy", "12\\pi"; not a word.
+_VALUE_ENDS = re.compile(
+    r"(?:[0-9})\]$.!|]|\\(?:alpha|beta|gamma|theta|phi|pi|omega|infty)|(?<![A-Za-z\\])[A-Za-z]|[0-9)}][A-Za-z]+)$"
+)
 _EXPONENT = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,4})(?![\w.])")
+_REPEATING = re.compile(
+    r"(?<![\w.,])(?P<whole>[0-9]{1,50})\.(?P<start>[0-9]{0,50})\\(?:overline|bar)\s*\{(?P<period>[0-9]{1,50})\}"
+)
 _PRODUCT = re.compile(r"(?<![\w\\.{])([0-9.]+)\s*\((\s*[+-]?[0-9.]+\s*)\)")
 
 
 def tidy(text: str) -> str:
-    """`text` without what says nothing about its value, and with one spelling where math-verify knows only one.
+    """`text` unwrapped, and with one spelling where math-verify knows only one.
 
-    Dropped: math delimiters, a box, a leading = or \\approx, one full stop at the end, a font command around all of it.
-    Rewritten: minus signs, `1{,}000`, degree and percent words, mixed numbers, `1e3` in an expression, `5(6)`.
+    Rewritten: minus signs, `1{,}000`, degree and percent words, mixed numbers.
     """
-    text = re.sub(r"(?<!\\)\\[()\[\]]", " ", text)
-    if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:
-        text = re.sub(r"(?<!\\)\$", "", text)  # a pair delimits math, a single one is a currency
-    text = _unboxed(text.strip())
-    text = text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",").replace("\\!", "").strip()
-    text = re.sub(r"^(?:=|\\approx(?![A-Za-z]))\s*", "", text)
-    text = re.sub(r"(?<!\.)\.$", "", text).strip()
-    text = re.sub(rf"^{_FONT}\{{(\s*[-+$0-9.][^{{}}]*)\}}$", r"\1", text).strip()
+    text = unwrapped(re.sub(r"\\!\s*", "", text.replace("\N{MINUS SIGN}", "-").replace("{,}", ",")))
     text = _DEGREES.sub(r"^{\\circ}", _PERCENT.sub(r"\\%", text))
     mixed = _MIXED.fullmatch(text)
     if mixed and int(mixed["top"]) < int(mixed["bottom"]):
@@ -266,41 +271,30 @@ def tidy(text: str) -> str:
     return text
 
 
-def _unboxed(text: str) -> str:
-    r"""Without `\boxed`, and without its braces where it is around all of the text.
-
-    math-verify reads only what is in boxes, so `\boxed{2} thirds` would be 2.
-    """
-    match = re.fullmatch(r"\\f?box(?:ed)?\s*\{(.*)\}", text, re.DOTALL)
-    if match is None:
-        return re.sub(r"\\f?box(?:ed)?\s*(?=\{)", "", text)
-    return match[1].strip() if _balanced(match[1]) else text
-
-
-def _balanced(text: str) -> bool:
-    """Whether every brace that LaTeX groups with has its partner, in order."""
-    depth = 0
-    for brace in re.findall(r"(?<!\\)[{}]", text):
-        depth += 1 if brace == "{" else -1
-        if depth < 0:
-            return False
-    return depth == 0
-
-
 def words(text: str) -> str | None:
     """Letters and blanks alone, with a word of four letters or more, without regard to case; None for other text.
 
     math-verify takes words for products of letters, so that "listen" would be "silent".
     """
-    match = re.fullmatch(rf"(?:{_FONT}\{{)?\s*([A-Za-z]+(?: +[A-Za-z]+)*)\s*\}}?", text)
+    match = re.fullmatch(rf"(?:{FONT}\{{)?\s*([A-Za-z]+(?: +[A-Za-z]+)*)\s*\}}?", text)
     if match is None or max(map(len, match[1].split())) < 4:
         return None
     return " ".join(match[1].split()).casefold()
 
 
 def for_math_verify(text: str) -> str:
-    """A tidied text as math-verify reads it right: `1e3` is a product with e there, and `5(6)` is 5 + 6."""
-    return _PRODUCT.sub(r"\1\\cdot(\2)", _EXPONENT.sub(r"(\1\\times 10^{\2})", text))
+    """A tidied text as math-verify reads it right.
+
+    `1e3` is a product with e there, `5(6)` is 5 + 6, and `0.1\\overline{6}` can't be read.
+    """
+    return _PRODUCT.sub(r"\1\\cdot(\2)", _EXPONENT.sub(r"(\1\\times 10^{\2})", _REPEATING.sub(_fraction, text)))
+
+
+def _fraction(repeating: re.Match) -> str:
+    """0.1666... is (16 - 1) / (100 - 10)."""
+    once, before = repeating["whole"] + repeating["start"], 10 ** len(repeating["start"])
+    top, bottom = int(once + repeating["period"]) - int(once), before * (10 ** len(repeating["period"]) - 1)
+    return f"\\frac{{{top}}}{{{bottom}}}"
 
 
 def misread(text: str) -> bool:
@@ -308,15 +302,23 @@ def misread(text: str) -> bool:
 
     A brace without its partner would end the box that it gets both texts in.
     """
-    two_numbers = rf"(?<!frac)(?<!frac\s)(?<!binom)(?<!binom\s)(?<![0-9.^_])[0-9]+(?:\.[0-9]+)?{_SPACE}+[0-9]"
-    return not _balanced(text) or re.search(rf"[0-9]\s*_|{two_numbers}", text) is not None
+    two_numbers = rf"(?<!frac)(?<!frac\s)(?<!binom)(?<!binom\s)(?<![0-9.^_])[0-9]+(?:\.[0-9]+)?{SPACE}+[0-9]"
+    return not balanced(text) or re.search(rf"[0-9]\s*_|{two_numbers}", text) is not None
+
+
+def _digits(text: str) -> tuple[str, int]:
+    """The digits of a number and the base that they are written in; the text and 10 where it has no base."""
+    based = _BASED.fullmatch(bare(text))
+    if based is None or not 2 <= int(based["base"]) <= 36:
+        return text, 10
+    return based["sign"] + based["digits"].upper(), int(based["base"])
 
 
 def _number(text: str) -> Decimal | None:
     match = _NUMBER.fullmatch(text)
     if match is None:
         return None
-    mantissa = Decimal(re.sub(rf"{_SPACE}|[,_]", "", match["mantissa"]))
+    mantissa = Decimal(re.sub(rf"{SPACE}|[,_]", "", match["mantissa"]))
     exponent = match["e"] or match["digit"] or match["braced"] or match["bare"]
     if not exponent or not mantissa:
         return mantissa
@@ -345,12 +347,12 @@ def _without_unit(text: str) -> tuple[str, frozenset[str], bool]:
         phrase, wrapped = _unwrapped(tail)
         units = unit(phrase)
         attached = tail[0].isalpha() and rest[-1].isdigit()
-        rest = re.sub(rf"{_SPACE}+$", "", rest)
+        rest = re.sub(rf"{SPACE}+$", "", rest)
         if not units or not rest or rest[-1] in "^_{":
             continue
         if wrapped:
             return rest, units, False
-        if not re.search(r"[0-9})$.]$", rest):  # a word after a word is part of it: "no apples"
+        if not _VALUE_ENDS.search(rest):  # a word after a word is part of it: "no apples"
             continue
         letters = set(re.findall("[A-Za-z]+", phrase)) & _PRODUCTS
         if letters and re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", rest)):
@@ -361,9 +363,9 @@ def _without_unit(text: str) -> tuple[str, frozenset[str], bool]:
 
 def _unwrapped(tail: str) -> tuple[str, bool]:
     """The words of a LaTeX tail, and whether any was in a font command."""
-    plain = re.sub(rf"{_FONT}\{{([^{{}}]*)\}}", r" \1 ", tail)
+    plain = re.sub(rf"{FONT}\{{([^{{}}]*)\}}", r" \1 ", tail)
     wrapped = plain != tail
-    plain = re.sub(r"\s*([/^])\s*", r"\1", re.sub(_SPACE, " ", plain).replace("\\$", "$"))
+    plain = re.sub(r"\s*([/^])\s*", r"\1", re.sub(SPACE, " ", plain).replace("\\$", "$"))
     return " ".join(plain.split()), wrapped
 
 

@@ -24,11 +24,13 @@ from iapo.tasks.quantity import (
     plain_number,
     quantity,
     same_number,
+    tidy,
     units_agree,
     whole_number_of_another_base,
     words,
 )
 from iapo.tasks.reference import MAX_ANSWER_CHARS
+from iapo.tasks.wrapping import bare
 
 __all__ = ["MAX_ANSWER_CHARS", "close_pool", "decided", "plain_number", "same_number", "verdict"]
 
@@ -48,19 +50,27 @@ _pool_lock = threading.Lock()
 
 
 def decided(answer: str, gold: str) -> str | None:
-    """The verdict that needs no math-verify: equal texts, plain numbers, units that differ; None where it is needed."""
-    if answer == gold:
+    """The verdict that needs no math-verify; None where it is needed.
+
+    It needs none for texts with one spelling, units or bases that differ, plain numbers and words.
+    """
+    spelling = bare(tidy(gold))
+    if answer == gold or (spelling and bare(tidy(answer)) == spelling):
         return "right"
     a, g = quantity(answer), quantity(gold)
     if not units_agree(a, g) and (a.units or a.number is not None):
         return "wrong"
+    if a.base != g.base:
+        return "wrong"
+    if g.base != 10:
+        return "right" if a.text == g.text else "wrong"
     base_a, base_g = whole_number_of_another_base(answer), whole_number_of_another_base(gold)
     if base_a is not None or base_g is not None:
         return "right" if base_a == base_g else "wrong"
-    if g.text and a.text == g.text:
-        return "right"
     if a.number is not None and g.number is not None:
         return "right" if a.number == g.number else "wrong"
+    if g.text and bare(a.text) == bare(g.text):
+        return "right"
     words_a, words_g = words(a.text), words(g.text)
     if words_a is not None and words_g is not None:
         return "right" if words_a == words_g else "wrong"
