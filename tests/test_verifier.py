@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
@@ -209,6 +210,17 @@ def test_right_without_a_worker(answer, gold):
             ("12", "12\\text{ ways}"),
             ("$0.\\overline{3}$", "0.\\overline{3}"),
         ),
+        *(("x = 2 + 3 = 5", "5"), ("f(x) = 2 \\cdot x = 2x", "2x"), ("\\text{Total} = 18", "18"), ("zyx", "xyz")),
+        *(
+            ("x = 1 \\text{ and } x = 2", "1,2"),
+            ("x=2 or x=1", "1,2"),
+            ("\\operatorname{lcm}(2,3)", "6"),
+            ("0 eggs", "0"),
+        ),
+        *(
+            ("\\boxed{1}, \\boxed{2}", "2,1"),
+            ("\\begin{bmatrix} 2/4 \\end{bmatrix}", "\\begin{pmatrix} 1/2 \\end{pmatrix}"),
+        ),
         ("x = 5", "5"),
     ],
 )
@@ -343,7 +355,27 @@ NEAR_MISSES = [
     *(("1 hour", "60 minutes"), ("60", "1 hour"), ("\\$0.054", "5.4 \\text{ cents}"), ("15 cm", "15\\mbox{ cm}^2")),
     *(("The answer is not 5.", "5"), ("not 5", "5"), ("Answer: 5 wombats", "5"), ("**5** million", "5")),
     *(("1 1/2", "11/2"), ("\\frac1 23", "\\frac12 3"), ("**2**3", "23"), ("2**3", "23"), ("\\boxed{2} 5", "25")),
-    *(("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("3:2", "2:3"), ("", "5")),
+    *(("\\begin{pmatrix} 1 & 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"), ("3:2", "2:3")),
+    *(
+        ("[15,-29]", "(15,-29)"),
+        ("[6,31,-1]", "(6,31,-1)"),
+        ("(2,\\infty]", "(2,\\infty)"),
+        ("[-\\infty,0]", "(-\\infty,0]"),
+    ),
+    *(
+        ("not 0", "0"),
+        ("0 wombats", "0"),
+        ("0\\text{ million}", "0"),
+        ("x = 0 wombats", "x = 0"),
+        ("Answer: no 5", "5"),
+    ),
+    *(
+        ("\\frac{3}{56}_7", "\\frac{3}{56}"),
+        ("2\\sqrt{3}_8", "2\\sqrt{3}"),
+        ("4210_{5", "4210_5"),
+        ("\\text{Eve", "\\text{Eve}"),
+    ),
+    *(("x=4 x=5", "5"), ("x=4 x=5", "x=5"), ("y = 3x y = -2x", "y = -2x"), ("x = \\frac{1}{2} \\quad x = 3", "3")),
 ]
 
 
@@ -351,6 +383,17 @@ NEAR_MISSES = [
 def test_near_misses_stay_wrong(answer, gold):
     for form in ("{}", "\\boxed{{{}}}", "${}$.", "**{}**", "Answer: {}"):
         assert judge(form.format(answer), gold) in ("wrong", "unparsable"), form
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "rewards.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    re.findall(r"^\| `(.+?)` \| `(.+?)` \| (right|wrong|unparsable)\b", PAGE, re.MULTILINE),
+)
+def test_the_tables_of_the_page_on_rewards(answer, gold, expected):
+    assert judge(answer, gold) == expected
 
 
 def real_references() -> dict[str, list[str]]:
@@ -367,19 +410,50 @@ def real_references() -> dict[str, list[str]]:
     }
 
 
+def judge_all(pairs: list[tuple[str, str]]) -> list[str]:
+    async def run():
+        return await asyncio.gather(*[verdict(answer, gold, 20.0) for answer, gold in pairs])
+
+    return asyncio.run(run())
+
+
+real = pytest.mark.skipif("IAPO_REAL_DATA" not in os.environ, reason="IAPO_REAL_DATA names no folder of real data sets")
+
+
 @pytest.mark.real
-@pytest.mark.skipif("IAPO_REAL_DATA" not in os.environ, reason="IAPO_REAL_DATA names no folder with the real data sets")
+@real
 @pytest.mark.parametrize("name", ["math500", "gsm8k", "svamp"])
 def test_every_form_of_every_real_reference_is_right(name):
-    """Run it with -s to see the counts."""
+    """With -s it prints the counts."""
     found = real_references()[name]
-    asked = {reference: forms(reference) for reference in set(found)}
-    wrong = [(answer, gold) for gold, answers in asked.items() for answer in answers if judge(answer, gold) != "right"]
-    pairs = sum(len(asked[reference]) for reference in found)
-    print(
-        f"\n{name}: {len(found)} references, {pairs} pairs of a reference and a form, {len(wrong)} distinct ones wrong"
-    )
+    pairs = [(answer, gold) for gold in sorted(set(found)) for answer in forms(gold)]
+    wrong = [pair for pair, said in zip(pairs, judge_all(pairs), strict=True) if said != "right"]
+    asked = Counter(gold for _, gold in pairs)
+    print(f"\n{name}: {len(found)} references in {sum(asked[gold] for gold in found)} forms, {len(wrong)} wrong")
     assert wrong == []
+
+
+def near(reference: str) -> list[str]:
+    """Near misses of any reference: two answers, another base, words, another digit."""
+    two = (f"{reference} or 7777", f"7777 and {reference}", f"\\boxed{{{reference}}} \\boxed{{7777}}")
+    words = (f"{reference} million", f"{reference} wombats", f"The answer is not {reference}.")
+    digits = [
+        reference[: digit.start()] + str((int(digit[0]) + 1) % 10) + reference[digit.end() :]
+        for digit in re.finditer("[0-9]", reference)
+    ]
+    return [*two, *words, f"{reference}_7", f"{reference} + 1", *digits]
+
+
+@pytest.mark.real
+@real
+@pytest.mark.parametrize("name", ["math500", "gsm8k", "svamp"])
+def test_near_misses_of_real_references_stay_wrong(name):
+    """For at most 350 distinct references of each set; with -s it prints the counts."""
+    found = sorted(set(real_references()[name]))[:350]
+    pairs = [(answer, gold) for gold in found for answer in near(gold)]
+    right = [pair for pair, said in zip(pairs, judge_all(pairs), strict=True) if said not in ("wrong", "unparsable")]
+    print(f"\n{name}: {len(pairs)} near misses of {len(found)} distinct references, {len(right)} not wrong")
+    assert right == []
 
 
 @pytest.mark.parametrize("answer", ["5\0", "\0", "9**9**9**9", "\\frac", "2 3", "5 & 5", "4 | 5", "$$", "4} \\boxed{5"])

@@ -242,7 +242,7 @@ _CURRENCY = re.compile(rf"(?P<sign>[+-]?){SPACE}*(?P<currency>\\?\$|[¢€£¥�
 # After `bare`: 52_8, 52_{8}, (52)_{(8)}, 52_{\text{base }8}, 52 (base 8), 1A_{16}
 _BASED = re.compile(
     r"(?P<sign>-?)(?P<open>\()?0*(?P<digits>[0-9A-Z]+|(?=[a-z]*[0-9])[0-9a-z]+)(?(open)\))"
-    r"(?:_|_?\{?\(?base-?)\{?\(?(?P<base>[1-9][0-9]?)\)?\}?"
+    r"(?:_(?P<brace>\{)?|_?(?P<wide>\{)?\(?base-?)\(?(?P<base>[1-9][0-9]?)\)?(?(brace)\})(?(wide)\})"
 )
 _PERCENT = re.compile(rf"{SPACE}*(?:{FONT}\{{\s*(?:\\?%|per\ ?cent|percentage|pct)\s*\}}|\bper\ cent)$")
 _DEGREES = re.compile(rf"(?<=[0-9}}]){SPACE}*(?:°|\\degrees?|degrees?|{FONT}\{{\s*degrees?\s*\}})$")
@@ -252,6 +252,13 @@ _VALUE_ENDS = re.compile(
     r"(?:[0-9})\]$.!|]|\\(?:alpha|beta|gamma|theta|phi|pi|omega|infty)|(?<![A-Za-z\\])[A-Za-z]|[0-9)}][A-Za-z]+)$"
 )
 _EXPONENT = re.compile(r"(?<![\w.\\])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,4})(?![\w.])")
+# Three letters or more that are no function and no word that math-verify knows.
+_WORD = re.compile(
+    r"(?<![A-Za-z])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|exp|sqrt|inf|infinity|and|percent|pct)(?![A-Za-z]))"
+    r"[A-Za-z]{3,}"
+)
+_ENDS = re.compile(r"([(\[])[^()\[\]]*,[^()\[\]]*([)\]])")
+_CLOSED_AT_INFINITY = re.compile(r"\[-\\infty|\\infty\]")
 _REPEATING = re.compile(
     r"(?<![\w.,])(?P<whole>[0-9]{1,50})\.(?P<start>[0-9]{0,50})\\(?:overline|bar)\s*\{(?P<period>[0-9]{1,50})\}"
 )
@@ -298,12 +305,34 @@ def _fraction(repeating: re.Match) -> str:
 
 
 def misread(text: str) -> bool:
-    """Whether math-verify would read something else: it adds "2 3" to 5, and drops the subscript of "5_8".
+    """Whether math-verify would read something else.
 
-    A brace without its partner would end the box that it gets both texts in.
+    It adds "2 3" to 5, drops the subscript of "5_8" and "\\frac12_8", and reads the last part of "x = 4 x = 5" alone. A
+    brace without its partner would end the box that it gets both texts in.
     """
     two_numbers = rf"(?<!frac)(?<!frac\s)(?<!binom)(?<!binom\s)(?<![0-9.^_])[0-9]+(?:\.[0-9]+)?{SPACE}+[0-9]"
-    return not balanced(text) or re.search(rf"[0-9]\s*_|{two_numbers}", text) is not None
+    based = r"(?:[0-9]\}*|\))\s*_"
+    two_equations = rf"=[^=,;]*(?:[0-9)}}]|(?<![A-Za-z\\])[A-Za-z]){SPACE}+[A-Za-z]\s*="
+    listed = re.sub(rf"{FONT}\{{\s*(?:and|or)\s*\}}|\b(?:and|or)\b", ",", text)
+    return not balanced(text) or re.search(f"{based}|{two_numbers}|{two_equations}", listed) is not None
+
+
+def differs(answer: str, gold: str) -> bool:
+    """Whether two tidied texts differ in what math-verify does not see.
+
+    Words: the product of their letters and 0 is 0, so that "not 0" would be 0. Brackets: it opens a closed end at
+    infinity, and takes [2,1] for (2,1).
+    """
+    foreign = any(not set(word.casefold()) <= set(gold.casefold()) for word in _WORD.findall(_value(answer)))
+    ends_answer, ends_gold = (_ENDS.fullmatch(bare(text)) for text in (answer, gold))
+    brackets = ends_answer and ends_gold and ends_answer.groups() != ends_gold.groups()
+    closed = _CLOSED_AT_INFINITY.search(bare(answer)) and not _CLOSED_AT_INFINITY.search(bare(gold))
+    return bool(foreign or brackets or closed)
+
+
+def _value(text: str) -> str:
+    """What is on the right of the last equals sign, without LaTeX commands and the names that some of them take."""
+    return re.sub(r"\\(?:begin|end|operatorname)\{[a-z*]+\}|\\[A-Za-z]+", " ", text.rpartition("=")[2])
 
 
 def _digits(text: str) -> tuple[str, int]:
@@ -344,7 +373,7 @@ def _without_unit(text: str) -> tuple[str, frozenset[str], bool]:
         tail, rest = text[start:], text[:start]
         if rest[-1] == "\\" or (rest[-1].isalpha() and tail[0].isalpha()):
             continue
-        phrase, wrapped = _unwrapped(tail)
+        phrase, wrapped = _phrase(tail)
         units = unit(phrase)
         attached = tail[0].isalpha() and rest[-1].isdigit()
         rest = re.sub(rf"{SPACE}+$", "", rest)
@@ -361,7 +390,7 @@ def _without_unit(text: str) -> tuple[str, frozenset[str], bool]:
     return text, NONE, False
 
 
-def _unwrapped(tail: str) -> tuple[str, bool]:
+def _phrase(tail: str) -> tuple[str, bool]:
     """The words of a LaTeX tail, and whether any was in a font command."""
     plain = re.sub(rf"{FONT}\{{([^{{}}]*)\}}", r" \1 ", tail)
     wrapped = plain != tail

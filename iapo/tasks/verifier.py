@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pebble import ProcessExpired, ProcessPool
 
 from iapo.tasks.quantity import (
+    differs,
     for_math_verify,
     misread,
     plain_number,
@@ -30,7 +31,7 @@ from iapo.tasks.quantity import (
     words,
 )
 from iapo.tasks.reference import MAX_ANSWER_CHARS
-from iapo.tasks.wrapping import bare
+from iapo.tasks.wrapping import balanced, bare
 
 __all__ = ["MAX_ANSWER_CHARS", "close_pool", "decided", "plain_number", "same_number", "verdict"]
 
@@ -57,6 +58,8 @@ def decided(answer: str, gold: str) -> str | None:
     spelling = bare(tidy(gold))
     if answer == gold or (spelling and bare(tidy(answer)) == spelling):
         return "right"
+    if not balanced(answer):
+        return "unparsable"
     a, g = quantity(answer), quantity(gold)
     if not units_agree(a, g) and (a.units or a.number is not None):
         return "wrong"
@@ -78,7 +81,7 @@ def decided(answer: str, gold: str) -> str | None:
         return "error: ground truth cannot be parsed"
     if not a.text or misread(a.text):
         return "unparsable"
-    return None
+    return "wrong" if differs(a.text, g.text) else None
 
 
 async def verdict(answer: str, gold: str, timeout_s: float) -> str:
