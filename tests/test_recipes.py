@@ -28,6 +28,7 @@ from iapo.launch import compose, machine, provenance, weights
 from iapo.launch.checks import ConfigError, check, check_with_verl
 from iapo.launch.folder_lock import FolderInUse, lock_run_dir
 from iapo.launch.provenance import by_dotted_key
+from iapo.probe import supported_models
 
 VARIANTS = sorted(path.stem for path in (compose.recipes_dir() / "variant").glob("*.yaml"))
 REASONING = {  # format, temperature and top_p and top_k of validation, response tokens
@@ -471,11 +472,62 @@ def test_a_probe_that_does_not_fit_the_rewarded_format_is_refused(probe):
     )
 
 
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "iapo_ne"])
+def test_the_score_auto_is_resolved_and_printed_before_ray_starts(variant, capsys):
+    for model, score in (("tiny", "first_token_entropy"), ("qwen3-0.6b", "reference_answer")):
+        options = [f"model={model}", "data=gsm8k", "platform=cpu", f"variant={variant}"]
+        assert resolve(*options, "iapo.score=auto").iapo.score == score
+        assert capsys.readouterr().err == f"iapo: iapo.score=auto is {score} for this model\n"
+        assert resolve(*options).iapo.score == "first_token_entropy"  # which a variant keeps on every model
+
+
+def test_a_first_token_that_may_be_layout_is_warned_of():
+    for model, score, warned in (
+        ("qwen3-0.6b", "first_token_entropy", True),
+        ("qwen3-0.6b", "reference_answer", False),
+        ("tiny", "first_token_entropy", False),
+    ):
+        config = resolve(f"model={model}", "data=gsm8k", "platform=cpu", f"iapo.score={score}")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check(config, files=False)
+        assert [str(w.message).startswith("iapo.score: 'first_token_entropy' on a model of") for w in caught] == (
+            [True] if warned else []
+        )
+
+
+def test_right_answers_that_are_scored_must_be_there_and_fit(verbose_arithmetic, monkeypatch):
+    """An own reward function may do without a ground truth; `iapo.score=reference_answer` can't."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    Path("d").mkdir()
+    Path("r.py").write_text("def compute_score(**_):\n    return {'score': 1.0, 'acc': 1.0}\n")
+    run = ["data=d", *SHORT, "reward.custom_reward_function.path=r.py", "trainer.total_training_steps=1"]
+    run += ["data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8"]
+
+    def write(*others):
+        rows = {"prompt": PROMPT[: 9 + len(others)], "data_source": ["x"] * (9 + len(others))} | truths("2", *others)
+        for split in ("train", "test"):
+            pq.write_table(pa.table(rows), f"d/{split}.parquet")
+
+    write(" ")
+    check(changed(*run))
+    with pytest.raises(ConfigError, match=r"column reward_model.ground_truth: row 9 has 0 characters, not 1 to 1000; "):
+        check(changed(*run, "iapo.score=reference_answer"))
+    write("1" * 900)
+    check(changed(*run))
+    monkeypatch.setattr(supported_models, "unsupported", lambda _, length: "it is short" if length > 900 else None)
+    with pytest.raises(ConfigError, match=r"pass at 10\d\d tokens, with the longest reference answer: it is short.$"):
+        check(changed(*run, "iapo.score=reference_answer"))
+
+
 def test_the_ends_of_reasoning_and_answer_have_to_fit_too():
     for iapo, message in (
         ({"exit_marker": "</reason>"}, "^iapo.exit_marker: '</reason>' is not how iapo.probe='</think>.* begins, so"),
         ({"probe": " so\n" + FITS}, "^iapo.exit_marker: '</think>' is not how iapo.probe=' so.* begins, so"),
         ({"score": "answer_logprob", "answer_end": "</a>"}, "^iapo.answer_end: '</a>' ends no answer that iapo.reward"),
+        ({"score": "reference_answer", "answer_end": "</a>"}, "^iapo.answer_end: '</a>' ends no answer that iapo.rewa"),
     ):
         with pytest.raises(ConfigError, match=message) as error:
             check(with_iapo(**iapo), files=False)
