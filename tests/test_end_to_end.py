@@ -267,7 +267,9 @@ RECIPES = {
 TOGETHER += [(name,) for name in sorted(set(RECIPES) - {"grpo", "dapo"} - set(re.findall(r"\w+", str(TOGETHER))))]
 
 
-@pytest.mark.parametrize("pair", TOGETHER)
+@pytest.mark.parametrize(
+    "pair", [TOGETHER[0], *(pytest.param(pair, marks=pytest.mark.methods) for pair in TOGETHER[1:])]
+)
 def test_every_method_trains(train, pair):
     runs = []
     for variants in pair:
@@ -290,6 +292,7 @@ def test_every_method_trains(train, pair):
         assert max(metrics[step]["actor/grad_norm"] for step in (1, 2)) > 0
 
 
+@pytest.mark.ranks
 def test_neither_fsdp_nor_micro_batches_change_anything(train):
     # A loss over part of the tokens, and a term that is measured in verl's own micro-batches.
     steps = ["variant=[iapo_rate,s_grpo]", "trainer.total_training_steps=2", "trainer.n_gpus_per_node=2"]
@@ -349,17 +352,17 @@ def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
         torch.testing.assert_close(second[name], value, atol=1e-5, rtol=1e-4)
 
 
-def test_a_reward_that_raises_stops_the_run_with_one_clear_line(train, tmp_path):
+@pytest.mark.parametrize("variant", ["iapo_rate", pytest.param("dapo", marks=pytest.mark.faults)])
+def test_a_reward_that_raises_stops_the_run_with_one_clear_line(train, tmp_path, variant):
     reward = tmp_path / "broken_reward.py"
     reward.write_text("def compute_score(**_):\n    raise KeyError('no such answer')\n")
     settings = [f"reward.custom_reward_function.path={reward}", "trainer.total_training_steps=2"]
-    for run in [train(f"variant={name}", *settings, folder=name) for name in ("iapo_rate", "dapo")]:
-        assert run.wait() == 1, run.tail()
-        last = run.tail(1)
-        expected = "iapo.train: the run failed: RuntimeError: reward: the reward function raised on 16 of 16"
-        assert last.startswith(expected)
-        assert "KeyError: 'no such answer'" in last
-        assert not run.wait_until_gone(), "processes are left behind"
+    run = train(f"variant={variant}", *settings)
+    assert run.wait() == 1, run.tail()
+    last = run.tail(1)
+    assert last.startswith("iapo.train: the run failed: RuntimeError: reward: the reward function raised on 16 of 16")
+    assert "KeyError: 'no such answer'" in last
+    assert not run.wait_until_gone(), "processes are left behind"
 
 
 def test_a_wrong_configuration_stops_before_ray(train):
@@ -393,7 +396,11 @@ def test_a_polite_stop_leaves_nothing_behind(train):
             signal.SIGTERM,
             "iapo.train: stopped by SIGTERM; the same command starts over: no checkpoint yet",
         ),
-        (signal.SIGINT, "iapo.train: interrupted; the same command starts over: no checkpoint yet"),
+        pytest.param(
+            signal.SIGINT,
+            "iapo.train: interrupted; the same command starts over: no checkpoint yet",
+            marks=pytest.mark.faults,
+        ),
     ],
 )
 def test_a_stop_while_ray_starts_is_as_polite(train, number, last):
