@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from iapo.answer_format import format_ok
 from iapo.data import INSTRUCTION
-from iapo.launch.warmup import conversations, fitting, main, reasoning
+from iapo.data.originals import ORIGINALS
+from iapo.data.split import Example
+from iapo.launch.warmup import conversations, fitting, gsm8k, main, svamp
 from tests.conftest import make_model
 
 ROOT = Path(__file__).parent.parent
@@ -57,12 +59,49 @@ def model(tmp_path_factory) -> Path:
 
 
 def test_a_solution_loses_its_calculator_and_its_answer():
-    assert reasoning(ROWS[0]["answer"]) == "One hen lays 6.\nSo 2*6 = 12 eggs."
-    assert reasoning(ROWS[1]["answer"]) == "It costs $1000 and $80."
+    assert gsm8k(ROWS[0], "12") == "One hen lays 6.\nSo 2*6 = 12 eggs."
+    assert gsm8k(ROWS[1], "1080") == "It costs $1000 and $80."
+
+
+@pytest.mark.parametrize(
+    "equation,answer,reasoning",
+    [
+        ("( 290.0 / 2.0 )", "145", "290 / 2 = 145"),
+        ("( 7.0 - ( 3.0 + 2.0 ) )", "2", "7 - (3 + 2) = 2"),
+        ("( ( 8.0 + 4.0 ) / 3.5 )", "3.43", "(8 + 4) / 3.5 = 3.43"),
+        ("( 0.05 * 10.0 )", "0.5", "0.05 * 10 = 0.5"),
+    ],
+)
+def test_an_equation_becomes_plain_reasoning(equation, answer, reasoning):
+    assert svamp({"Equation": equation}, answer) == reasoning
+
+
+def test_only_the_train_split_of_a_whole_file_is_taught(tmp_path):
+    rows = [
+        {
+            "ID": f"chal-{i}",
+            "Body": f"{i} hens.",
+            "Question": "Eggs?",
+            "Equation": f"( {i}.0 * 2.0 )",
+            "Answer": 2.0 * i,
+        }
+        for i in range(1, 41)
+    ]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    taught = list(conversations("svamp", str(tmp_path / "all.jsonl")))
+    examples = [Example("", "", i - 1, f"chal-{i}") for i in range(1, 41)]
+    train, test = ORIGINALS["svamp"].divide(examples, 0)
+    assert 20 < len(train) < 40 and len(test) + len(train) == 40
+    first = train[0].index + 1
+    assert taught[0] == [
+        {"role": "user", "content": f"{first} hens. Eggs?\n\n{INSTRUCTION}"},
+        {"role": "assistant", "content": f"<think>{first} * 2 = {2 * first}</think>\n<answer>{2 * first}</answer>"},
+    ]
+    assert [chat[0]["content"].split()[0] for chat in taught] == [str(example.index + 1) for example in train]
 
 
 def test_the_model_is_taught_the_format_after_the_prompt_of_iapo_data(source):
-    chats = list(conversations(str(source)))
+    chats = list(conversations("gsm8k", str(source)))
     assert chats[1] == [
         {"role": "user", "content": f"How much?\n\n{INSTRUCTION}"},
         {"role": "assistant", "content": "<think>It costs $1000 and $80.</think>\n<answer>1080</answer>"},
@@ -72,7 +111,7 @@ def test_the_model_is_taught_the_format_after_the_prompt_of_iapo_data(source):
 
 def test_only_answers_that_fit_are_taught(source, model):
     tokenizer = AutoTokenizer.from_pretrained(model)
-    chats = list(conversations(str(source)))
+    chats = list(conversations("gsm8k", str(source)))
     sizes = [len(chat[1]["content"]) + 1 for chat in chats]  # a token per byte, and the end
     for limit in sorted(sizes):
         taught = list(fitting(iter(chats), tokenizer, limit))
@@ -99,7 +138,7 @@ def test_a_step_is_one_on_the_mean_surprisal_of_the_answers_tokens(source, model
 
     tokenizer, before = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     total, count = 0, 0
-    for chat in conversations(str(source)):
+    for chat in conversations("gsm8k", str(source)):
         prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True)["input_ids"]
         ids = torch.tensor([tokenizer.apply_chat_template(chat)["input_ids"]])
         logp = before(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[len(prompt) - 1 :]
@@ -109,7 +148,7 @@ def test_a_step_is_one_on_the_mean_surprisal_of_the_answers_tokens(source, model
     moved = 0.0
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         torch.testing.assert_close(new, old - lr * old.grad, atol=2e-5, rtol=1e-4, msg=name)
-        moved = max(moved, float((new - old).abs().max()))
+        moved = max(moved, (new - old).abs().max().item())
     assert moved > 1e-2 and after.dtype == torch.float32
     assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
     assert [path.name for path in out.parent.iterdir()] == ["warm"]
@@ -126,6 +165,7 @@ def test_a_step_is_one_on_the_mean_surprisal_of_the_answers_tokens(source, model
             "source: '/no/such' does not exist; give a file, a directory or a hub id.",
         ),
         (["{model}"], "--examples: 3 of at most 96 tokens are fewer than data.train_batch_size=8; raise --max-tokens"),
+        (["{model}", "--data", "math"], "--data: 'math' must be one of gsm8k, svamp."),
         (["{model}", "--max-tokens", "9"], "--examples: 0 of at most 9 tokens are fewer than data.train_batch_size=8;"),
         (["{model}", "optim.lrr=1"], "Could not override 'optim.lrr'."),
         (["{mute}"], "MODEL_DIR: {mute} has a tokenizer without a chat template; add chat_template.jinja."),

@@ -1,9 +1,12 @@
-"""Teach a model the answer format before RL: iapo warmup MODEL_DIR [--source DIR] [--out DIR] [key=value ...]
+"""Teach a model the answer format before RL: iapo warmup MODEL_DIR [--data NAME] [--out DIR] [key=value ...]
 
 A model that never writes the format gets equal rewards for all its completions, so it can't learn. This fine-tunes it
-on solutions of GSM8K's train split, rewritten as <think>reasoning</think> and <answer>answer</answer>, with the
-instruction that iapo data writes. verl's own supervised trainer does the work, on the CPU. DIR is then a Hugging Face
-folder: iapo train model=DIR. It is whole or absent.
+on solutions of a train split, rewritten as <think>reasoning</think> and <answer>answer</answer>, with the instruction
+that iapo data writes. verl's own supervised trainer does the work, on the CPU. DIR is then a Hugging Face folder, whole
+or absent: iapo train model=DIR.
+
+--data gsm8k   the reasoning is GSM8K's solution
+--data svamp   the reasoning is SVAMP's equation
 
 key=value sets any key of recipes/warmup.yaml or of verl's trainer, e.g. optim.lr=1e-5 trainer.total_epochs=2.
 """
@@ -15,35 +18,49 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from itertools import islice, tee
+from itertools import islice
 from pathlib import Path
 
 from iapo.answer_format import FORMATS, written
 from iapo.data.originals import ORIGINALS
-from iapo.data.read import parse_rows, read_source
+from iapo.data.read import WHOLE, parse_rows, read_source
 from iapo.data.write import to_rows
 from iapo.launch.machine import cpu_environment
 from iapo.tools.export import export
 
-DATA = "gsm8k"
+
+def gsm8k(row: dict, answer: str) -> str:
+    """A solution without its calculator's notes `<<6*2=12>>` and without the final `#### 12`."""
+    return re.sub(r"<<.*?>>", "", row["answer"].rpartition("####")[0]).strip()
 
 
-def reasoning(solution: str) -> str:
-    """The text of a GSM8K solution without its calculator's notes `<<6*2=12>>` and without the final `#### 12`."""
-    return re.sub(r"<<.*?>>", "", solution.rpartition("####")[0]).strip()
+def svamp(row: dict, answer: str) -> str:
+    """`( 8.0 - ( 2.0 + 1.0 ) )` and 5 as `8 - (2 + 1) = 5`."""
+    equation = re.sub(r"\.0(?!\d)", "", row["Equation"]).strip()
+    if equation.startswith("(") and equation.endswith(")"):
+        equation = equation[1:-1].strip()
+    return f"{equation.replace('( ', '(').replace(' )', ')')} = {answer}"
 
 
-def conversations(source: str | None) -> Iterator[list[dict]]:
-    """GSM8K's train split as chats: the prompt that `iapo data` writes, and a solution in the format.
+# By data set: the reasoning of a row, given its answer.
+REASONING = {"gsm8k": gsm8k, "svamp": svamp}
+
+
+def conversations(name: str, source: str | None) -> Iterator[list[dict]]:
+    """A train split as chats: the prompt that `iapo data` writes, and a solution in the format.
 
     Raises:
         ValueError: a row that can't be read.
     """
-    original = ORIGINALS[DATA]
-    rows, again = tee(read_source(DATA, original, source)["train"])
-    for row, example in zip(rows, parse_rows(again, original, f"{source or original.hub_id} (train)"), strict=True):
-        (prompt,) = to_rows([example], DATA, "train", FORMATS["tags"].instruction)[0]["prompt"]
-        yield [prompt, {"role": "assistant", "content": written(reasoning(row["answer"]), example.answer)}]
+    original = ORIGINALS[name]
+    splits = read_source(name, original, source)
+    rows = list(splits.get("train", splits.get(WHOLE, ())))
+    examples = list(parse_rows(rows, original, f"{source or original.hub_id} (train)"))
+    if WHOLE in splits:
+        examples, _ = original.divide(examples, 0)
+    for example, made in zip(examples, to_rows(examples, name, "train", FORMATS["tags"].instruction), strict=True):
+        reasoning = REASONING[name](rows[example.index], example.answer)
+        yield [*made["prompt"], {"role": "assistant", "content": written(reasoning, example.answer)}]
 
 
 def fitting(chats: Iterator[list[dict]], tokenizer, max_tokens: int) -> Iterator[tuple[list[dict], int]]:
@@ -103,9 +120,16 @@ def train(config) -> None:
 
 
 def warm_up(
-    model: Path, out: Path, source: str | None, examples: int, max_tokens: int, overrides: list[str]
+    model: Path, out: Path, data: str, source: str | None, examples: int, max_tokens: int, overrides: list[str]
 ) -> tuple[int, float]:
     """Fine-tune the model of a folder, and write it to `out`.
+
+    Args:
+        data: a key of `REASONING`.
+        source: as `iapo data` takes it.
+        examples: at most so many.
+        max_tokens: of an answer, its end included.
+        overrides: keys of the recipe.
 
     Returns:
         Steps, and their seconds.
@@ -120,7 +144,7 @@ def warm_up(
     tokenizer = AutoTokenizer.from_pretrained(model)
     if not tokenizer.chat_template:
         raise ValueError(f"MODEL_DIR: {model} has a tokenizer without a chat template; add chat_template.jinja.")
-    chosen = list(islice(fitting(conversations(source), tokenizer, max_tokens), examples))
+    chosen = list(islice(fitting(conversations(data, source), tokenizer, max_tokens), examples))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         work = Path(name)
@@ -148,7 +172,8 @@ def main(arguments: list[str] | None = None) -> int:
         prog="iapo warmup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a Hugging Face folder, as iapo model writes it")
-    parser.add_argument("--source", help="folder with GSM8K's train* file, or hub id (default: openai/gsm8k)")
+    parser.add_argument("--data", default="gsm8k", help=f"{', '.join(REASONING)} (default gsm8k)")
+    parser.add_argument("--source", help="of the data, as iapo data takes it (default: the original on the hub)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: MODEL_DIR-warm")
     parser.add_argument("--examples", type=int, default=256, help="the first ones that fit (default 256)")
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer, its end included (default 96)")
@@ -158,14 +183,15 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not options.model.is_dir():
             raise ValueError(f"MODEL_DIR: {options.model} is no folder; make it with iapo model, or give another.")
+        if options.data not in REASONING:
+            raise ValueError(f"--data: {options.data!r} must be one of {', '.join(REASONING)}.")
         if out.exists():
             raise ValueError(f"--out: {out} exists; choose another, or remove it.")
         # Before verl is imported, which reads them. The process group needs no port, but verl reads one.
         os.environ.update(cpu_environment(os.environ))
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        steps, seconds = warm_up(
-            options.model, out, options.source, options.examples, options.max_tokens, options.overrides
-        )
+        chosen = (options.data, options.source, options.examples, options.max_tokens)
+        steps, seconds = warm_up(options.model, out, *chosen, options.overrides)
     except (ValueError, OSError) as error:
         print(f"iapo.warmup: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
