@@ -132,7 +132,7 @@ def test_a_step_is_one_on_the_mean_surprisal_of_the_answers_tokens(source, model
     lr, out = 0.5, tmp_path / "a/warm"
     sgd = ["optim.optimizer=SGD", f"optim.lr={lr}", "optim.weight_decay=0", "optim.clip_grad=1000"]
     once = ["optim.lr_warmup_steps=0", "optim.lr_scheduler_type=constant", "data.train_batch_size=3"]
-    result = warm_up(model, "--source", source, "--out", out, "--max-tokens", 200, *sgd, *once)
+    result = warm_up(model, "--data", "gsm8k", "--source", source, "--out", out, "--max-tokens", 200, *sgd, *once)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert result.stdout.splitlines()[-1].startswith("iapo warmup: 1 steps in ")
 
@@ -187,6 +187,7 @@ def test_what_cannot_be_taught_gets_one_line_and_leaves_nothing(
         tokenizer.save_pretrained(name)
     given = [argument.format(**names) for argument in arguments]
     options = [] if "--source" in given else ["--source", str(source)]
+    options += [] if "--data" in given else ["--data", "gsm8k"]
     options += [] if "--out" in given else ["--out", "out/warm"]
     before = dict(os.environ)
     try:

@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="iapo warmup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a Hugging Face folder, as iapo model writes it")
-    parser.add_argument("--data", default="gsm8k", help=f"{', '.join(REASONING)} (default gsm8k)")
+    parser.add_argument("--data", default="svamp", help=f"{', '.join(REASONING)} (default svamp)")
     parser.add_argument("--source", help="of the data, as iapo data takes it (default: the original on the hub)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: MODEL_DIR-warm")
     parser.add_argument("--examples", type=int, default=256, help="the first ones that fit (default 256)")
