@@ -17,6 +17,7 @@ CHOICES = {
     "format": tuple(FORMATS),
     "score": ("first_token_entropy", "answer_logprob", "reference_answer", "next_token_entropy"),
     "probe_at": ("stride", "boundaries"),
+    "probe_tokens": ("ids", "natural"),
 }
 
 
@@ -35,6 +36,8 @@ class IapoConfig:
             command line sets it with the markers and the probe, which can be set alone too.
         exit_marker: text that ends the reasoning.
         probe: text of the exit probe, appended to a prefix to make the model answer now.
+        probe_tokens: "ids": the probe's own tokens after any prefix. "natural": where the tokenizer would write the
+            last token of the prefix and the probe with other tokens, those take their place.
         score: what is measured after the probe. "first_token_entropy": the entropy of the next token (paper).
             "answer_logprob": -log p of the completion's own final answer, all its tokens (pointwise information).
             "reference_answer": -log p of the data's right answer and of `answer_end` after it, all their tokens; of
@@ -64,6 +67,7 @@ class IapoConfig:
     format: str = FORMAT.name
     exit_marker: str = FORMAT.exit_marker
     probe: str = FORMAT.probe
+    probe_tokens: str = "ids"
     score: str = "first_token_entropy"
     answer_end: str = FORMAT.answer_end
     probe_at: str = "stride"

@@ -14,11 +14,13 @@ import torch
 
 from iapo.config import IapoConfig
 from iapo.probe.batch import check_positive, completions_of, last_valid, probe_tensor, vocabulary_size
+from iapo.probe.joins import Joins, measured
 from iapo.probe.measure import default_max_tokens, exit_entropies, exit_entropies_after, forward_to_share
 from iapo.probe.naive import check_exactness, entropy, exit_entropies_naive
 from iapo.probe.supported_models import CausalLM
 
 __all__ = [
+    "Joins",
     "check_exactness",
     "default_max_tokens",
     "entropy",
@@ -47,6 +49,7 @@ def exit_entropy(
     max_gap: int = IapoConfig.max_gap,
     answers: Sequence[torch.Tensor] | None = None,
     max_tokens: int | None = None,
+    joins: Joins | None = None,
     measure: Callable[..., list[torch.Tensor]] = exit_entropies,
 ) -> torch.Tensor:
     r"""Entropy of the answer if the model had to answer now, after every response token.
@@ -77,6 +80,8 @@ def exit_entropy(
         answers: B tensors of token ids, which are scored after the probe. An empty one has surprisal 0 everywhere.
         max_tokens: tokens per forward (one trajectory always fits); None: what suits the device, see
             `default_max_tokens`. It affects speed and memory, not the result.
+        joins: how the probe is written after each token, where a tokenizer would write the join with other tokens, see
+            `iapo.probe.joins`; None: by `probe_ids` everywhere.
         measure: what measures the completions: `exit_entropies` or its naive twin.
 
     Returns:
@@ -102,7 +107,8 @@ def exit_entropy(
         if value is not None:
             check_positive(name, value)
     probe_P = probe_tensor(probe_ids, vocabulary)
-    values = measure(model, completions, probe_P, max_tokens=max_tokens, chunk_size=chunk_size, device=input_ids.device)
+    options = dict(max_tokens=max_tokens, chunk_size=chunk_size, device=input_ids.device)
+    values = measured(completions, joins, lambda parts: measure(model, parts, probe_P, **options))
     h_BT1 = torch.zeros(response_mask.shape[0], response_mask.shape[1] + 1)
     for row, h in zip(h_BT1, values, strict=True):
         row.copy_(h)

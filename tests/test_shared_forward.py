@@ -2,12 +2,15 @@
 
 import os
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from iapo.information import exit_entropies_naive
+from iapo.information import Joins, exit_entropies_naive
+from iapo.probe.joins import measured
+from iapo.probe.text import decode
 from iapo.verl_adapter.rows import joined, separated
 from tests.conftest import make_model
 from tests.ranks import run_ranks
@@ -19,6 +22,7 @@ CONFIGS = {
     "boundaries": replace(CONFIG, probe_at="boundaries", max_gap=4),
     "answer": replace(CONFIG, score="answer_logprob", answer_end="e"),
     "reference": replace(CONFIG, score="reference_answer", answer_end="e"),
+    "natural": replace(CONFIG, probe_tokens="natural"),
 }
 CASES = [*(("some padding", name) for name in CONFIGS), ("only padding", "every position")]
 KINDS = {
@@ -182,6 +186,20 @@ def test_shared_equals_the_naive_reference(results):
         for (row, mask), h in zip(answering_rows("some padding", rank), values, strict=True):
             (expected,) = exit_entropies_naive(model, [row], [5, 11])
             torch.testing.assert_close(h, expected if mask.any() else 0 * expected, atol=1e-5, rtol=0)
+
+
+def test_probes_that_are_written_with_the_token_before(results):
+    model, tokenizer = make_model("qwen2"), Tokenizer()
+    joins = Joins(partial(tokenizer.encode, add_special_tokens=False), partial(decode, tokenizer), CONFIG.probe)
+    differing = 0
+    for rank in range(2):
+        values = results[f"shared-some padding-natural-{rank}"]["shared"]["exit_entropy"]
+        plain = results[f"shared-some padding-every position-{rank}"]["shared"]["exit_entropy"]
+        for (row, mask), h, other in zip(answering_rows("some padding", rank), values, plain, strict=True):
+            (expected,) = measured([row], joins, lambda parts: exit_entropies_naive(model, parts, [5, 11]))
+            torch.testing.assert_close(h, expected if mask.any() else 0 * expected, atol=2e-5, rtol=0)
+            differing += int(((h - other).abs() > 1e-4).sum())
+    assert differing > 0
 
 
 def test_of_several_right_answers_the_most_probable_one_counts(results):

@@ -1,6 +1,7 @@
 """The worker's remote method on two real FSDP ranks over gloo, against the naive reference."""
 
 import os
+import re
 from contextlib import nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
@@ -36,14 +37,15 @@ WRAPPINGS = {
 
 
 class Tokenizer:
-    """Decodes a few tokens to letters of their own, all others to x; encodes letters."""
+    """Decodes a few tokens to letters of their own, all others to x; encodes letters, and 1p as one token."""
 
     eos_token_id = EOS
-    letters: ClassVar = {5: "p", 11: "q", 12: "1", 13: "2", 14: "e", 15: ".", Z: "Z"}
+    letters: ClassVar = {5: "p", 11: "q", 12: "1", 13: "2", 14: "e", 15: ".", Z: "Z", 10: "1p", 1: "x"}
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
-        return [next(token for token, own in self.letters.items() if own == letter) for letter in text]
+        pieces = re.findall("1p|.", text)
+        return [next(token for token, own in self.letters.items() if own == piece) for piece in pieces]
 
     def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
         return "".join(self.letters.get(int(i), "x") for i in ids)

@@ -352,7 +352,7 @@ def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     if iapo.share_log_prob_forward != IapoConfig.share_log_prob_forward and not iapo.needs_exit_entropy:
         yield f"iapo.share_log_prob_forward={iapo.share_log_prob_forward} has no effect: no term needs a probe pass."
     if not iapo.probes:
-        of_pass = {"probe_at", "stride", "max_gap", "probe", "answer_end"}
+        of_pass = {"probe_at", "stride", "max_gap", "probe", "probe_tokens", "answer_end"}
         if not iapo.needs_next_token_entropy:
             of_pass |= {"region", "score", "exit_marker"}
         for name in sorted(of_pass):

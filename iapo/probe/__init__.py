@@ -5,12 +5,13 @@
 3. `batch`: from a padded batch to completions, with every check of the input.
 4. `visibility`: how "who sees what" is written down: ranges of queries and of keys.
 5. `packing`: which tokens go through the model together, and who sees whom. Integers only.
-6. `attention`: how many probes read one shared copy of keys and values.
-7. `kernels`: attention over one range of keys, and the merge of several ranges.
-8. `module_forward`: the forward of a module, replaced for a while or limited to some tokens.
-9. `output_layer`: entropies and log-probabilities in float32 without holding all logits.
-10. `supported_models`: which models are refused, and why.
-11. `text`: what a response's text says about its tokens.
+6. `joins`: probes as the tokenizer would write them after the text before.
+7. `attention`: how many probes read one shared copy of keys and values.
+8. `kernels`: attention over one range of keys, and the merge of several ranges.
+9. `module_forward`: the forward of a module, replaced for a while or limited to some tokens.
+10. `output_layer`: entropies and log-probabilities in float32 without holding all logits.
+11. `supported_models`: which models are refused, and why.
+12. `text`: what a response's text says about its tokens.
 
 `iapo.information` is the public face.
 """

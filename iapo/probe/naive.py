@@ -43,7 +43,8 @@ def exit_entropies_naive(
     results = []
     for completion in completions:
         positions = completion.positions.tolist()
-        values = [value_at(model, completion, t, probe_P, device) for t in positions]
+        suffixes = [probe_P] * len(positions) if completion.suffixes is None else completion.suffixes
+        values = [value_at(model, completion, t, probe, device) for t, probe in zip(positions, suffixes, strict=True)]
         h = [interpolated(values, positions, t) for t in range(len(completion.response) + 1)]
         results.append(torch.tensor(h, dtype=torch.float32))
     return results
@@ -65,10 +66,12 @@ def value_at(
 
 
 def interpolated(values: Sequence[float], positions: Sequence[int], t: int) -> float:
-    """The value at t: linear between the values at the positions, which start with 0, and constant after the last."""
+    """The value at t: linear between the values at the positions, constant before the first and after the last."""
     right = next((j for j, position in enumerate(positions) if position >= t), None)
     if right is None:
         return values[-1]
+    if right == 0:
+        return values[0]
     if positions[right] == t:
         return values[right]
     start, end = positions[right - 1], positions[right]

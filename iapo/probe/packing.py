@@ -9,7 +9,7 @@ Everything here is about integers: no model, no floating-point number.
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -32,12 +32,14 @@ class Completion(NamedTuple):
         positions: (J_i,) response tokens before each probe, increasing from 0, see `probe_positions`. Response tokens
             after the last position are not read.
         answer: (A_i,) tokens to score after the probe. None: measure the entropy of the next token.
+        suffixes: (J_i, W_i) the tokens of each position's probe, where these differ. None: those of all completions.
     """
 
     prompt: torch.Tensor
     response: torch.Tensor
     positions: torch.Tensor
     answer: torch.Tensor | None = None
+    suffixes: torch.Tensor | None = None
 
     @property
     def trajectory(self) -> torch.Tensor:
@@ -48,6 +50,10 @@ class Completion(NamedTuple):
     def answered(self) -> int:
         """Answer tokens that follow the probe in the input: all but the last, which is only predicted."""
         return 0 if self.answer is None else max(len(self.answer) - 1, 0)
+
+    def probe_length(self, usual: int) -> int:
+        """Tokens of a probe, given those of a completion without suffixes."""
+        return usual if self.suffixes is None else self.suffixes.shape[1]
 
     @property
     def nothing_to_score(self) -> bool:
@@ -118,8 +124,8 @@ def packs(completions: Sequence[Completion], max_tokens: int) -> list[list[list[
     for rows in _by_prompt(completions):
         prompt = completions[rows[0]].prompt
         opened = False  # does the current pack hold this prompt?
-        for i in rows:
-            response = len(completions[i].trajectory)
+        for i, owner in _owners(completions, rows):
+            response = len(completions[i].trajectory) if owner == i else 0
             needed = response + (0 if opened else len(prompt))
             if not result or needed > room:
                 result.append([])
@@ -139,6 +145,23 @@ def _by_prompt(completions: Sequence[Completion]) -> list[list[int]]:
         if not completion.nothing_to_score:
             groups.setdefault(tuple(completion.prompt.tolist()), []).append(i)
     return list(groups.values())
+
+
+def _owners(completions: Sequence[Completion], rows: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Rows, each with the one whose trajectory it reads: the one before it that has the same response and more of it.
+
+    A response that is measured several times, with other answers or probes, is the same tensor.
+    """
+    owner = None
+    for i in rows:
+        ours = completions[i]
+        if (
+            owner is None
+            or completions[owner].response is not ours.response
+            or len(completions[owner].trajectory) < len(ours.trajectory)
+        ):
+            owner = i
+        yield i, owner
 
 
 def trajectory_forward(
@@ -164,8 +187,13 @@ def trajectory_forward(
     for group in groups:
         prompt_ids = completions[group[0]].prompt
         prompt = place(prompt_ids, 0)
-        for i in group:
-            slots[i] = KVSlot(prompt, place(completions[i].trajectory, len(prompt_ids)))
+        for i, owner in _owners(completions, group):
+            trajectory = completions[i].trajectory
+            if owner == i:
+                slots[i] = KVSlot(prompt, place(trajectory, len(prompt_ids)))
+            else:
+                start = slots[owner].trajectory.start
+                slots[i] = KVSlot(prompt, slice(start, start + len(trajectory)))
         if end > prompt.stop:
             prompts.append(KeyRange(slice(prompt.stop, end), prompt, 1))
     return Forward(torch.cat(tokens), torch.cat(positions), [own, prompts], end), slots
@@ -238,13 +266,16 @@ def _probe_forward(
         completion = completions[i]
         before = completion.positions[first : last + 1]
         count = len(before)
-        suffix = probe_ids if completion.answer is None else torch.cat([probe_ids, completion.answer[:-1]])
-        width = len(suffix)
+        suffix = probe_ids.expand(count, -1) if completion.suffixes is None else completion.suffixes[first : last + 1]
+        length = suffix.shape[1]
+        if completion.answer is not None:
+            suffix = torch.cat([suffix, completion.answer[:-1].expand(count, -1)], 1)
+        width = suffix.shape[1]
         parts.add_block(slice(end, end + count * width), width, slots[i], before)
-        tokens.append(suffix.repeat(count))
+        tokens.append(suffix.flatten())
         positions.append((len(completion.prompt) + before[:, None] + torch.arange(width)).flatten())
         # The logits that count are those of the last probe token and of the answer tokens after it.
-        offsets = torch.arange(len(probe_ids) - 1, width)
+        offsets = torch.arange(length - 1, width)
         scored.append((torch.arange(end, end + count * width, width)[:, None] + offsets).flatten())
         probe_of_scored.append(torch.arange(probes, probes + count).repeat_interleave(len(offsets)))
         blocks.append((i, first, last))
@@ -306,7 +337,8 @@ def _extend(part: list[KeyRange], r: KeyRange) -> None:
 
 def longest(completions: Sequence[Completion], probe_length: int) -> int:
     """Tokens of the longest sequence that the model sees: prompt, trajectory, probe and answer."""
-    return probe_length + max((len(c.prompt) + len(c.trajectory) + c.answered for c in completions), default=0)
+    lengths = [len(c.prompt) + len(c.trajectory) + c.probe_length(probe_length) + c.answered for c in completions]
+    return max(lengths, default=probe_length)
 
 
 def forward_count(
@@ -317,7 +349,7 @@ def forward_count(
     for groups in packs(completions, max_tokens):
         rows = [i for group in groups for i in group]
         stored = sum(len(completions[group[0]].prompt) for group in groups)
-        stored += sum(len(completions[i].trajectory) for i in rows)
+        stored += sum(len(completions[i].trajectory) for i, owner in _owners(completions, rows) if owner == i)
         count += len(list(_chunks(completions, rows, probe_length, max_tokens, chunk_size, stored)))
     return count
 
@@ -337,7 +369,7 @@ def _chunks(
     Args:
         stored: trajectory tokens in the first forward, which has no probes if there is no room.
     """
-    needed = {i: probe_length + completions[i].answered for i in rows}
+    needed = {i: completions[i].probe_length(probe_length) + completions[i].answered for i in rows}
     if not needed:
         return
     widest = max(needed.values())
@@ -375,7 +407,7 @@ def _blocks(
     positions = completions[row].positions.tolist()
     for i, j in chunk[1:]:
         span = positions[j] - positions[first] if i == row else 0
-        queries = (j - first + 1) * (probe_length + completions[i].answered)
+        queries = (j - first + 1) * (completions[i].probe_length(probe_length) + completions[i].answered)
         if i != row or (span > j - first and queries * span > masked_area):
             yield row, first, last
             positions = positions if i == row else completions[i].positions.tolist()

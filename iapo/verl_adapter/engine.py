@@ -9,7 +9,7 @@ order.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.probe.attention import can_capture
+from iapo.probe.joins import Joins, measured
 from iapo.probe.measure import default_max_tokens, exit_entropies, exit_entropies_after, forward_to_share
 from iapo.probe.naive import check_exactness
 from iapo.probe.packing import Completion, forward_count, longest, probe_forwards, probe_positions, slots_of_sequences
@@ -45,6 +46,7 @@ class RankWork(NamedTuple):
         rows: the row of each completion. Rows that verl pads a batch with, whose `response_mask` is 0, have none; one
             with several reference answers has as many.
         completions: what is measured.
+        joins: how the probe is written after a token; None: by `probe_ids` after all.
         longest: tokens of the longest sequence of all ranks.
     """
 
@@ -53,12 +55,14 @@ class RankWork(NamedTuple):
     probe_ids: torch.Tensor
     max_tokens: int
     longest: int
+    joins: Joins | None
 
 
 @EngineRegistry.register(
     model_type="language_model", backend=["fsdp", "fsdp2"], device=["cuda", "npu"], vendor=ENGINE_VENDOR
 )
 class IapoEngine(FSDPEngineWithLMHead):
+    _known_joins: tuple[str, Joins] | None = None  # of the probe that was measured last
     _exact = False  # whether the pass has been compared with plain forwards of this model
 
     @property
@@ -81,16 +85,23 @@ class IapoEngine(FSDPEngineWithLMHead):
         with forward_to_share(self.module) as keys_and_values:
             loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         with simple_timer("exit_entropy", timing), self._autocast():
-            completions, offsets = work.completions, micro_batch["input_ids"].offsets().tolist()
+            offsets = micro_batch["input_ids"].offsets().tolist()
             assert all(
                 offsets[i + 1] - offsets[i] == len(c.prompt) + len(c.response)
-                for i, c in zip(work.rows, completions, strict=True)
+                for i, c in zip(work.rows, work.completions, strict=True)
             )
-            slots = slots_of_sequences(completions, [offsets[i] for i in work.rows])
-            probes = list(probe_forwards(completions, slots, work.probe_ids, work.max_tokens))
-            forwards = self._maximum_over_ranks(len(probes))
-            values = exit_entropies_after(self.module, completions, probes, keys_and_values, device=get_device_id())
-            self._idle_forwards(forwards - len(probes))
+            # The parts of a completion have its response, the same tensor.
+            starts = {id(c.response): offsets[i] for i, c in zip(work.rows, work.completions, strict=True)}
+
+            def measure(completions: Sequence[Completion]) -> list[torch.Tensor]:
+                slots = slots_of_sequences(completions, [starts[id(c.response)] for c in completions])
+                probes = list(probe_forwards(completions, slots, work.probe_ids, work.max_tokens))
+                forwards = self._maximum_over_ranks(len(probes))
+                values = exit_entropies_after(self.module, completions, probes, keys_and_values, device=get_device_id())
+                self._idle_forwards(forwards - len(probes))
+                return values
+
+            values = measured(work.completions, work.joins, measure)
         fields = output_fields(work, values, micro_batch)
         seconds = torch.full((len(micro_batch), 1), timing["exit_entropy"] / len(micro_batch))
         output["model_output"] |= fields | {"exit_entropy_seconds": jagged(seconds.unbind())}
@@ -102,14 +113,18 @@ class IapoEngine(FSDPEngineWithLMHead):
         assert config is not None, "the entry 'iapo' says what to measure"
         with self.eval_mode(), torch.no_grad(), self._autocast():
             work = self._work(data, config)
-            completions = work.completions
-            own_forwards = forward_count(completions, len(work.probe_ids), work.max_tokens)
-            forwards = self._maximum_over_ranks(own_forwards)
             check_model(self.module, work.longest)
-            values = exit_entropies(
-                self.module, completions, work.probe_ids, max_tokens=work.max_tokens, device=get_device_id()
-            )
-            self._idle_forwards(forwards - own_forwards)
+
+            def measure(completions: Sequence[Completion]) -> list[torch.Tensor]:
+                own_forwards = forward_count(completions, len(work.probe_ids), work.max_tokens)
+                forwards = self._maximum_over_ranks(own_forwards)
+                values = exit_entropies(
+                    self.module, completions, work.probe_ids, max_tokens=work.max_tokens, device=get_device_id()
+                )
+                self._idle_forwards(forwards - own_forwards)
+                return values
+
+            values = measured(work.completions, work.joins, measure)
         return output_fields(work, values, data)
 
     # -- what to measure ----------------------------------------------------------------------------------------
@@ -125,11 +140,20 @@ class IapoEngine(FSDPEngineWithLMHead):
             found = [(i, completion._replace(answer=answer)) for i, completion in found for answer in references[i]]
         rows, completions = [i for i, _ in found], [completion for _, completion in found]
         max_tokens = config.max_tokens_per_micro_batch or default_max_tokens(self.module.config, get_device_id())
-        length = self._maximum_over_ranks(longest(completions, len(probe_ids)))
+        joins = self._joins(config.probe) if config.probe_tokens == "natural" else None
+        parts = completions if joins is None else [part.completion for c in completions for part in joins.parts(c)]
+        length = self._maximum_over_ranks(longest(parts, len(probe_ids)))
         if not self._exact:
             check_exactness(self.module, probe_ids, device=get_device_id())
             self._exact = True
-        return RankWork(rows, completions, torch.tensor(probe_ids), max_tokens, length)
+        return RankWork(rows, completions, torch.tensor(probe_ids), max_tokens, length, joins)
+
+    def _joins(self, probe: str) -> Joins:
+        tokenizer = self.model_config.tokenizer
+        if self._known_joins is None or self._known_joins[0] != probe:
+            joins = Joins(partial(tokenizer.encode, add_special_tokens=False), partial(decode, tokenizer), probe)
+            self._known_joins = probe, joins
+        return self._known_joins[1]
 
     def completion(
         self, prompt: torch.Tensor, response: torch.Tensor, mask: torch.Tensor, config: IapoConfig
