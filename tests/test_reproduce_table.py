@@ -429,7 +429,7 @@ def test_a_record_stands_for_its_run_also_in_another_place(tmp_path, monkeypatch
         (tmp_path / "out" / kept).rename(moved / kept)
     shutil.rmtree(tmp_path / "out")
     moved.rename(tmp_path / "elsewhere2")
-    monkeypatch.setattr("benchmarks.table.ROOT", tmp_path)  # the code is elsewhere too
+    monkeypatch.setattr("benchmarks.table.table.ROOT", tmp_path)  # the code is elsewhere too
     again = rt.main(["--out", str(tmp_path / "elsewhere2")], ["false"], config_of)
     assert again == 0, capsys.readouterr()
     assert json.loads((tmp_path / "elsewhere2/results.json").read_text())["rows"] == before["rows"]
@@ -526,7 +526,7 @@ def wait_for(condition):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_ends_all_runs_and_says_how_to_resume(tmp_path, number):
     driver = (
-        "import sys; from benchmarks import reproduce_table as rt\n"
+        "import sys; from benchmarks.table import reproduce_table as rt\n"
         f"rt.make_plan.__defaults__ = (__import__('pathlib').Path({str(tmp_path / 'table.yaml')!r}),)\n"
         "rt.slots_by_memory = lambda most, _: most\n"  # other tests may fill the memory
         f"sys.exit(rt.main(None, {FAKE_TRAIN!r}, lambda job: chr(10).join(job.arguments), 0.05))"

@@ -51,10 +51,10 @@ class Gfpo(Method):
                 raise ValueError(f"adaptive: {self.adaptive!r} must be four numbers, [8,8,6,4], hardest quarter first.")
             for k in self.adaptive:
                 check_number("adaptive", k, low=2, whole=True)
-            if self.k != Gfpo.k:
-                raise ValueError(f"k: {self.k} has no effect with adaptive={self.adaptive}; leave it out.")
 
     def problems(self, rollouts: int, max_response_length: int) -> Iterator[str]:
+        if self.adaptive and self.k not in (Gfpo.k, rollouts // 2):  # the recipe's is half of the rollouts
+            yield f"k: {self.k} has no effect with adaptive={self.adaptive}; leave it out."
         largest = max(self.adaptive or [self.k])
         if largest >= rollouts:
             yield (

@@ -103,7 +103,6 @@ def test_adaptive_k_equals_plain_python(history):
         ({"k": 1}, "k: 1 must be a whole number of at least 2"),
         ({"by": "size"}, "by: 'size' must be one of length, reward_per_token"),
         ({"adaptive": [4, 4]}, "adaptive: .* four numbers"),
-        ({"k": 3, "adaptive": [8, 8, 6, 4]}, "k: 3 has no effect with adaptive"),
         ({"adaptive": 3}, "adaptive: 3 must be four numbers"),
         ({"adaptive": [4, 4, 4, 1]}, "adaptive: 1 must be"),
     ],
@@ -117,3 +116,5 @@ def test_keeping_all_is_refused():
     assert not list(Gfpo(k=4).problems(8, 100))
     assert next(iter(Gfpo(k=8).problems(8, 100))).startswith("k: 8 of actor_rollout_ref.rollout.n=8")
     assert next(iter(Gfpo(adaptive=[8, 4, 4, 4]).problems(8, 100))).startswith("adaptive: 8 of")
+    assert next(iter(Gfpo(k=3, adaptive=[4, 4, 3, 3]).problems(8, 100))).startswith("k: 3 has no effect with adaptive")
+    assert not list(Gfpo(k=2, adaptive=[3, 3, 2, 2]).problems(4, 100))  # the recipe's k
