@@ -98,7 +98,7 @@ def test_console_says_once_why_nothing_is_learned(capsys):
         console.log(reward_metrics(infos) | {"iapo/information_rate": -0.01}, step=step)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4  # two of the steps
-    assert lines[1].startswith("iapo: step 2: no completion was judged, all are 'no_answer': none has one <answer>")
+    assert lines[1].startswith("iapo: step 2: no completion was judged, all are 'no_answer': none has an answer in")
     assert lines[2].startswith("iapo: step 2: information is negative on average")
 
 

@@ -8,8 +8,8 @@ from iapo.metrics.validation import validation
 
 # Why completions get no verdict, by the metric of their share, and what a user can do where it is all of them.
 WITHOUT_VERDICT = {
-    "no_answer": "none has one <answer> block; use a model that knows the format, an instruction, or another reward",
-    "several_answers": "each has several <answer> blocks; use a model that knows the format, or an instruction",
+    "no_answer": "none has an answer in the format; begin with iapo warmup, or choose the format= that the model knows",
+    "several_answers": "each has several answers; begin with iapo warmup, or choose the format= that the model knows",
     "unparsable": "math-verify finds no expression in the answers; look at them in validation/*.jsonl",
     "timeout": "math-verify takes too long; raise reward.custom_reward_function.reward_kwargs.timeout_s",
     "error": "the verifier failed on each; its log above says why",
