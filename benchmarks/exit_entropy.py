@@ -29,6 +29,10 @@ SHAPES = {
         vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=4,
     ),
+    "smollm2-135m": dict(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    ),
     "qwen2.5-0.5b": dict(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
         num_key_value_heads=2, tie_word_embeddings=True,
@@ -180,9 +184,9 @@ def pushed_tokens(T: int, B: int, P: int, density: str) -> tuple[int, int]:
 
 
 def methods(
-    model, T: int, B: int, P: int, device: str, best: int, flex: bool = False
+    model, T: int, B: int, P: int, device: str, best: int | None, flex: bool = False
 ) -> dict[str, Callable[[], object]]:
-    """What is measured, by the name of its row; `best` is the competitor's chunk size."""
+    """What is measured, by the name of its row; `best` is the competitor's chunk size, None: leave it out."""
     probe_ids = torch.arange(1, P + 1)
     length = PROMPT + T
     floor, probe_floor = pushed_tokens(T, B, P, "full")
@@ -201,6 +205,8 @@ def methods(
         functions["ours, full, FlexAttention"] = partial(
             ours_by_flex_attention, model, completions["full"], probe_ids, device
         )
+    if best is None:
+        return functions
     name = f"per-position KV copies, {best} at a time"
     functions[name] = partial(copies, model, completions["full"], probe_ids, device, best)
     if T <= NAIVE_UP_TO:
@@ -208,9 +214,11 @@ def methods(
     return functions
 
 
-def measure(model, shape: str, T: int, B: int, P: int, repeats: int, device: str, flex: bool) -> list[list[str]]:
+def measure(
+    model, shape: str, T: int, B: int, P: int, repeats: int, device: str, flex: bool, alone: bool
+) -> list[list[str]]:
     short = make_completions(model.config.vocab_size, min(T, 256), 1, "full")
-    best = best_chunk(model, short, torch.arange(1, P + 1), device)
+    best = None if alone else best_chunk(model, short, torch.arange(1, P + 1), device)
     functions = methods(model, T, B, P, device, best, flex)
     seconds = interleaved(functions, repeats, device, f"{shape} T={T} B={B}")
     peaks = {}
@@ -246,6 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--probe", type=positive, default=6, metavar="P", help="probe tokens")
     parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--flex", action="store_true", help="FlexAttention too; compiling its kernels takes a while")
+    parser.add_argument("--alone", action="store_true", help="without the competitors, which take minutes on a CPU")
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads; a training worker has one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -256,7 +265,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(machine(device))
     check(torch.arange(1, options.probe + 1), device, options.flex)
     for T in options.lengths:
-        rows = measure(model, options.shape, T, options.batch, options.probe, options.repeats, device, options.flex)
+        rows = measure(
+            model, options.shape, T, options.batch, options.probe, options.repeats, device, options.flex, options.alone
+        )
         print(f"\n{options.shape}, T = {T}, B = {options.batch}, P = {options.probe}:\n")
         print(table(HEADER, rows), flush=True)
 
