@@ -84,7 +84,8 @@ class IapoConfig:
                 raise ValueError(f"iapo.{name}: {value!r} must be a number >= 0.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"iapo.{name}: {getattr(self, name)!r} must be one of {', '.join(choices)}.")
+                more = ", or auto" if name == "score" else ""  # which is resolved before
+                raise ValueError(f"iapo.{name}: {getattr(self, name)!r} must be one of {', '.join(choices)}{more}.")
         for name in ("stride", "max_gap", "max_tokens_per_micro_batch"):
             value = getattr(self, name)
             if value is None and name == "max_tokens_per_micro_batch":

@@ -319,6 +319,8 @@ def assert_equal(*runs):
 def test_a_killed_run_resumes_and_ends_where_an_unbroken_one_does(train):
     # A method that learns as it goes, too.
     steps = ["variant=[iapo_rate,gfpo]", "methods.gfpo.adaptive=[3,3,2,2]"]
+    # And a score that needs the data's right answers in the workers.
+    steps += ["iapo.score=reference_answer", "iapo.probe_tokens=natural"]
     steps += ["trainer.total_training_steps=4", "trainer.save_freq=2"]
     unbroken, run = train(*steps, folder="unbroken"), train(*steps, folder="killed")
     tracker = run.folder / "checkpoints" / "latest_checkpointed_iteration.txt"

@@ -126,4 +126,6 @@ def test_a_response_that_is_measured_several_times_goes_through_the_model_once()
     answers = [whole._replace(answer=torch.tensor([1])), whole._replace(answer=torch.tensor([2, 3]))]
     assert len(packs(answers, 1 + len(response))) == 1  # both fit where one does
     assert forward_count(answers, 4, 1000) == 1
+    for budget in (2, 5, len(response)):  # also where one trajectory is longer than a forward should be
+        assert packs(parts, budget) == [[[0, 1]]] and packs(answers * 3, budget) == [[list(range(6))]]
     assert longest(parts, len(encode(PROBE))) == max(1 + 7 + 3, 1 + 7 + len(encode(PROBE)))

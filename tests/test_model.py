@@ -212,7 +212,7 @@ def test_another_vocabulary_is_a_problem(written):
         ("cut.whl", "--source: cut.whl is no whole wheel of no-such-package-of-ours==1 (File is not a zip file); get"),
         ("empty.whl", '--source: empty.whl is no whole wheel of no-such-package-of-ours==1 ("There is no item named'),
         ("short.whl", "--source: small.gguf is cut short: 99 bytes instead of {size}; get it again."),
-        ("none.gguf", "[Errno 2] No such file or directory: 'none.gguf'"),
+        ("none.gguf", "--source: none.gguf is no file; give the wheel of"),
     ],
 )
 def test_a_broken_source_gets_one_line_and_leaves_nothing(known, capsys, source, message):

@@ -680,7 +680,7 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
     rows = {"reward_model": REWARD, "data_source": ["x"] * 16}
     pq.write_table(pa.table({"prompt": PROMPT[:15] + long} | rows), "d/train.parquet")
     pq.write_table(pa.table({"prompt": PROMPT[:1] + long * 15} | rows), "d/test.parquet")
-    with pytest.warns(UserWarning, match="^data.train_files: 1 of the 16 prompts are left out, because they have more"):
+    with pytest.warns(UserWarning, match="^data.train_files: 1 of the 16 prompts are left out: 1 have more"):
         check(changed("data=d", *SHORT, "data.train_batch_size=15", "actor_rollout_ref.rollout.n=2"))
     with pytest.raises(
         ConfigError,
@@ -705,7 +705,8 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
         check(changed("data=d", *SHORT, "data.train_batch_size=15"))
     template = "{{ raise_exception('no system prompt') }}"
     quoted = f'actor_rollout_ref.model.custom_chat_template="{template}"'
-    with pytest.raises(ConfigError, match=r"only 0 of .*/train.parquet \(the chat template refuses some: no system"):
+    refused = r"^data.train_files: the chat template of .*/tiny refuses all of the \d+ prompts \(no system prompt\); ch"
+    with pytest.raises(ConfigError, match=refused):
         check(changed(quoted))
 
 
@@ -765,6 +766,48 @@ def test_a_model_folder_that_lacks_files_is_refused(lost, message, verbose_arith
     with pytest.raises(ConfigError, match=f"^actor_rollout_ref.model.path: .*/m {message}") as error:
         check(changed("model=m", "data=verbose_arithmetic"))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_weights_that_are_cut_short_and_end_tokens_that_differ_are_refused(verbose_arithmetic):
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
+    check(changed("model=m", "data=verbose_arithmetic"))
+    settings = json.loads(Path("m/generation_config.json").read_text())
+    for ends, problem in ((5, r"ends at \[5\]; correct the one that is wrong"), ("{", "config.json can't be read")):
+        text = "{" if ends == "{" else json.dumps(settings | {"eos_token_id": ends})
+        Path("m/generation_config.json").write_text(text)
+        with pytest.raises(ConfigError, match=rf"^actor_rollout_ref.model.path: .*{problem}"):
+            check(changed("model=m", "data=verbose_arithmetic"))
+    Path("m/generation_config.json").write_text(json.dumps(settings))
+    weights = Path("m/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"^actor_rollout_ref.model.path: .*/model.safetensors is cut short; get it"):
+        check(changed("model=m", "data=verbose_arithmetic"))
+
+
+def test_a_format_by_its_key_alone_and_an_unknown_one():
+    with pytest.raises(ConfigError, match=r"^iapo.format: 'boxed' with the probe .* of another; set format=boxed.$"):
+        check(resolve("platform=cpu", "iapo.format=boxed"), files=False)
+    with pytest.raises(ConfigError, match=r"^format: 'xml' must be one of tags, boxed, boxed_no_think.$"):
+        resolve("platform=cpu", "format=xml")
+    with pytest.raises(ConfigError, match=r"reward_kwargs.format: 'tags' is not iapo.format='boxed'; leave it out.$"):
+        resolve("platform=cpu", "format=boxed", "+reward.custom_reward_function.reward_kwargs.format=tags")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "actor_rollout_ref.rollout.calculate_log_probs=true",
+        "actor_rollout_ref.actor.use_dynamic_bsz=false",
+        "data.dataloader_num_workers=2",
+    ],
+)
+def test_what_may_change_a_result_may_not_change_on_resume(verbose_arithmetic, change):
+    config = changed("run_dir=r")
+    provenance.save(config)
+    checkpoint(config, 10)
+    check(changed("run_dir=r", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=5000"))  # packing
+    with pytest.raises(ConfigError, match=f"holds a checkpoint made with {change.partition('=')[0]}="):
+        check(changed("run_dir=r", change))
 
 
 CONTENTS = "{% for message in messages %}{{ message.content }}{% endfor %}"

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import iapo
 from iapo.answer_format import FORMATS
-from iapo.launch.check_template import chat_template, generation_prompt, template_problems
+from iapo.launch.check_template import chat_template, template_problems
 
 TEMPLATES = Path(__file__).parent / "templates"
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
@@ -40,7 +40,7 @@ def problems(folder, name, messages=QUESTION, **options):
         }
     )
     _, render = chat_template(config)
-    return list(template_problems(config, "train_files", render, [(0, messages, render(messages))]))
+    return list(template_problems(config, "train_files", render, [(messages, render(messages))]))
 
 
 @pytest.mark.parametrize(
@@ -63,12 +63,12 @@ def test_a_mismatch_is_refused_with_its_fix(models):
     (line,) = problems(models["opens_think"], "tags")
     assert line.startswith("iapo.format: 'tags' asks the model for <think>, but the chat template of /")
     assert line.endswith(
-        r"writes it ('<|im_start|>assistant\n<think>\n'); set format=boxed, or "
-        "actor_rollout_ref.model.custom_chat_template."
+        r"writes it ('<|im_end|>\n<|im_start|>assistant\n<think>\n'); set format=boxed and make the data with "
+        "iapo data NAME --format boxed, or set actor_rollout_ref.model.custom_chat_template."
     )
     (line,) = problems(models["opens_think"], "boxed_no_think")
     assert "iapo.format: 'boxed_no_think' has no <think>, but the chat template of /" in line
-    assert "; set format=boxed, or" in line
+    assert "; set format=boxed and make" in line
     (line,) = problems(models["may_think"], "boxed", enable_thinking=False)
     assert "ends the reasoning before the model begins" in line
     assert line.endswith("; set data.apply_chat_template_kwargs.enable_thinking=true, or format=boxed_no_think.")
@@ -93,11 +93,16 @@ def test_a_template_that_leaves_out_an_earlier_turn_is_refused(models):
     turns = [*QUESTION, {"role": "assistant", "content": "<think>2+2</think> 4"}, {"role": "user", "content": "Why?"}]
     (line,) = problems(models["opens_think"], "boxed", turns)
     assert line.startswith("data.train_files: the chat template of /")
-    assert "leaves out a part of row 0, such as an earlier turn; change the row, or set" in line
+    assert "leaves out a part of a prompt, such as an earlier turn; it begins 'What is 2+2?'; change the row" in line
     assert problems(models["plain"], "boxed", turns) == []
 
 
-def test_where_the_completion_begins_by_hand():
-    assert generation_prompt("user: a\nbot:", "user: a\n") == "bot:"
-    assert generation_prompt("user: a\nbot:", "user: a\nbot:") == ""
-    assert generation_prompt("user: a\nbot: ", "user: a\nend") == "bot: "
+def test_a_template_that_opens_the_reasoning_whatever_it_is_asked(models, tmp_path):
+    """And one that can't do without the opening, which is not asked to."""
+    shutil.copytree(models["plain"], tmp_path / "m")
+    always = "{% for m in messages %}{{ m.content }}{% endfor %}<|im_start|>assistant\n<think>\n"
+    for template in (always, "{% if not add_generation_prompt %}{{ raise_exception('x') }}{% endif %}" + always):
+        (tmp_path / "m/chat_template.jinja").write_text(template)
+        (line,) = problems(tmp_path / "m", "tags")
+        assert "'tags' asks the model for <think>, but the chat template of" in line
+        assert problems(tmp_path / "m", "boxed") == []

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -24,7 +25,7 @@ from iapo.config import IapoConfig
 from iapo.launch.compose import checked_config, resolve
 from iapo.verl_adapter.old_log_probs import needs_old_log_probs
 from iapo.verl_adapter.replay_buffer import NO_COMPLETION, IapoReplayBuffer, NoCompletion
-from iapo.verl_adapter.rows import fetch, order_rows, pad_with_last
+from iapo.verl_adapter.rows import fetch, order_rows, pad_with_last, separated
 from iapo.verl_adapter.trainer import MAX_REFILLS, IapoTrainer
 from iapo.verl_adapter.worker import actor_loss, kl_beyond_cut
 
@@ -251,3 +252,38 @@ def test_a_resumed_run_does_not_validate_again(monkeypatch, tmp_path, resumed, s
     monkeypatch.setattr(PPOTrainerSync, "fit", lambda self, manager: None)
     trainer.fit(None)
     assert trainer.config.trainer.val_before_train == validates
+
+
+class Letters:
+    """A tokenizer of one token per character; `>1` is one token too."""
+
+    def encode(self, text, add_special_tokens):
+        return [1000 if piece == ">1" else ord(piece) for piece in re.findall(">1|.", text, re.DOTALL)]
+
+
+def test_right_answers_reach_the_workers_in_the_order_of_the_rows(monkeypatch):
+    """Each with what ends it; a list as several; fetched in the store's order, put in that of prompts and rollouts."""
+    trainer, stored, asked = object.__new__(IapoTrainer), {}, []
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"n": 2}}})
+    trainer.tokenizer, trainer.global_steps = Letters(), 1
+    truths = {"b_1_0": "22", "a_0_0": ["3", 44], "b_0_0": "22", "a_1_0": ["3", 44]}
+
+    def fetch_fields(batch, fields):
+        asked.append(fields)
+        values = {
+            "index": [{"a": 1, "b": 2}[key[0]] for key in batch.keys],
+            "extra_fields": [{}] * 4,
+            "reward_model": [{"ground_truth": truths[key]} for key in batch.keys],
+        }
+        return {field: values[field] for field in fields}
+
+    monkeypatch.setattr("iapo.verl_adapter.trainer.fetch", fetch_fields)
+    monkeypatch.setattr("iapo.verl_adapter.trainer.put", lambda batch, **fields: stored.update(fields))
+    for score in ("first_token_entropy", "reference_answer"):
+        trainer.iapo = IapoConfig(rho=1.0, score=score, probe=">", answer_end="<")
+        batch = KVBatchMeta(keys=list(truths), tags=[{}] * 4, partition_id="train")
+        trainer._on_batch(batch, {}, 2)
+        assert ("reward_model" in asked[-1]) == bool(stored) == (score == "reference_answer")
+    assert batch.keys == ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
+    rows = [[answer.tolist() for answer in separated(row)] for row in stored["reference_tokens"].unbind()]
+    assert rows == [[[*map(ord, "3<")], [*map(ord, "44<")]]] * 2 + [[[*map(ord, "22<")]]] * 2

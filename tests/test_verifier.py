@@ -114,6 +114,12 @@ def test_two_units_must_agree(number, form, same):
     assert judge(first, f"{number} seconds") == judge(f"{number} kg", second) == "wrong"
 
 
+@pytest.mark.parametrize("gold,answer", [("ABC", "ACB"), ("AB", "BA"), ("HTT", "TTH"), ("VI", "IV")])
+def test_capitals_are_no_products(gold, answer):
+    assert judge(gold, answer) == judge(answer, gold) == "wrong"
+    assert judge(gold, gold) == judge(gold, f"\\text{{{gold}}}") == "right"
+
+
 def test_powers_and_rates_of_units():
     assert judge("5 sq cm", "5 square centimeters") == judge("5 sq cm", "5 cm^2") == "right"
     assert judge("5 sq cm", "5 cubic cm") == judge("5 cm^3", "5 sq cm") == "wrong"

@@ -19,8 +19,19 @@ from omegaconf import OmegaConf
 from iapo.config import IapoConfig
 from iapo.launch.provenance import WITHOUT_EFFECT, by_dotted_key, is_in
 
-# No run of the table has these. Our data set is verl's where rows have an index of their own, as the table's do.
-UNUSED = ("critic", "distillation", "data.custom_cls")
+# Keys that may change a result, but not one of the table: no run of it has a critic, a teacher or a correction by
+# rollout log-probs, all have the same loops, micro-batches by tokens, and rows with an index of their own.
+UNUSED = (
+    "critic",
+    "distillation",
+    "data.custom_cls",
+    "data.dataloader_num_workers",
+    "actor_rollout_ref.rollout.calculate_log_probs",
+    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
+    "actor_rollout_ref.actor.use_dynamic_bsz",
+    "actor_rollout_ref.ref.log_prob_use_dynamic_bsz",
+    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
+)
 
 
 def fingerprint(config: Mapping, settings: Mapping, places: Mapping[str, str]) -> str:

@@ -89,7 +89,8 @@ def prepare(
         if value is not None and not 1 <= value <= MOST_GENERATED:
             raise ValueError(f"{field}: {value} must be from 1 to {MOST_GENERATED}.")
     if name == "verbose_arithmetic":
-        _warn_if_set(name, source=source, drop_unverifiable=drop_unverifiable or None)
+        other = format if format != "tags" else None  # the embedded models know their format without being told
+        _warn_if_set(name, source=source, drop_unverifiable=drop_unverifiable or None, format=other)
         instruction = ""
         splits = generate_verbose_arithmetic(train_size or TRAIN_SIZE, test_size or TEST_SIZE, seed)
     else:

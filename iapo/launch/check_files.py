@@ -4,6 +4,7 @@ Each check yields its problems, one line each: field, value, fix.
 """
 
 import inspect
+import json
 import os
 import tempfile
 import warnings
@@ -235,15 +236,15 @@ def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
     path = config.actor_rollout_ref.model.path
     if os.path.isdir(path) and not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
         yield f"actor_rollout_ref.model.path: {path} holds no weights (*.safetensors or *.bin); put them there."
+    for file in sorted(Path(path).glob("*.safetensors")) if os.path.isdir(path) else ():
+        if not is_whole(file):
+            yield f"actor_rollout_ref.model.path: {file} is cut short; get it again."
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where there are no files
         yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
     elif tokenizer.eos_token_id is None:
         yield f"actor_rollout_ref.model.path: {path} has a tokenizer without eos_token; add it to its configuration."
-    elif (ends := _generation_ends(path)) and tokenizer.eos_token_id not in ends:
-        yield (
-            f"actor_rollout_ref.model.path: {path} has eos_token {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), "
-            f"but its generation_config.json ends at {sorted(ends)}; correct the one that is wrong."
-        )
+    elif problem := _other_end(path, tokenizer):
+        yield problem
     elif not tokenizer.chat_template and not config.actor_rollout_ref.model.custom_chat_template:
         yield (
             f"actor_rollout_ref.model.path: {path} has a tokenizer without a chat template; add chat_template.jinja, "
@@ -251,15 +252,41 @@ def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
         )
 
 
-def _generation_ends(path: str) -> set[int]:
-    """The end tokens of a model's generation configuration; none if it has no such file."""
+def is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says: 8 bytes of length, the header, the tensors."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 + length:
+            return False
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return size == 8 + length + max(ends, default=0)
+
+
+def _other_end(path: str, tokenizer) -> str | None:
+    """What is wrong with the end tokens of a model's generation configuration, which it may lack."""
     from transformers import GenerationConfig
 
+    file = Path(path) / "generation_config.json"
+    if os.path.isdir(path) and not file.is_file():
+        return None
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        return set()
-    return set(ends if isinstance(ends, list) else [ends]) - {None}
+    except OSError as error:
+        if not os.path.isdir(path):  # a hub name without the file
+            return None
+        return f"actor_rollout_ref.model.path: {file} can't be read ({' '.join(str(error).split())}); correct it."
+    ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+    if not ends or tokenizer.eos_token_id in ends:
+        return None
+    return (
+        f"actor_rollout_ref.model.path: {path} has eos_token {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), but "
+        f"its generation_config.json ends at {sorted(ends)}; correct the one that is wrong."
+    )
 
 
 def _attention(config: DictConfig, model_config) -> Iterator[str]:

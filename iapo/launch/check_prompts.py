@@ -14,13 +14,13 @@ class Prompts(NamedTuple):
     """Of a data set, as the chat template renders them.
 
     Attributes:
-        rendered: of every prompt that the template takes, the row's number, its chat messages and its text.
-        tokens: of each of these.
-        refused: prompts that it doesn't take, which verl leaves out.
-        reason: what it says of the first of them.
+        rendered: the chat messages and the text of every prompt that the template takes.
+        tokens: how many tokens each of these texts has.
+        refused: how many prompts it doesn't take; verl leaves them out.
+        reason: its error on the first prompt that it doesn't take.
     """
 
-    rendered: list[tuple[int, list, str]]
+    rendered: list[tuple[list, str]]
     tokens: list[int]
     refused: int = 0
     reason: str = ""
@@ -38,6 +38,7 @@ def prompt_problems(config: DictConfig) -> Iterator[str]:
     if data.custom_cls.path != OUR_DATASET:  # it may read anything
         return
     tokenizer, render = chat_template(config)
+    said: set[str] = set()
     for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
         if field == "train_files" and config.trainer.val_only:
             continue
@@ -46,7 +47,8 @@ def prompt_problems(config: DictConfig) -> Iterator[str]:
         problems = list(_lengths(config, field, found, fitting, needed))
         if fitting:
             problems += template_problems(config, field, render, found.rendered)
-        yield from problems
+        yield from (line for line in problems if line not in said)
+        said |= set(problems)
         if field == "train_files" and not problems:
             yield from _steps(config, fitting)
 
@@ -54,10 +56,16 @@ def prompt_problems(config: DictConfig) -> Iterator[str]:
 def _lengths(config: DictConfig, field: str, found: Prompts, fitting: int, needed: int) -> Iterator[str]:
     data, files = config.data, config.data[field]
     limit, total = data.max_prompt_length, len(found.tokens) + found.refused
-    reason = f" (the chat template refuses some: {found.reason})" if found.refused else ""
+    reason = f", and the chat template refuses {found.refused} ({found.reason})" if found.refused else ""
     if total < needed:
         yield (
             f"data.{field}: {files} has {total} rows, {needed} are needed; give more, or lower data.train_batch_size."
+        )
+    elif found.refused == total:
+        path = config.actor_rollout_ref.model.path
+        yield (
+            f"data.{field}: the chat template of {path} refuses all of the {total} prompts ({found.reason}); change "
+            "them, or set actor_rollout_ref.model.custom_chat_template."
         )
     elif fitting < total and not data.filter_overlong_prompts:
         yield (
@@ -72,8 +80,8 @@ def _lengths(config: DictConfig, field: str, found: Prompts, fitting: int, neede
         )
     elif fitting < total:
         warnings.warn(
-            f"data.{field}: {total - fitting} of the {total} prompts are left out, because they have more than "
-            f"data.max_prompt_length={limit} tokens{reason}.",
+            f"data.{field}: {total - fitting} of the {total} prompts are left out: {len(found.tokens) - fitting} have "
+            f"more than data.max_prompt_length={limit} tokens{reason}.",
             stacklevel=2,
         )
 
@@ -109,11 +117,11 @@ def chosen_messages(config: DictConfig, field: str) -> list:
 def read_prompts(tokenizer, render: Callable[..., str], prompts: Sequence[list]) -> Prompts:
     """Render prompts as the rollouts do, and count their tokens."""
     rendered, refused, reason = [], 0, ""
-    for number, messages in enumerate(prompts):
+    for messages in prompts:
         try:
-            rendered.append((number, messages, render(messages)))
+            rendered.append((messages, render(messages)))
         except Exception as error:  # whatever the template raises; verl takes the next prompt
             refused, reason = refused + 1, reason or " ".join(str(error).split())
-    texts = [text for _, _, text in rendered]
+    texts = [text for _, text in rendered]
     tokens = [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
     return Prompts(rendered, tokens, refused, reason)

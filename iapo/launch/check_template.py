@@ -20,41 +20,45 @@ def chat_template(config: DictConfig) -> tuple[object, Callable[..., str]]:
 
 
 def template_problems(
-    config: DictConfig, field: str, render: Callable[..., str], rendered: Sequence[tuple[int, list, str]]
+    config: DictConfig, field: str, render: Callable[..., str], rendered: Sequence[tuple[list, str]]
 ) -> Iterator[str]:
     """A template that doesn't fit the format, that depends on the date, or that leaves out a part of a prompt.
 
     Args:
         field: of `data`, where the prompts come from.
         render: from `chat_template`.
-        rendered: (number of the row, chat messages, text), at least one.
+        rendered: (chat messages, text), at least one.
     """
     path = config.actor_rollout_ref.model.path
-    for number, messages, text in rendered:
-        contents = [message["content"] for message in messages if isinstance(message["content"], str)]
-        if any(content.strip() not in text for content in contents):
+    for messages, text in rendered:
+        if any(content not in text for content in contents(messages)):
+            start = (contents(messages) or [""])[0][:60]
             yield (
-                f"data.{field}: the chat template of {path} leaves out a part of row {number}, such as an earlier "
-                "turn; change the row, or set actor_rollout_ref.model.custom_chat_template."
+                f"data.{field}: the chat template of {path} leaves out a part of a prompt, such as an earlier turn; it "
+                f"begins {start!r}; change the row, or set actor_rollout_ref.model.custom_chat_template."
             )
             break
-    _, messages, text = rendered[0]
-    if render(messages, strftime_now=lambda _: "a day") != text:
+    messages, text = rendered[0]
+    try:
+        undated = render(messages, strftime_now=lambda _: "a day")
+    except Exception as error:  # whatever a template does with a date
+        undated = f"{type(error).__name__}"
+    if undated != text:
         yield (
             f"actor_rollout_ref.model.path: the chat template of {path} writes today's date, so a run that resumes "
             "tomorrow has other prompts; fix it, such as by data.apply_chat_template_kwargs.date_string='26 Jul 2024'."
         )
-    yield from _format(config, generation_prompt(text, render(messages, add_generation_prompt=False)), text)
+    last = (contents(messages) or [""])[-1]
+    yield from _format(config, text.rpartition(last)[2] if last else text, text)
 
 
-def generation_prompt(text: str, without: str) -> str:
-    """What the template writes after the last message, where the completion begins."""
-    same = next((i for i, pair in enumerate(zip(text, without, strict=False)) if len(set(pair)) > 1), len(without))
-    return text[same:]
+def contents(messages: list) -> list[str]:
+    """The texts of chat messages, without white space around them, which templates drop."""
+    return [message["content"].strip() for message in messages if isinstance(message["content"], str)]
 
 
 def _format(config: DictConfig, begins: str, text: str) -> Iterator[str]:
-    """What the template writes where the completion begins must be what the format leaves to it."""
+    """What the template writes after the last message must be what the format leaves to it."""
     name, path = config.iapo.format, config.actor_rollout_ref.model.path
     thinks = THINK in FORMATS[name].markers
     if EXIT_MARKER in begins:
@@ -67,8 +71,8 @@ def _format(config: DictConfig, begins: str, text: str) -> Iterator[str]:
     elif THINK in begins and name != "boxed":
         what = f"asks the model for {THINK}" if thinks else f"has no {THINK}"
         yield (
-            f"iapo.format: {name!r} {what}, but the chat template of {path} writes it ({begins!r}); set format=boxed, "
-            "or actor_rollout_ref.model.custom_chat_template."
+            f"iapo.format: {name!r} {what}, but the chat template of {path} writes it ({begins!r}); set format=boxed "
+            "and make the data with iapo data NAME --format boxed, or set actor_rollout_ref.model.custom_chat_template."
         )
     others = {other.instruction: other.name for other in reversed(FORMATS.values())}
     for instruction, other in others.items():

@@ -309,6 +309,9 @@ def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         return
     answer_format = FORMATS[iapo.format]
     own = "or set a reward function of your own"
+    if iapo.probe in [other.probe for other in FORMATS.values() if other is not answer_format]:
+        yield f"iapo.format: {iapo.format!r} with the probe {iapo.probe!r} of another; set format={iapo.format}."
+        return
     opening = THINK if THINK in answer_format.markers else ""
     if not answer_format.well_formed(text := f"{opening}{iapo.probe}0{answer_format.answer_end}"):
         yield (
@@ -337,8 +340,8 @@ def _layout(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     if iapo.probes and iapo.score == "first_token_entropy" and not is_embedded(config):
         yield (
             "iapo.score: 'first_token_entropy' on a model of natural text, where the first token after the probe is "
-            "often layout, such as a blank, and says little about the answer; iapo.score=reference_answer measures the "
-            "right answer itself."
+            "often layout, such as a blank, and says little about the answer; iapo.score=auto, "
+            "which is reference_answer here, measures the right answer itself."
         )
 
 

@@ -95,6 +95,10 @@ def resolve(overrides: list[str]) -> DictConfig:
             print(f"iapo: iapo.score=auto is {config.iapo.score} for this model", file=sys.stderr)
         reward = config.reward.custom_reward_function
         if (reward.path, reward.name) == OUR_REWARD and config.iapo.format != IapoConfig().format:
+            if (given := OmegaConf.select(config, REWARD_FORMAT)) not in (None, config.iapo.format):
+                raise ConfigError(
+                    f"{REWARD_FORMAT}: {given!r} is not iapo.format={config.iapo.format!r}; leave it out."
+                )
             OmegaConf.update(config, REWARD_FORMAT, config.iapo.format, force_add=True)
         return config
     except (HydraException, OmegaConfBaseException) as error:
@@ -119,6 +123,8 @@ def check_readable(overrides: list[str]) -> None:
                 f"{key}: {value!r} can't be read; a value with spaces or any of ,:=()[]{{}}<> is quoted twice: "
                 "'key=\"a, b\"'."
             ) from None
+        if key == "format" and value not in FORMATS:
+            raise ConfigError(f"format: {value!r} must be one of {', '.join(FORMATS)}.")
         if key in GROUPS and value not in (known := recipe_names(key)):
             listed = ", ".join(name for name in known if name not in INNER_RECIPES)
             raise ConfigError(f"{key}: {value!r} must be one of {listed}, or {GROUPS[key]}.")

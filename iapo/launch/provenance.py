@@ -29,7 +29,6 @@ WITHOUT_EFFECT = (
     # What is logged and kept.
     "trainer.logger",
     "actor_rollout_ref.actor.calculate_entropy",
-    "actor_rollout_ref.rollout.calculate_log_probs",
     "trainer.save_freq",
     "trainer.max_actor_ckpt_to_keep",
     "trainer.resume_mode",
@@ -38,9 +37,7 @@ WITHOUT_EFFECT = (
     "ray_kwargs",
     "transfer_queue",
     "reward.num_workers",
-    "data.dataloader_num_workers",
     "actor_rollout_ref.rollout.agent.num_workers",
-    "actor_rollout_ref.rollout.agent.agent_loop_manager_class",
     "actor_rollout_ref.rollout.max_num_seqs",
     "actor_rollout_ref.rollout.gpu_memory_utilization",
     "actor_rollout_ref.rollout.checkpoint_engine",
@@ -48,11 +45,8 @@ WITHOUT_EFFECT = (
     "trainer.v1.sampler.sampler_kwargs.poll_interval",
     # Packing.
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
-    "actor_rollout_ref.actor.use_dynamic_bsz",
     "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
-    "actor_rollout_ref.ref.log_prob_use_dynamic_bsz",
     "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
-    "actor_rollout_ref.rollout.log_prob_use_dynamic_bsz",
     "iapo.max_tokens_per_micro_batch",
     "iapo.share_log_prob_forward",
     # Kernels: the same numbers, to rounding.

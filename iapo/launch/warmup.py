@@ -151,6 +151,9 @@ def warm_up(
         longest = max((tokens for _, tokens in chosen), default=0)
         settings = {"model.path": str(model.absolute()), "data.train_files": f"{work}/train.parquet"}
         settings |= {"data.max_length": longest, "trainer.default_local_dir": name}
+        own = [*settings, "trainer.save_freq", "trainer.resume_mode"]
+        if taken := [override for override in overrides if override.lstrip("+").partition("=")[0] in own]:
+            raise ValueError(f"{taken[0]}: is set by iapo warmup itself; leave it out.")
         config = configuration([*(f"{key}={value!r}" for key, value in settings.items()), *overrides])
         if len(chosen) < config.data.train_batch_size:
             raise ValueError(

@@ -91,8 +91,10 @@ def warnings_of(data: dict) -> Iterator[str]:
     for reason, fix in WITHOUT_VERDICT.items():
         if data.get(f"iapo/reward/{reason}") == 1:
             yield f"no completion was judged, all are {reason!r}: {fix}."
+    if data.get("iapo/reward/format") == 0 and data.get("iapo/reward/no_answer") != 1:
+        yield "no completion has the format; begin with iapo warmup, or choose the format= that the model knows."
     if data.get("iapo/information_rate", 0) < 0:
         yield (
-            "information is negative on average: the model is less certain of its answer after the reasoning than "
-            "before it; see docs/metrics.md."
+            "information is negative on average: after the reasoning the model is less certain than before it; the "
+            "first token may be layout, so try iapo.score=reference_answer, see docs/metrics.md."
         )

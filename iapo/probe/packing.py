@@ -127,7 +127,7 @@ def packs(completions: Sequence[Completion], max_tokens: int) -> list[list[list[
         for i, owner in _owners(completions, rows):
             response = len(completions[i].trajectory) if owner == i else 0
             needed = response + (0 if opened else len(prompt))
-            if not result or needed > room:
+            if not result or needed > max(room, 0):  # what adds nothing stays, also after a row that is too long
                 result.append([])
                 room, opened, needed = max_tokens, False, response + len(prompt)
             if opened:

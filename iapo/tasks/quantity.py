@@ -279,12 +279,17 @@ def tidy(text: str) -> str:
 
 
 def words(text: str) -> str | None:
-    """Letters and blanks alone, with a word of four letters or more, without regard to case; None for other text.
+    """Letters and blanks alone: a word of four letters or more, without regard to case; or capitals.
 
-    math-verify takes words for products of letters, so that "listen" would be "silent".
+    None for other text. math-verify takes words for products of letters, so that "listen" would be "silent", and the
+    angle ABC would be ACB.
     """
     match = re.fullmatch(rf"(?:{FONT}\{{)?\s*([A-Za-z]+(?: +[A-Za-z]+)*)\s*\}}?", text)
-    if match is None or max(map(len, match[1].split())) < 4:
+    if match is None:
+        return None
+    if match[1].isupper() and len(match[1]) > 1:
+        return match[1]
+    if max(map(len, match[1].split())) < 4:
         return None
     return " ".join(match[1].split()).casefold()
 

