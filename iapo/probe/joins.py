@@ -53,7 +53,7 @@ class Joins:
         return self._known[token]
 
     def parts(self, completion: Completion) -> list[Part]:
-        """A completion as several, whose probes all have the same length; the one that sees most comes first.
+        """A completion as several, each with probes of one length. The one with the longest trajectory comes first.
 
         At position 0 the probe is plain: a completion begins with tokens of its own whatever the prompt ends with.
         """

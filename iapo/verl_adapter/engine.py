@@ -46,7 +46,7 @@ class RankWork(NamedTuple):
         rows: the row of each completion. Rows that verl pads a batch with, whose `response_mask` is 0, have none; one
             with several reference answers has as many.
         completions: what is measured.
-        joins: how the probe is written after a token; None: by `probe_ids` after all.
+        joins: how the probe is written after each token; None: as `probe_ids` everywhere.
         longest: tokens of the longest sequence of all ranks.
     """
 

@@ -183,8 +183,8 @@ class IapoTrainer(PPOTrainerSync):
             return batch
         if self._shares_forward:
             batch.extra_info["iapo"] = asdict(self.iapo)
-        references = [REFERENCES] if self._shares_forward and self.iapo.needs_references else []
-        with self._reads(batch, LOG_PROB_FIELDS + references):
+        more = [REFERENCES] if self._shares_forward and self.iapo.needs_references else []
+        with self._reads(batch, LOG_PROB_FIELDS + more):
             result = super()._compute_old_log_prob(batch, metrics)
         result.extra_info.pop("iapo", None)  # reference log-probs may be computed by the same worker
         return result
