@@ -127,7 +127,7 @@ def packs(completions: Sequence[Completion], max_tokens: int) -> list[list[list[
         for i, owner in _owners(completions, rows):
             response = len(completions[i].trajectory) if owner == i else 0
             needed = response + (0 if opened else len(prompt))
-            if not result or needed > max(room, 0):  # what adds nothing stays, also after a row that is too long
+            if not result or (owner == i and needed > room):  # one that reads another's trajectory stays with it
                 result.append([])
                 room, opened, needed = max_tokens, False, response + len(prompt)
             if opened:
