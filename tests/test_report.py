@@ -102,6 +102,20 @@ def test_console_says_once_why_nothing_is_learned(capsys):
     assert lines[2].startswith("iapo: step 2: information is negative on average")
 
 
+def test_console_says_that_no_completion_has_the_format(capsys):
+    """Also where the reasons differ, so that no single one is all of them; once, and not where one has it."""
+    console = ProgressConsole(total_steps=12)
+    reasons = ["no_answer", "several_answers"]
+    mixed = [{"acc": 0.0, "format": 0.0, "failure_reason": reason} for reason in reasons]
+    console.log(reward_metrics([*mixed, {"acc": 1.0, "format": 1.0, "failure_reason": ""}]), step=1)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    for step in (2, 3):
+        console.log(reward_metrics(mixed), step=step)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("iapo: step 2: no completion has the format; begin with iapo warmup, or choose")
+
+
 def test_shares_of_failures_are_metrics():
     reasons = ["no_answer", "timeout", "error: MemoryError", "error: ValueError", "", "", "", ""]
     metrics = reward_metrics([{"failure_reason": reason} for reason in reasons])
