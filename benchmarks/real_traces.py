@@ -50,7 +50,7 @@ def traces(folder: str, tokenizer, count: int) -> list[tuple[Completion, torch.T
             torch.tensor(tokenizer.encode(text, add_special_tokens=False))
             for text in (prompt, THINK + gsm8k(row, example.answer))
         ]
-        answer = answer_ids(tokenizer, PROBE, example.answer + ANSWER_END)
+        answer = answer_ids(tokenizer, example.answer + ANSWER_END)
         found.append((Completion(*ids, probe_positions(len(ids[1]))), answer))
     return found
 
@@ -93,22 +93,21 @@ def main(arguments: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     probe_ids = tokenizer.encode(PROBE, add_special_tokens=False)
-    joins = Joins(partial(tokenizer.encode, add_special_tokens=False), partial(decode, tokenizer), PROBE)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    joins = {how: Joins(encode, partial(decode, tokenizer), PROBE, how == "natural") for how in TOKENS}
     rows = traces(options.data, tokenizer, options.traces)
     values: dict[tuple[str, str], list[torch.Tensor]] = {(s, t): [] for s in SCORES for t in TOKENS}
     start = time.monotonic()
     for number, (completion, answer) in enumerate(rows, 1):
         for score, how in values:
             whole = completion._replace(answer=answer if score == "surprisal" else None)
-            (h,) = measured(
-                [whole], joins if how == "natural" else None, partial(exit_entropies, model, probe_ids=probe_ids)
-            )
+            (h,) = measured([whole], joins[how], partial(exit_entropies, model, probe_ids=probe_ids))
             values[score, how].append(h)
         left = (time.monotonic() - start) / number * (len(rows) - number)
         print(f"\r{number} of {len(rows)} traces, {left:.0f} s left   ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     tokens = [token for completion, _ in rows for token in completion.response.tolist()]
-    joined = sum(joins.rewritten(token) is not None for token in tokens) / len(tokens)
+    joined = sum(joins["natural"].join(token, None).takes_last for token in tokens) / len(tokens)
     print(f"{len(rows)} traces, {len(tokens)} tokens, {joined:.1%} of them joined to the probe; {machine('cpu')}\n")
     falls = {key: torch.stack([h[0] - h[-1] for h in hs]) for key, hs in values.items()}
     lines = []

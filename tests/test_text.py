@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from iapo.config import IapoConfig
 from iapo.probe.text import (
-    answer_ids,
     decode,
     end_tokens,
     reasoning_length,
@@ -104,27 +103,6 @@ def test_region_length_by_hand(text, region, expected):
     mask = torch.cat([torch.ones_like(response), torch.zeros(2, dtype=torch.long)])
     assert region_length(padded, mask, config, tokenizer, {1}) == expected
     assert region_length(padded, torch.zeros_like(mask), config, tokenizer, {1}) == 0
-
-
-def test_an_answer_is_encoded_as_it_follows_the_probe():
-    probe = "<answer>"
-    tokenizer = Tokenizer("12", "r>1")
-    ids = answer_ids(tokenizer, probe, "34")
-    assert ids.dtype == torch.long and tokenizer.texts(ids) == ["3", "4"]
-    # "1" would merge with the end of the probe, so "12" is encoded alone.
-    assert tokenizer.texts(answer_ids(tokenizer, probe, "12")) == ["12"]
-    assert answer_ids(tokenizer, probe, "").tolist() == []
-
-
-def test_the_first_word_of_a_text_is_encoded_otherwise_by_some_tokenizers():
-    class StartMark(Tokenizer):
-        """As Llama's: a text begins with a mark of its own."""
-
-        def encode(self, text, add_special_tokens):
-            return super().encode("_" + text, add_special_tokens)
-
-    tokenizer = StartMark()
-    assert tokenizer.texts(answer_ids(tokenizer, "probe", "12")) == ["1", "2"]
 
 
 def test_decode_keeps_special_tokens_and_spaces():

@@ -1,17 +1,24 @@
-"""Probes as a tokenizer would write them after the text before.
+"""Probes and answers as a tokenizer would write them after the text before.
 
 A probe is appended as tokens of its own. Many tokenizers write the same text with other tokens, because one of theirs
 spans the join: `.` and `</` are one token `.</` for Qwen2.5 and Llama 3. The policy never sees `.`, `</` in its own
 text. So the last token of the prefix is taken back and written together with the probe.
+
+The join of the probe and an answer is the same thing: `{` and `\\frac` are `{\\`, `frac` for SmolLM2. So the tokens
+that both writings of the probe begin with are the probe, and what follows is scored.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
 from iapo.probe.measure import interpolate
 from iapo.probe.packing import Completion
+
+# Enough for the tokens of some batches; with an answer each is one more.
+KNOWN_JOINS = 2**16
 
 
 class Part(NamedTuple):
@@ -26,53 +33,86 @@ class Part(NamedTuple):
     numbers: list[int]
 
 
+class Join(NamedTuple):
+    """How a probe and an answer are written after a prefix.
+
+    Attributes:
+        probe: its tokens; with `takes_last` those that replace the prefix's last token too.
+        answer: the tokens to score. None: there is no answer.
+    """
+
+    probe: tuple[int, ...]
+    answer: tuple[int, ...] | None
+    takes_last: bool
+
+
 class Joins:
-    """How the probe is written after a token.
+    """How the probe is written after a token, and an answer after it.
 
     Args:
         encode: text -> token ids, without special tokens around them.
         decode: token ids -> text.
         probe: its text.
+        natural: False: the probe is written apart from the prefix, and joined with the answer alone.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str], probe: str):
-        self._encode, self._decode, self._probe = encode, decode, probe
-        self._alone = encode(probe)
-        self._known: dict[int, torch.Tensor | None] = {}
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[Sequence[int]], str],
+        probe: str,
+        natural: bool = True,
+    ):
+        self._encode, self._decode, self._probe, self._natural = encode, decode, probe, natural
+        self._alone = tuple(encode(probe))
+        self.join = lru_cache(KNOWN_JOINS)(self._join)
 
-    def rewritten(self, token: int) -> torch.Tensor | None:
-        """The tokens of this token's text and the probe; None where these are the token and the probe's own tokens.
+    def _join(self, last: int | None, answer: tuple[int, ...] | None) -> Join:
+        """The probe and the answer's text after the prefix's last token; None: after an empty prefix.
 
-        A token that its own text doesn't give back, such as a part of a character, is left as it is.
+        A token that its own text doesn't give back, such as a part of a character, is left as it is. An answer that
+        changes even the first of the tokens before it is written apart.
         """
-        if token not in self._known:
-            text = self._decode([token])
-            together = self._encode(text + self._probe)
-            plain = together == [token, *self._alone] or self._encode(text) != [token]
-            self._known[token] = None if plain else torch.tensor(together)
-        return self._known[token]
+        before = "" if last is None or not self._natural else self._decode([last])
+        if before and self._encode(before) != [last]:
+            before = ""
+        probe, rest = tuple(self._encode(before + self._probe)), answer
+        if answer:
+            text = self._decode(answer)
+            together = tuple(self._encode(before + self._probe + text))
+            shared = common_start(probe, together)
+            probe, rest = (together[:shared], together[shared:]) if shared else (probe, tuple(self._encode(text)))
+        if before and probe[0] == last and len(probe) > 1:
+            return Join(probe[1:], rest, takes_last=False)
+        return Join(probe, rest, takes_last=bool(before))
 
     def parts(self, completion: Completion) -> list[Part]:
-        """A completion as several, each with probes of one length. The one with the longest trajectory comes first.
+        """A completion as several, whose probes have one length and one answer. The longest trajectory comes first.
 
         At position 0 the probe is plain: a completion begins with tokens of its own whatever the prompt ends with.
         """
-        groups: dict[int | None, list[int]] = {}
-        written: dict[int, torch.Tensor] = {}
+        answer = None if completion.answer is None else tuple(completion.answer.tolist())
+        groups: dict[tuple, list[tuple[int, Join]]] = {}
         for j, t in enumerate(completion.positions.tolist()):
-            tokens = self.rewritten(int(completion.response[t - 1])) if t else None
-            if tokens is not None:
-                written[j] = tokens
-            groups.setdefault(None if tokens is None else len(tokens), []).append(j)
+            join = self.join(int(completion.response[t - 1]) if t else None, answer)
+            groups.setdefault((join.probe == self._alone, len(join.probe), *join[1:]), []).append((j, join))
         parts = []
-        for length, numbers in groups.items():
-            positions = completion.positions[numbers]
-            if length is None:
-                parts.append(Part(completion._replace(positions=positions), numbers))
-            else:
-                suffixes = torch.stack([written[j] for j in numbers])
-                parts.append(Part(completion._replace(positions=positions - 1, suffixes=suffixes), numbers))
+        for members in groups.values():
+            numbers = [j for j, _ in members]
+            suffixes = torch.tensor([join.probe for _, join in members])
+            _, (probe, rest, takes_last) = members[0]
+            part = completion._replace(
+                positions=completion.positions[numbers] - int(takes_last),
+                answer=None if rest is None else torch.tensor(rest, dtype=torch.long),
+                suffixes=None if probe == self._alone and not takes_last else suffixes,
+            )
+            parts.append(Part(part, numbers))
         return sorted(parts, key=lambda part: -int(part.completion.positions[-1]))
+
+
+def common_start(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many elements two sequences begin with in common."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def rejoined(whole: Completion, parts: Sequence[Part], values: Sequence[torch.Tensor]) -> torch.Tensor:

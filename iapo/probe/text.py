@@ -73,16 +73,9 @@ def region_length(
     return min(length, reasoning_length(response.tolist(), lambda ids: decode(tokenizer, ids), config.exit_marker))
 
 
-def answer_ids(tokenizer: Any, probe: str, answer: str) -> torch.Tensor:
-    """(A,) the tokens of `answer` as they follow the probe.
-
-    Some tokenizers encode the first word of a text differently, so probe and answer are encoded together. Where the
-    answer changes the probe's own tokens, it is encoded alone.
-    """
-    probe_tokens, together = (tokenizer.encode(text, add_special_tokens=False) for text in (probe, probe + answer))
-    separable = together[: len(probe_tokens)] == probe_tokens
-    ids = together[len(probe_tokens) :] if separable else tokenizer.encode(answer, add_special_tokens=False)
-    return torch.tensor(ids, dtype=torch.long)
+def answer_ids(tokenizer: Any, answer: str) -> torch.Tensor:
+    """(A,) the tokens of `answer` alone, which may be empty; `iapo.probe.joins` writes them after the probe."""
+    return torch.tensor(tokenizer.encode(answer, add_special_tokens=False), dtype=torch.long)
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

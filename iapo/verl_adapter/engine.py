@@ -62,7 +62,7 @@ class RankWork(NamedTuple):
     model_type="language_model", backend=["fsdp", "fsdp2"], device=["cuda", "npu"], vendor=ENGINE_VENDOR
 )
 class IapoEngine(FSDPEngineWithLMHead):
-    _known_joins: tuple[str, Joins] | None = None  # of the probe that was measured last
+    _known_joins: tuple[tuple[str, bool], Joins] | None = None  # of the probe that was measured last
     _exact = False  # whether the pass has been compared with plain forwards of this model
 
     @property
@@ -140,7 +140,7 @@ class IapoEngine(FSDPEngineWithLMHead):
             found = [(i, completion._replace(answer=answer)) for i, completion in found for answer in references[i]]
         rows, completions = [i for i, _ in found], [completion for _, completion in found]
         max_tokens = config.max_tokens_per_micro_batch or default_max_tokens(self.module.config, get_device_id())
-        joins = self._joins(config.probe) if config.probe_tokens == "natural" else None
+        joins = self._joins(config)
         parts = completions if joins is None else [part.completion for c in completions for part in joins.parts(c)]
         length = self._maximum_over_ranks(longest(parts, len(probe_ids)))
         if not self._exact:
@@ -148,11 +148,14 @@ class IapoEngine(FSDPEngineWithLMHead):
             self._exact = True
         return RankWork(rows, completions, torch.tensor(probe_ids), max_tokens, length, joins)
 
-    def _joins(self, probe: str) -> Joins:
-        tokenizer = self.model_config.tokenizer
-        if self._known_joins is None or self._known_joins[0] != probe:
-            joins = Joins(partial(tokenizer.encode, add_special_tokens=False), partial(decode, tokenizer), probe)
-            self._known_joins = probe, joins
+    def _joins(self, config: IapoConfig) -> Joins | None:
+        """None where every probe is the same tokens and no answer follows it."""
+        tokenizer, key = self.model_config.tokenizer, (config.probe, config.probe_tokens == "natural")
+        if config.probe_tokens == "ids" and config.score not in ("answer_logprob", "reference_answer"):
+            return None
+        if self._known_joins is None or self._known_joins[0] != key:
+            joins = Joins(partial(tokenizer.encode, add_special_tokens=False), partial(decode, tokenizer), *key)
+            self._known_joins = key, joins
         return self._known_joins[1]
 
     def completion(
@@ -169,7 +172,7 @@ class IapoEngine(FSDPEngineWithLMHead):
         if config.score == "answer_logprob":
             text = decode(tokenizer, response[: int(mask.sum())].tolist())
             written = FORMATS[config.format].final_answer(text, config.probe, config.answer_end)
-            answer = answer_ids(tokenizer, config.probe, written)
+            answer = answer_ids(tokenizer, written)
         return Completion(prompt, response, positions, answer)
 
     @cached_property

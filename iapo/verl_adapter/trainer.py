@@ -168,10 +168,9 @@ class IapoTrainer(PPOTrainerSync):
             self._record_validation_information(batch, [data["extra_fields"][i] for i in order])
 
     def _references(self, reward_model) -> torch.Tensor:
-        """The tokens of a row's right answers as they follow the probe, each with what ends it."""
+        """The tokens of a row's right answers, each with what ends it."""
         texts = references(getattr(reward_model, "data", reward_model)["ground_truth"])
-        ends = [text + self.iapo.answer_end for text in texts]
-        return joined([answer_ids(self.tokenizer, self.iapo.probe, text) for text in ends])
+        return joined([answer_ids(self.tokenizer, text + self.iapo.answer_end) for text in texts])
 
     @cached_property
     def _skips_old_log_prob(self) -> bool:
