@@ -1,11 +1,13 @@
-"""The time of a training step on the embedded task: python -m benchmarks.step [--rows] [--against DIR] [--trl]
+"""The time of a training step: python -m benchmarks.step [--rows] [--against DIR] [--trl] [--real MODEL_DIR DATA_DIR]
 
 By default the forms of the exit-entropy pass and its share of the step. --rows takes the rows of table.yaml instead,
 each at the first of its values, and grpo last once more: the two tell how far the machine drifted.
 
 --against compares this checkout with the one in DIR, by grpo and iapo_rate. --trl adds TRL's GRPOTrainer on the same
-model and prompts, see `benchmarks.trl_step`. Runs that are compared take turns, --rounds times each, so that a busy
-time of the machine hits all alike. Only the ratios carry over to other machines.
+model and prompts, see `benchmarks.trl_step`. --real takes SmolLM2-135M, as iapo model or iapo warmup writes it, and
+data whose answers are integers, such as iapo data gsm8k, instead of the embedded task. Runs that are compared take
+turns, --rounds times each, so that a busy time of the machine hits all alike. Only the ratios carry over to other
+machines.
 
 Trains a few steps of each on the real stack and prints the medians of verl's own timers, without the first step, which
 warms up.
@@ -68,7 +70,7 @@ def median(steps: Iterable[dict], key: str) -> float:
 
 def parts_table(runs: dict[str, list[dict]]) -> str:
     """One row per run: seconds of a step and of its parts, and the share of the pass."""
-    header = ["seconds of a step", *PARTS, f"/ {next(iter(runs))}", "share of the pass", "probe tok/s"]
+    header = ["seconds of a step", *PARTS, f"/ {next(iter(runs))}", "share of the pass", "probe tok/s", "tokens"]
     first_s = median(next(iter(runs.values())), "timing_s/step")
     rows = []
     for name, steps in runs.items():
@@ -80,29 +82,38 @@ def parts_table(runs: dict[str, list[dict]]) -> str:
                 f"{median(steps, 'timing_s/step') / first_s:.2f}",
                 f"{100 * share:.1f}%",
                 f"{median(steps, 'iapo/probe_tokens_per_second'):,.0f}",
+                f"{median(steps, 'response_length/mean'):.1f}",
             ]
         )
     return table(header, rows)
+
+
+def task_of(options: argparse.Namespace, folder: Path) -> tuple[list[str], Path, dict]:
+    """Our overrides, the prompts, and TRL's options for the same task."""
+    if not options.real:
+        return [], folder / "data" / "verbose_arithmetic" / "train.parquet", {}
+    model, data = (path.absolute() for path in options.real)
+    overrides = ["model=smollm2-135m-instruct", f"actor_rollout_ref.model.path={model}", f"data={data}"]
+    return [*overrides, "iapo.score=auto"], data / "train.parquet", {"model_dir": model, "work": "small-real"}
 
 
 def compare(options: argparse.Namespace, folder: Path) -> str:
     """Both checkouts, and TRL, by turns: medians over all steps of all rounds, and their ratios."""
     sides = {"this build": ROOT} | ({"the other": options.against.resolve()} if options.against else {})
     runs: dict[str, list[dict]] = {f"{variant}, {side}": [] for variant in COMPARED for side in sides}
-    trl: list[float] = []
-    settings = None
+    trl: list[dict] = []
+    task, prompts, trl_options = task_of(options, folder)
     for number in range(options.rounds):
         for variant, overrides in COMPARED.items():
             for side, checkout in sides.items():
                 say(f"round {number + 1}/{options.rounds}: {variant}, {side}")
                 place = folder / f"{number}-{variant}-{side.replace(' ', '-')}"
-                runs[f"{variant}, {side}"] += run([*overrides, *options.overrides], options.steps, place, checkout)
+                runs[f"{variant}, {side}"] += run(
+                    [*overrides, *task, *options.overrides], options.steps, place, checkout
+                )
         if options.trl:
             say(f"round {number + 1}/{options.rounds}: TRL")
-            prompts = folder / "data" / "verbose_arithmetic" / "train.parquet"
-            result = trl_step.run_trl(options.steps, prompts, venv=options.venv or folder / "trl")
-            trl += result["seconds"][1:]
-            settings = result["settings"] | result["versions"]
+            trl.append(trl_step.run_trl(options.steps, prompts, venv=options.venv or folder / "trl", **trl_options))
     lines = [parts_table(runs)]
     for variant in COMPARED:
         this_s = median(runs[f"{variant}, this build"], "timing_s/step")
@@ -111,9 +122,12 @@ def compare(options: argparse.Namespace, folder: Path) -> str:
                 f"{variant}: {this_s / median(runs[f'{variant}, the other'], 'timing_s/step'):.2f} of the other"
             )
         if trl:
-            lines.append(f"{variant}: {this_s / statistics.median(trl):.2f} of TRL's {statistics.median(trl):.2f} s")
-    if settings:
-        lines.append("TRL: " + ", ".join(f"{name} {value}" for name, value in settings.items()))
+            trl_s = statistics.median(seconds for result in trl for seconds in result["seconds"][1:])
+            lines.append(f"{variant}: {this_s / trl_s:.2f} of TRL's {trl_s:.2f} s")
+    for result in trl:
+        stated = result["median_seconds_of_parts"] | {"completion tokens": result["mean_completion_tokens"]}
+        stated |= result["settings"] | result["versions"]
+        lines.append("TRL: " + ", ".join(f"{name} {value}" for name, value in stated.items()))
     return "\n\n".join(lines)
 
 
@@ -127,6 +141,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", action="store_true", help="the rows of table.yaml")
     parser.add_argument("--against", type=Path, metavar="DIR", help="another checkout to compare with")
     parser.add_argument("--trl", action="store_true", help="TRL's GRPOTrainer, in an environment of its own")
+    parser.add_argument(
+        "--real", type=Path, nargs=2, metavar=("MODEL_DIR", "DATA_DIR"), help="instead of the embedded task"
+    )
     parser.add_argument("--venv", type=Path, help="keep TRL's environment here; default: a temporary folder")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each that is compared, by turns; default 2")
     parser.add_argument("overrides", nargs="*", help="passed on to iapo.train")
@@ -137,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = Path(name).resolve()
         with contextlib.redirect_stdout(sys.stderr):
             prepare("verbose_arithmetic", folder / "data")
-        if options.against or options.trl:
+        if options.against or options.trl or options.real:
             result = compare(options, folder)
         else:
             variants = rows_of_table() if options.rows else VARIANTS

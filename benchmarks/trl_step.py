@@ -1,9 +1,10 @@
 """A training step of TRL's GRPOTrainer on the embedded task: python -m benchmarks.trl_step --prompts TRAIN.parquet
 
-The prompts are what `python -m iapo.data verbose_arithmetic --out DIR` writes. All else is as in `python -m iapo.train
-variant=grpo platform=cpu model=tiny data=verbose_arithmetic`, but for two things. TRL generates by transformers, where
-verl has vLLM. And it has no forward for the old log-probabilities: with one update per generation they are the new
-ones. One line of JSON says how long steps took, and with which settings and versions.
+The prompts are what `iapo data verbose_arithmetic --out DIR` writes. All else is as in `iapo train variant=grpo
+platform=cpu model=tiny data=verbose_arithmetic`, or with `--work small-real --model DIR` as in
+model=smollm2-135m-instruct with data whose answers are integers, but for two things. TRL generates by transformers,
+where verl has vLLM. And it has no forward for the old log-probabilities: with one update per generation they are the
+new ones. One line of JSON says how long steps took, and with which settings and versions.
 
 TRL wants a newer transformers than verl allows, so it gets an environment of its own, in a temporary folder or in
 --venv. There this file runs as a script with --here, and finds nothing of this repository to import.
@@ -23,13 +24,29 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 TORCH = "2.13.0"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PACKAGES = ("trl==1.16.*", "transformers==5.24.*", "datasets")
 TINY = Path(__file__).resolve().parents[1] / "iapo" / "assets" / "tiny"
 
-PROMPTS, GROUP, MAX_COMPLETION = 16, 8, 128
+
+class Work(NamedTuple):
+    """A step: prompts, completions of each, of at most so many tokens, and the update's learning rate."""
+
+    prompts: int
+    group: int
+    max_completion: int
+    learning_rate: float
+
+    @property
+    def completions(self) -> int:
+        return self.prompts * self.group
+
+
+# recipes/model/tiny.yaml, and recipes/platform_model/cpu_smollm2-135m-instruct.yaml
+WORKS = {"tiny": Work(16, 8, 128, 1e-4), "small-real": Work(4, 4, 96, 5e-6)}
 MARKERS = ("<think>", "</think>", "<answer>", "</answer>")
 PARTS = ("generate", "reference", "loss", "backward")
 INTERVAL_S = 20
@@ -51,8 +68,9 @@ def run_trl(
     model_dir: Path = TINY,
     *,
     venv: Path | None = None,
+    work: str = "tiny",
     threads: int = 2,
-    per_device: int = PROMPTS * GROUP,
+    per_device: int | None = None,
     passive: bool = False,
 ) -> dict:
     """What `train` returns, run in an environment that has TRL.
@@ -61,9 +79,10 @@ def run_trl(
         steps: optimiser steps, at least 2.
         prompts_file: the task's train.parquet.
         model_dir: a model and its tokenizer.
+        work: a key of `WORKS`.
         venv: where the environment is, or is made and kept; None means a temporary one.
         threads: of torch.
-        per_device: completions per forward and backward of the loss.
+        per_device: completions per forward and backward of the loss; None: all.
         passive: threads sleep while they wait for each other. That is a quarter slower. But by default they spin, and
             then a step takes ten times as long and more where other processes want the cores.
 
@@ -77,7 +96,8 @@ def run_trl(
         # -I: else the folder of this file comes first on the path, and its modules hide others of the same name.
         command = [str(python), "-I", str(Path(__file__).resolve()), "--here", "--steps", str(steps)]
         command += ["--prompts", str(Path(prompts_file).resolve()), "--model", str(Path(model_dir).resolve())]
-        command += ["--threads", str(threads), "--per-device", str(per_device)]
+        command += ["--work", work, "--threads", str(threads)]
+        command += ["--per-device", str(per_device)] if per_device else []
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if passive:
             environment["OMP_WAIT_POLICY"] = "passive"
@@ -192,17 +212,17 @@ def examples(rows: Iterable[Mapping]) -> list[dict]:
     return [{"prompt": row["prompt"], "ground_truth": row["reward_model"]["ground_truth"]} for row in rows]
 
 
-def config_arguments(steps: int, per_device: int) -> dict:
-    """Arguments of GRPOConfig that make it the configuration of variant=grpo platform=cpu model=tiny."""
+def config_arguments(steps: int, work: Work, per_device: int) -> dict:
+    """Arguments of GRPOConfig that make it the configuration of variant=grpo platform=cpu."""
     return {
         "max_steps": steps,
         "seed": 0,
         # One optimiser step per generation of all the completions, however many go through the loss at a time.
         "per_device_train_batch_size": per_device,
-        "gradient_accumulation_steps": PROMPTS * GROUP // per_device,
+        "gradient_accumulation_steps": work.completions // per_device,
         "num_iterations": 1,
-        "num_generations": GROUP,
-        "max_completion_length": MAX_COMPLETION,
+        "num_generations": work.group,
+        "max_completion_length": work.max_completion,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
@@ -214,7 +234,7 @@ def config_arguments(steps: int, per_device: int) -> dict:
         "beta": 0.001,
         # verl has no importance weight on its KL.
         "use_bias_correction_kl": False,
-        "learning_rate": 1e-4,
+        "learning_rate": work.learning_rate,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": 5,
         "adam_beta1": 0.9,
@@ -234,13 +254,13 @@ def config_arguments(steps: int, per_device: int) -> dict:
     }
 
 
-def settings(arguments: Mapping, model: str, threads: int, optimiser: str) -> dict:
+def settings(arguments: Mapping, work: Work, model: str, threads: int, optimiser: str) -> dict:
     """What a reader must know to compare a step with another one."""
     a = arguments
     adam = {key: a[key] for key in ("learning_rate", "adam_beta1", "adam_beta2", "weight_decay", "max_grad_norm")}
     return {
         "model": model,
-        "prompts": PROMPTS,
+        "prompts": work.prompts,
         "completions_per_prompt": a["num_generations"],
         "completions_per_forward": a["per_device_train_batch_size"],
         "max_completion_tokens": a["max_completion_length"],
@@ -303,7 +323,7 @@ def cpu_seconds_of_others() -> float | None:
     return used - sum(os.times()[:2])
 
 
-def train(steps: int, prompts_file: Path, model_dir: Path, threads: int, per_device: int) -> dict:
+def train(steps: int, prompts_file: Path, model_dir: Path, work: Work, threads: int, per_device: int) -> dict:
     """Train by TRL in this very process: `summary`, settings and versions."""
     import pyarrow.parquet
     import torch
@@ -323,7 +343,7 @@ def train(steps: int, prompts_file: Path, model_dir: Path, threads: int, per_dev
         def on_log(self, *_, logs: dict, **__):
             step_logs.append(dict(logs))
 
-    arguments = config_arguments(steps, per_device)
+    arguments = config_arguments(steps, work, per_device)
     rows = pyarrow.parquet.read_table(prompts_file, columns=["prompt", "reward_model"]).to_pylist()
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
@@ -349,7 +369,7 @@ def train(steps: int, prompts_file: Path, model_dir: Path, threads: int, per_dev
     return {
         **summary(watch.steps, [log for log in step_logs if "reward" in log]),
         "cores_busy_with_others": None if cores is None else round(cores, 2),
-        "settings": settings(arguments, model_dir.name, torch.get_num_threads(), trainer.args.optim.value),
+        "settings": settings(arguments, work, model_dir.name, torch.get_num_threads(), trainer.args.optim.value),
         "versions": {"python": platform.python_version(), **versions},
     }
 
@@ -359,18 +379,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="the task's train.parquet")
     parser.add_argument("--model", type=Path, default=TINY, metavar="DIR", help="default: the embedded model")
     parser.add_argument("--steps", type=int, default=6, help="default: 6; the first one only warms up")
+    parser.add_argument(
+        "--work", choices=WORKS, default="tiny", help="prompts and lengths; default: the embedded task's"
+    )
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
-    parser.add_argument("--per-device", type=int, default=PROMPTS * GROUP, help="completions per forward of the loss")
+    parser.add_argument("--per-device", type=int, help="completions per forward of the loss; default: all")
     parser.add_argument("--passive", action="store_true", help="for a busy machine: waiting threads don't spin")
     parser.add_argument("--venv", type=Path, metavar="DIR", help="an environment to use again, made if it isn't there")
     parser.add_argument("--here", action="store_true", help="train in this Python, which has TRL")
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error("--steps must be at least 2: the first one only warms up")
-    if options.per_device < 1 or PROMPTS * GROUP % options.per_device:
-        parser.error(f"--per-device must divide {PROMPTS * GROUP}")
+    completions = WORKS[options.work].completions
+    options.per_device = completions if options.per_device is None else options.per_device
+    if options.per_device < 1 or completions % options.per_device:
+        parser.error(f"--per-device must divide {completions}")
     if not options.prompts.is_file():
-        parser.error(f"{options.prompts} isn't there; python -m iapo.data verbose_arithmetic --out DIR writes it")
+        parser.error(f"{options.prompts} isn't there; iapo data verbose_arithmetic --out DIR writes it")
     return options
 
 
@@ -379,10 +404,10 @@ def main(arguments: list[str] | None = None) -> None:
     common = {"threads": options.threads, "per_device": options.per_device}
     if options.here:
         with contextlib.redirect_stdout(sys.stderr):  # the result is the only line on stdout
-            result = train(options.steps, options.prompts, options.model, **common)
+            result = train(options.steps, options.prompts, options.model, WORKS[options.work], **common)
     else:
         try:
-            common |= {"venv": options.venv, "passive": options.passive}
+            common |= {"work": options.work, "venv": options.venv, "passive": options.passive}
             result = run_trl(options.steps, options.prompts, options.model, **common)
         except TrlError as error:
             raise SystemExit(f"benchmarks.trl_step: {error}") from error

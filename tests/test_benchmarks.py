@@ -224,9 +224,10 @@ def test_builds_and_trl_are_compared_by_the_ratios_of_medians(capsys, monkeypatc
         started.append((name, ours, count, overrides[1:]))
         return [{"timing_s/step": s} for s in seconds[name][ours]]
 
-    def run_trl(steps, prompts, venv):
-        assert prompts.is_file() and venv == tmp_path / "venv"
-        return {"seconds": [99.0, 1.0, 2.0, 3.0][:steps], "settings": {"dtype": "float32"}, "versions": {"trl": "1"}}
+    def run_trl(steps, prompts, venv, **work):
+        assert prompts.is_file() and venv == tmp_path / "venv" and not work
+        found = {"seconds": [99.0, 1.0, 2.0, 3.0][:steps], "settings": {"dtype": "float32"}, "versions": {"trl": "1"}}
+        return found | {"median_seconds_of_parts": {"loss": 0.5}, "mean_completion_tokens": 54.0}
 
     (tmp_path / "iapo").mkdir()
     (tmp_path / "iapo/train.py").touch()
@@ -240,7 +241,7 @@ def test_builds_and_trl_are_compared_by_the_ratios_of_medians(capsys, monkeypatc
         "grpo: 1.25 of TRL's 2.00 s",
         "iapo_rate: 0.50 of the other",
         "iapo_rate: 2.00 of TRL's 2.00 s",
-        "TRL: dtype float32, trl 1",
+        "TRL: loss 0.5, completion tokens 54.0, dtype float32, trl 1",
     ):
         assert line in lines
     turn = [(name, ours, 4, ["a.b=1"]) for name in ("grpo", "iapo_rate") for ours in (True, False)]
@@ -248,6 +249,16 @@ def test_builds_and_trl_are_compared_by_the_ratios_of_medians(capsys, monkeypatc
     with pytest.raises(SystemExit):
         step.main(["--against", str(tmp_path / "nothing")])
     assert "holds no iapo/train.py" in capsys.readouterr().err
+
+
+def test_a_real_model_is_the_same_task_for_both(tmp_path):
+    options = step.argparse.Namespace(real=[tmp_path / "model", tmp_path / "gsm8k"])
+    overrides, prompts, trl_options = step.task_of(options, tmp_path)
+    assert f"actor_rollout_ref.model.path={tmp_path}/model" in overrides and f"data={tmp_path}/gsm8k" in overrides
+    assert (prompts, trl_options) == (
+        tmp_path / "gsm8k/train.parquet",
+        {"model_dir": tmp_path / "model", "work": "small-real"},
+    )
 
 
 def test_a_table_by_hand():

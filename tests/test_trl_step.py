@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import trl_step
+from iapo.launch import compose
 from iapo.reward import compute_score
 
 GOOD = "<think>5+5=10</think>\n<answer>10</answer>"
@@ -57,12 +58,14 @@ def test_a_row_of_the_task_becomes_an_example():
     assert trl_step.examples([row]) == [{"prompt": prompt, "ground_truth": "10"}]
 
 
-@pytest.mark.parametrize("per_device", [128, 32])
-def test_a_step_is_one_update_on_all_completions(per_device):
-    arguments = trl_step.config_arguments(6, per_device)
-    assert arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] == 128
-    stated = trl_step.settings(arguments, "tiny", 2, "adamw")
-    assert stated["prompts"] * stated["completions_per_prompt"] == 128
+@pytest.mark.parametrize(
+    ("work", "per_device", "total"), [("tiny", 128, 128), ("tiny", 32, 128), ("small-real", 8, 16)]
+)
+def test_a_step_is_one_update_on_all_completions(work, per_device, total):
+    arguments = trl_step.config_arguments(6, trl_step.WORKS[work], per_device)
+    assert arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"] == total
+    stated = trl_step.settings(arguments, trl_step.WORKS[work], "tiny", 2, "adamw")
+    assert stated["prompts"] * stated["completions_per_prompt"] == total
     assert stated["completions_per_forward"] == per_device
     assert (stated["kl"], stated["dtype"], stated["threads"]) == (0.001, "float32", 2)
 
@@ -99,7 +102,16 @@ def test_arguments(prompts, tmp_path, capsys):
     for wrong in (["--steps", "1"], ["--per-device", "48"], ["--prompts", str(tmp_path / "none.parquet")]):
         with pytest.raises(SystemExit):
             trl_step.parse_arguments(["--prompts", str(prompts), *wrong])
-    assert "python -m iapo.data verbose_arithmetic" in capsys.readouterr().err
+    assert "iapo data verbose_arithmetic" in capsys.readouterr().err
+    assert trl_step.parse_arguments(["--prompts", str(prompts), "--work", "small-real"]).per_device == 16
+
+
+@pytest.mark.parametrize(("work", "model"), [("tiny", "tiny"), ("small-real", "smollm2-135m-instruct")])
+def test_the_work_is_that_of_our_recipe(work, model):
+    config = compose.resolve([f"model={model}", "platform=cpu", "data=verbose_arithmetic"])
+    rollout, actor = config.actor_rollout_ref.rollout, config.actor_rollout_ref.actor
+    ours = (config.data.train_batch_size, rollout.n, config.data.max_response_length, actor.optim.lr)
+    assert trl_step.WORKS[work] == ours
 
 
 def test_pip_gets_the_cpu_build_first_and_keeps_it():
