@@ -58,6 +58,7 @@ WITHOUT_EFFECT = (
     "actor_rollout_ref.rollout.enforce_eager",
     "actor_rollout_ref.rollout.free_cache_engine",
     "actor_rollout_ref.rollout.enable_sleep_mode",
+    "actor_rollout_ref.rollout.enable_chunked_prefill",
 )
 
 # What may differ between the starts of one run: also how long it is and what it is evaluated on.
