@@ -28,12 +28,13 @@ def validations(run_dir: Path) -> list[Validation]:
 
 def validation(step: int, data: dict) -> Validation | None:
     """The validation that a step's metrics hold; None if they hold none."""
-    accuracy, tokens = _mean(data, "acc"), _mean(data, "response_length")
+    accuracy, tokens = mean_of(data, "acc"), mean_of(data, "response_length")
     if accuracy is None or tokens is None:
         return None
-    return Validation(step, accuracy, tokens, _mean(data, "information_rate"))
+    return Validation(step, accuracy, tokens, mean_of(data, "information_rate"))
 
 
-def _mean(data: dict, variable: str) -> float | None:
+def mean_of(data: dict, variable: str) -> float | None:
+    """The mean over data sources of a number that the reward returns, such as "acc"; None if it isn't there."""
     values = [v for k, v in data.items() if re.fullmatch(rf"val-(core|aux)/.+/{variable}/mean@\d+", k)]
     return sum(values) / len(values) if values else None
