@@ -92,22 +92,29 @@ class Joins:
         At position 0 the probe is plain: a completion begins with tokens of its own whatever the prompt ends with.
         """
         answer = None if completion.answer is None else tuple(completion.answer.tolist())
-        groups: dict[tuple, list[tuple[int, Join]]] = {}
+        if not self._natural:  # the same join everywhere
+            count = len(completion.positions)
+            return [self._part(completion, list(range(count)), [self.join(None, answer)] * count)]
+        groups: dict[tuple, tuple[list[int], list[Join]]] = {}
         for j, t in enumerate(completion.positions.tolist()):
             join = self.join(int(completion.response[t - 1]) if t else None, answer)
-            groups.setdefault((join.probe == self._alone, len(join.probe), *join[1:]), []).append((j, join))
-        parts = []
-        for members in groups.values():
-            numbers = [j for j, _ in members]
-            suffixes = torch.tensor([join.probe for _, join in members])
-            _, (probe, rest, takes_last) = members[0]
-            part = completion._replace(
-                positions=completion.positions[numbers] - int(takes_last),
-                answer=None if rest is None else torch.tensor(rest, dtype=torch.long),
-                suffixes=None if probe == self._alone and not takes_last else suffixes,
-            )
-            parts.append(Part(part, numbers))
+            key = join.probe == self._alone, len(join.probe), join.answer, join.takes_last
+            numbers, joins = groups.setdefault(key, ([], []))
+            numbers.append(j)
+            joins.append(join)
+        parts = [self._part(completion, *members) for members in groups.values()]
         return sorted(parts, key=lambda part: -int(part.completion.positions[-1]))
+
+    def _part(self, completion: Completion, numbers: list[int], joins: Sequence[Join]) -> Part:
+        """The positions `numbers`, whose joins differ in nothing but the probe's tokens."""
+        probe, answer, takes_last = joins[0]
+        plain = probe == self._alone and not takes_last
+        part = completion._replace(
+            positions=completion.positions[numbers] - int(takes_last),
+            answer=None if answer is None else torch.tensor(answer, dtype=torch.long),
+            suffixes=None if plain else torch.tensor([join.probe for join in joins]),
+        )
+        return Part(part, numbers)
 
 
 def common_start(a: Sequence[int], b: Sequence[int]) -> int:
