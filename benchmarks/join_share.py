@@ -8,8 +8,9 @@ the text, once written as `iapo.probe_tokens=natural` writes it (the last token 
     `</think>\n<answer>`         format=tags
     `\n</think>\n\n\boxed{`      format=boxed
 
-The table says in how many prefixes each differs from the plain tokens, and in how many the two differ from each other:
-a join that reaches more than one token back. A tokenizer is called by the name of its folder.
+The table says for which share of prefixes each differs from the plain tokens (natural / whole text), and in how many
+prefixes the two differ from each other: a join that reaches more than one token back, or a prefix that ends within a
+character and so has no text. A tokenizer is called by the name of its folder.
 """
 
 import argparse
@@ -48,7 +49,7 @@ class Prefix(NamedTuple):
     apart: bool
 
 
-# By name: which prefixes a row of the table counts.
+# By name: which prefixes a column of the table counts.
 PLACES = {
     "all": lambda prefix: True,
     "step ends": lambda prefix: prefix.step_end,
@@ -81,15 +82,14 @@ def prefixes(tokenizer: Tokenizer, probe: str, texts: Sequence[str]) -> list[Pre
     return found
 
 
-def shares(found: Sequence[Prefix]) -> list[list[str]]:
-    """Rows of the table: place, prefixes, share by `natural`, share by the whole text, in how many the two differ."""
-    rows = []
-    for place, counts in PLACES.items():
+def shares(found: Sequence[Prefix]) -> list[str]:
+    """Cells of the table: prefixes; by place the share by `natural` and by the whole text; in how many they differ."""
+    cells = []
+    for counts in PLACES.values():
         chosen = [prefix for prefix in found if counts(prefix)]
-        by_natural, by_whole, apart = (sum(column) for column in list(zip(*chosen, strict=True))[2:] or [[]] * 3)
-        percent = [f"{n / len(chosen):.1%}" if chosen else "-" for n in (by_natural, by_whole)]
-        rows.append([place, f"{len(chosen):,}", *percent, str(apart)])
-    return rows
+        numbers = [sum(prefix.natural for prefix in chosen), sum(prefix.whole for prefix in chosen)]
+        cells.append(" / ".join(f"{number / len(chosen):.1%}" for number in numbers) if chosen else "-")
+    return [f"{len(found):,}", *cells, str(sum(prefix.apart for prefix in found))]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -106,8 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
         tokenizer = Tokenizer.from_file(str(path))
         for probe in PROBES:
             written = "`" + probe.replace("\n", "\\n") + "`"
-            lines += [[path.resolve().parent.name, written, *row] for row in shares(prefixes(tokenizer, probe, texts))]
-    print(table(["tokenizer", "probe", "prefixes", "number", "natural", "whole text", "they differ"], lines))
+            lines.append([path.resolve().parent.name, written, *shares(prefixes(tokenizer, probe, texts))])
+    print(table(["tokenizer", "probe", "prefixes", *PLACES, "they differ"], lines))
 
 
 if __name__ == "__main__":
