@@ -5,7 +5,7 @@ The defaults are only here: `iapo.launch.compose` puts them into every configura
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from iapo.answer_format import FORMATS
@@ -16,7 +16,7 @@ CHOICES = {
     "region": ("reasoning", "response"),
     "format": tuple(FORMATS),
     "score": ("first_token_entropy", "answer_logprob", "reference_answer", "next_token_entropy"),
-    "probe_at": ("stride", "boundaries"),
+    "probe_at": ("stride", "boundaries", "ends"),
     "probe_tokens": ("ids", "natural"),
 }
 
@@ -46,8 +46,9 @@ class IapoConfig:
             "next_token_entropy": nothing; the policy's entropy at each token itself takes its place (the paper's
             ablation, for alpha alone). It needs no probe pass; `validation_information` still makes its own.
         answer_end: text that ends the answer, for `score` "answer_logprob" and "reference_answer".
-        probe_at: "stride", every `stride`-th position, or "boundaries", where a reasoning step ends. The tokens
-            between two probes share the gain equally.
+        probe_at: "stride", every `stride`-th position, "boundaries", where a reasoning step ends, or "ends", before
+            the first token and after the last. The tokens between two probes share the gain equally. Where no term
+            reads gains (alpha is 0), training probes the ends alone, see `in_training`.
         stride: 1 probes every position (paper).
         max_gap: with "boundaries": at most this many tokens between two probes.
         max_tokens_per_micro_batch: tokens per forward of the pass; None: what suits the device. Speed and memory only.
@@ -101,6 +102,11 @@ class IapoConfig:
                 f"iapo.score: 'next_token_entropy' says nothing about the answer, so there is no information rate for "
                 f"iapo.rho={self.rho}; set iapo.rho=0 or choose another score."
             )
+        if self.probe_at == "ends" and self.alpha > 0 and self.score != "next_token_entropy":
+            raise ValueError(
+                f"iapo.probe_at: 'ends' measures no token's gain, which iapo.alpha={self.alpha} needs; choose stride "
+                "or boundaries."
+            )
         for name in ("share_log_prob_forward", "validation_information"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"iapo.{name}: {getattr(self, name)!r} must be true or false.")
@@ -114,6 +120,11 @@ class IapoConfig:
     def probes(self) -> bool:
         """Whether anything needs the probe pass: a term, or the metric of validation completions."""
         return self.needs_exit_entropy or self.validation_information
+
+    @property
+    def in_training(self) -> "IapoConfig":
+        """What training measures: h_0 and h_T alone where that is all that a term reads (the information rate)."""
+        return self if self.alpha > 0 else replace(self, probe_at="ends")
 
     @property
     def needs_references(self) -> bool:

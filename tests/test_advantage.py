@@ -247,6 +247,7 @@ def test_advantage_shares_by_hand():
         (dict(score="entropy"), "iapo.score: 'entropy' must be one of first_token_entropy, answer_logprob"),
         (dict(score="next_token_entropy", rho=1.0), "iapo.score: 'next_token_entropy' .* iapo.rho=1.0; set iapo.rho=0"),
         (dict(probe_at="newlines"), "iapo.probe_at: 'newlines' must be one of stride, boundaries"),
+        (dict(probe_at="ends", alpha=0.5), "iapo.probe_at: 'ends' measures no token's gain, which iapo.alpha=0.5 need"),
         (dict(probe=""), "iapo.probe"),
         (dict(alfa=1.0), "iapo.alfa: unknown key; known are alpha"),
     ],

@@ -97,6 +97,10 @@ def test_metrics_have_gains_but_no_exit_entropies():
     }
     inputs = replace(inputs, config=IapoConfig(alpha=0.5))
     assert information_metrics(inputs, result, mask)["iapo/exit_entropy/start"] == 2.0
+    # Of the ends alone there are no gains.
+    found = information_metrics(replace(inputs, config=IapoConfig(rho=1.0)), result, mask)
+    assert found["iapo/information_rate"] == pytest.approx(1 / 3)
+    assert "iapo/information_gain/mean" not in found and "iapo/information_gain/std" not in found
 
 
 def test_no_probe_pass_is_needed():

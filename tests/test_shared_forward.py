@@ -23,6 +23,7 @@ CONFIGS = {
     "answer": replace(CONFIG, score="answer_logprob", answer_end="e"),
     "reference": replace(CONFIG, score="reference_answer", answer_end="e"),
     "natural": replace(CONFIG, probe_tokens="natural"),
+    "ends": replace(CONFIG, alpha=0.0, rho=1.0).in_training,
 }
 CASES = [*(("some padding", name) for name in CONFIGS), ("only padding", "every position")]
 KINDS = {
@@ -98,7 +99,7 @@ def make_data(rows, config=None):
 
 def references_of(row):
     """Right answers with what ends them; two for every other row."""
-    return [torch.tensor([12, 13, 14]), *([torch.tensor([row % 5, 14])] if row % 2 else [])]
+    return [torch.tensor([12, 13, 14]), *([torch.tensor([[5, 11, 15][row % 3], 14])] if row % 2 else [])]
 
 
 def answering_rows(batch, rank):
@@ -186,6 +187,15 @@ def test_shared_equals_the_naive_reference(results):
         for (row, mask), h in zip(answering_rows("some padding", rank), values, strict=True):
             (expected,) = exit_entropies_naive(model, [row], [5, 11])
             torch.testing.assert_close(h, expected if mask.any() else 0 * expected, atol=1e-5, rtol=0)
+
+
+def test_only_the_ends_are_probed_where_nothing_else_is_read(results):
+    for rank in range(2):
+        every, ends = (results[f"shared-some padding-{name}-{rank}"]["shared"] for name in ("every position", "ends"))
+        probed = [each["probe_tokens"] for each in (every, ends)]
+        for h, other, all_tokens, tokens in zip(every["exit_entropy"], ends["exit_entropy"], *probed, strict=True):
+            torch.testing.assert_close(other[[0, -1]], h[[0, -1]], atol=1e-5, rtol=1e-6)
+            assert int(tokens) == min(int(all_tokens), 2 * 2)  # a probe has two tokens
 
 
 def test_probes_that_are_written_with_the_token_before(results):

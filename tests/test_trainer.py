@@ -4,7 +4,7 @@ import json
 import math
 import re
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -107,7 +107,8 @@ def test_exit_entropies_come_with_old_log_probs_if_verl_computes_any(monkeypatch
     trainer.iapo, trainer.timing_raw = IapoConfig(share_log_prob_forward=True, **weights), {}
     batch = SimpleNamespace(extra_info={})
     assert trainer._compute_old_log_prob(batch, {}) is batch
-    assert requests == ([{"iapo": asdict(trainer.iapo)}] if shares else [{}])
+    asked = replace(trainer.iapo, probe_at="stride" if "alpha" in weights else "ends")  # the rate reads the ends alone
+    assert requests == ([{"iapo": asdict(asked)}] if shares else [{}])
     assert batch.extra_info == {}  # reference log-probs may be the same worker's
     trainer.iapo = IapoConfig(share_log_prob_forward=False, **weights)
     assert not trainer._shares_forward

@@ -365,6 +365,8 @@ def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     for name, choice, value in (
         ("exit_marker", "region", "response"),
         ("stride", "probe_at", "boundaries"),
+        ("stride", "probe_at", "ends"),
+        ("max_gap", "probe_at", "ends"),
         ("max_gap", "probe_at", "stride"),
         ("answer_end", "score", "first_token_entropy"),
         ("answer_end", "score", "next_token_entropy"),

@@ -26,8 +26,8 @@ def information_metrics(
         seconds: wall time of that pass; 0 without one.
 
     Returns:
-        `iapo/advantage_share/<term>` always. With exit entropies, or next-token entropies in their place,
-        `iapo/information_gain/{mean,std}`; with exit entropies also `iapo/exit_entropy/{start,end}`,
+        `iapo/advantage_share/<term>` always. Where a term reads gains, of exit entropies or of next-token entropies in
+        their place, `iapo/information_gain/{mean,std}`; with exit entropies `iapo/exit_entropy/{start,end}`,
         `iapo/information_rate` and `iapo/negative_information`. `iapo/probe_tokens_per_second` where a pass was made.
     """
     shares = advantage_shares(result.terms, response_mask)
@@ -36,11 +36,12 @@ def information_metrics(
         return metrics
     real = response_mask.bool().any(1)
     h, region = inputs.exit_entropy[real], inputs.region_mask[real]
-    gains = information_gain(h, region)[region.bool()]
-    metrics |= {
-        "iapo/information_gain/mean": gains.mean().item() if len(gains) else 0.0,
-        "iapo/information_gain/std": gains.std(correction=0).item() if len(gains) else 0.0,
-    }
+    if inputs.config.alpha > 0:  # else only the ends were measured
+        gains = information_gain(h, region)[region.bool()]
+        metrics |= {
+            "iapo/information_gain/mean": gains.mean().item() if len(gains) else 0.0,
+            "iapo/information_gain/std": gains.std(correction=0).item() if len(gains) else 0.0,
+        }
     if inputs.config.needs_exit_entropy:
         metrics |= {
             "iapo/exit_entropy/start": h[:, 0].mean().item(),

@@ -167,7 +167,7 @@ class IapoEngine(FSDPEngineWithLMHead):
         if config.probe_at == "boundaries":
             positions = probe_positions(length, boundaries=self._step_ends[response], max_gap=config.max_gap)
         else:
-            positions = probe_positions(length, config.stride)
+            positions = probe_positions(length, max(length, 1) if config.probe_at == "ends" else config.stride)
         answer = None
         if config.score == "answer_logprob":
             text = decode(tokenizer, response[: int(mask.sum())].tolist())

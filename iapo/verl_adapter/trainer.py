@@ -181,7 +181,7 @@ class IapoTrainer(PPOTrainerSync):
         if self._skips_old_log_prob:
             return batch
         if self._shares_forward:
-            batch.extra_info["iapo"] = asdict(self.iapo)
+            batch.extra_info["iapo"] = asdict(self.iapo.in_training)
         more = [REFERENCES] if self._shares_forward and self.iapo.needs_references else []
         with self._reads(batch, LOG_PROB_FIELDS + more):
             result = super()._compute_old_log_prob(batch, metrics)
@@ -202,7 +202,7 @@ class IapoTrainer(PPOTrainerSync):
             return super()._compute_advantage(batch, metrics)
         if self.iapo.needs_exit_entropy and not self._shares_forward:
             with marked_timer("exit_entropy", self.timing_raw, color="purple"):
-                self._run_exit_entropy(batch)
+                self._run_exit_entropy(batch, self.iapo.in_training)
         data = fetch(batch, self._advantage_fields)
         if "exit_entropy_seconds" in data:
             seconds = data["exit_entropy_seconds"].max().item()
@@ -290,14 +290,14 @@ class IapoTrainer(PPOTrainerSync):
 
     # -- data ---------------------------------------------------------------------------------------------------
 
-    def _run_exit_entropy(self, batch: KVBatchMeta) -> None:
+    def _run_exit_entropy(self, batch: KVBatchMeta, config: IapoConfig) -> None:
         """Let the workers write `OUTPUT_FIELDS` for the rows of `batch`."""
         request = KVBatchMeta(
             partition_id=batch.partition_id,
             keys=batch.keys,
             tags=batch.tags,
             fields=INPUT_FIELDS + ([REFERENCES] if self.iapo.needs_references else []),
-            extra_info={"iapo": asdict(self.iapo)},
+            extra_info={"iapo": asdict(config)},
         )
         self.actor_rollout_wg.compute_exit_entropy(request)
 
@@ -350,7 +350,7 @@ class IapoTrainer(PPOTrainerSync):
         if len(batch) < ranks:  # they can't be shared out
             print(f"iapo: validation: {len(batch)} completions for {ranks} ranks: no information rate", flush=True)
             return
-        self._run_exit_entropy(batch)
+        self._run_exit_entropy(batch, self.iapo)
         recorded = []
         for h, extra in zip(fetch(batch, ["exit_entropy"])["exit_entropy"].unbind(), extra_fields, strict=True):
             extra = dict(getattr(extra, "data", extra))
