@@ -772,7 +772,7 @@ def test_weights_that_are_cut_short_and_end_tokens_that_differ_are_refused(verbo
     shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
     check(changed("model=m", "data=verbose_arithmetic"))
     settings = json.loads(Path("m/generation_config.json").read_text())
-    for ends, problem in ((5, r"ends at \[5\]; correct the one that is wrong"), ("{", "config.json can't be read")):
+    for ends, problem in ((5, r"ends at eos_token_id \[5\]; correct the one"), ("{", "config.json can't be read")):
         text = "{" if ends == "{" else json.dumps(settings | {"eos_token_id": ends})
         Path("m/generation_config.json").write_text(text)
         with pytest.raises(ConfigError, match=rf"^actor_rollout_ref.model.path: .*{problem}"):
@@ -781,6 +781,31 @@ def test_weights_that_are_cut_short_and_end_tokens_that_differ_are_refused(verbo
     weights = Path("m/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"^actor_rollout_ref.model.path: .*/model.safetensors is cut short; get it"):
+        check(changed("model=m", "data=verbose_arithmetic"))
+
+
+@pytest.mark.parametrize(
+    "changes,ends",
+    [
+        ({"eos_token_id": 5}, r"\[5\]"),
+        ({"eos_token_id": [5, 7]}, r"\[5, 7\]"),
+        ({"eos_token_id": [5, 2]}, None),
+        ({"eos_token_id": None}, None),
+        ({"eos_token_id": None, "model_type": "gpt2", "n_positions": 512}, r"\[50256\]"),  # GPT-2's default
+    ],
+)
+def test_without_a_generation_config_the_end_tokens_of_the_config_count(changes, ends, verbose_arithmetic):
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m", ignore=lambda *_: ["generation_config.json"])
+    settings = json.loads(Path("m/config.json").read_text()) | changes
+    given = {name: value for name, value in settings.items() if value is not None}
+    Path("m/config.json").write_text(json.dumps(given))
+    if ends is None:
+        check(changed("model=m", "data=verbose_arithmetic"))
+        return
+    message = (
+        rf"^actor_rollout_ref.model.path: .*/m has eos_token .* \(2\), but its config.json ends at eos_token_id {ends}"
+    )
+    with pytest.raises(ConfigError, match=message):
         check(changed("model=m", "data=verbose_arithmetic"))
 
 

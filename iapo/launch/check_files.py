@@ -177,7 +177,11 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             "(model=/a/folder) or a hub name that this machine can reach."
         )
         return
-    problems = [*_model_files(config, tokenizer), *_positions(config, model_config), *_bucket(config, model_config)]
+    problems = [
+        *_model_files(config, model_config, tokenizer),
+        *_positions(config, model_config),
+        *_bucket(config, model_config),
+    ]
     yield from problems
     if iapo.probes and not problems:
         yield from _probing(config, iapo, model_config, tokenizer)
@@ -232,7 +236,7 @@ def listed(files) -> list[str]:
     return [files] if isinstance(files, str) else list(files or [])
 
 
-def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
+def _model_files(config: DictConfig, model_config, tokenizer) -> Iterator[str]:
     path = config.actor_rollout_ref.model.path
     if os.path.isdir(path) and not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
         yield f"actor_rollout_ref.model.path: {path} holds no weights (*.safetensors or *.bin); put them there."
@@ -243,7 +247,7 @@ def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
         yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
     elif tokenizer.eos_token_id is None:
         yield f"actor_rollout_ref.model.path: {path} has a tokenizer without eos_token; add it to its configuration."
-    elif problem := _other_end(path, tokenizer):
+    elif problem := _other_end(path, tokenizer, model_config):
         yield problem
     elif not tokenizer.chat_template and not config.actor_rollout_ref.model.custom_chat_template:
         yield (
@@ -267,25 +271,26 @@ def is_whole(file: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def _other_end(path: str, tokenizer) -> str | None:
-    """What is wrong with the end tokens of a model's generation configuration, which it may lack."""
+def _other_end(path: str, tokenizer, model_config) -> str | None:
+    """What is wrong with the end tokens of generation_config.json or, where a model has none, of config.json.
+
+    vLLM ends completions at these too. Where config.json has no eos_token_id, the default of its model type counts.
+    """
     from transformers import GenerationConfig
 
-    file = Path(path) / "generation_config.json"
-    if os.path.isdir(path) and not file.is_file():
-        return None
+    local, name = os.path.isdir(path), "generation_config.json"
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError as error:
-        if not os.path.isdir(path):  # a hub name without the file
-            return None
-        return f"actor_rollout_ref.model.path: {file} can't be read ({' '.join(str(error).split())}); correct it."
+        if local and (file := Path(path) / name).is_file():
+            return f"actor_rollout_ref.model.path: {file} can't be read ({' '.join(str(error).split())}); correct it."
+        ends, name = GenerationConfig.from_model_config(model_config).eos_token_id, "config.json"
     ends = set(ends if isinstance(ends, list) else [ends]) - {None}
     if not ends or tokenizer.eos_token_id in ends:
         return None
     return (
         f"actor_rollout_ref.model.path: {path} has eos_token {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), but "
-        f"its generation_config.json ends at {sorted(ends)}; correct the one that is wrong."
+        f"its {name} ends at eos_token_id {sorted(ends)}; correct the one that is wrong."
     )
 
 
