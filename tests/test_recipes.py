@@ -25,6 +25,7 @@ from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.data import EVALUATION
 from iapo.launch import compose, machine, provenance, weights
+from iapo.launch.check_prompts import prompt_problems
 from iapo.launch.checks import ConfigError, check, check_with_verl
 from iapo.launch.folder_lock import FolderInUse, lock_run_dir
 from iapo.launch.provenance import by_dotted_key
@@ -708,6 +709,44 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
     refused = r"^data.train_files: the chat template of .*/tiny refuses all of the \d+ prompts \(no system prompt\); ch"
     with pytest.raises(ConfigError, match=refused):
         check(changed(quoted))
+
+
+def asking(instruction):
+    return [[{"role": "user", "content": f"1+1={instruction}"}]] * 16
+
+
+@pytest.mark.parametrize(
+    "prompts,options,warned",
+    [
+        (PROMPT, [], "data.train_files: 16 of the 16 prompts, data.val_files: 16 of the 16 prompts don't ask for"),
+        (PROMPT[:3] + asking("<answer>")[3:], [], "data.train_files: 3 of the 16 prompts, data.val_files: 3 of"),
+        (PROMPT, ["trainer.val_only=true"], "data.val_files: 16 of the 16 prompts don't ask for"),
+        (PROMPT, ["reward.custom_reward_function.path=r.py"], None),  # it may pay for anything
+        (asking("<answer>"), [], None),
+        (asking("Put it into \\boxed{}."), [], "data.train_files: 16 of the 16 prompts, "),
+        (asking("Put it into \\boxed{}."), ["format=boxed_no_think"], None),
+        (asking("<answer>"), ["format=boxed_no_think"], "data.train_files: 16 of the 16 prompts, "),
+    ],
+)
+def test_prompts_that_do_not_ask_for_the_format_are_warned_of(
+    prompts, options, warned, monkeypatch, verbose_arithmetic
+):
+    monkeypatch.setattr("iapo.launch.check_prompts.is_embedded", lambda config: False)
+    write_rows("d", {"prompt": prompts, "data_source": ["x"] * 16, "reward_model": REWARD})
+    Path("r.py").write_text(OWN_REWARD)
+    config = changed("data=d", *SHORT, "data.max_prompt_length=99", *options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        list(prompt_problems(config))
+    lines = [str(w.message) for w in caught]
+    assert [line[: len(warned or "")] for line in lines] == [warned] * bool(warned)
+    assert all("; unless the model writes it unasked, make the data with iapo data NAME" in line for line in lines)
+
+
+def test_the_embedded_models_write_their_format_unasked(verbose_arithmetic):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(prompt_problems(changed())) == []
 
 
 def test_prompts_must_last_for_the_steps(verbose_arithmetic):
