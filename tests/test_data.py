@@ -306,6 +306,12 @@ def test_missing_column_names_the_column_and_what_is_there(tmp_path):
         ("math500", {"problem": "1+1?", "answer": None}, "answer: is null"),
         ("math500", {"problem": "1+1?", "answer": math.nan}, "answer: is nan, no finite number"),
         ("math500", {"problem": "1+1?", "answer": []}, "answer: is an empty list"),
+        ("math500", {"problem": "1+1?", "answer": " NaN "}, "answer: is 'NaN', no answer"),
+        ("math500", {"problem": "1+1?", "answer": True}, "answer: is True, no number or text"),
+        ("math500", {"problem": "1+1?", "answer": ["2", False]}, "answer: is False, no number or text"),
+        ("math500", {"problem": None, "answer": "2"}, "None is no question or answer"),
+        ("math500", {"problem": math.nan, "answer": "2"}, "nan is no question or answer"),
+        ("math500", {"problem": True, "answer": "2"}, "True is no question or answer"),
         ("math500", {"problem": "1+1?", "answer": {"value": 2}}, "answer: is a dict"),
         ("math500", {"problem": ["1+1?"], "answer": "2"}, "['1+1?'] is no question or answer"),
         ("math500", {"problem": "1+1?", "answer": "2" * 1001}, "answer: has 1001 characters, not 1 to 1000"),
@@ -550,6 +556,25 @@ def test_own_data_with_several_right_answers_and_splits(tmp_path):
     paths = data.prepare("roots", tmp_path, str(tmp_path / "mine"), question="q", answer="a")
     assert [row["reward_model"]["ground_truth"] for row in read(paths, "train")] == [["2", "-2"], ["0"]]
     assert [row["reward_model"]["ground_truth"] for row in read(paths, "test")] == ["1"]
+
+
+def test_contradictory_answers_are_listed_with_their_rows(tmp_path, capsys):
+    rows = [{"q": f"What is {k}?", "a": k} for k in range(8)]
+    rows += [{"q": "what  IS 3?", "a": 7}, {"q": "What is 4?", "a": "4.0"}, {"q": "What is 5?", "a": [6, 5]}]
+    source = write(tmp_path / "mine.jsonl", [*rows, {"q": "What is 3?", "a": "three"}])
+    data.prepare("mine", tmp_path, str(source), question="q", answer="a")
+    dropped, line, *listed, _, _, _, _ = capsys.readouterr().out.splitlines()
+    assert dropped == "mine: dropped 4 repeated rows, and 0 train rows that are in test"
+    assert line == (
+        "mine: 2 of these have another answer than the row that was kept; correct the wrong one of the two:"
+    )
+    assert listed == ["  row 8: '7', but row 3: '3'", "  row 11: 'three', but row 3: '3'"]
+    write(tmp_path / "both" / "train.jsonl", rows[:9])
+    write(tmp_path / "both" / "test.jsonl", [{"q": "What is 0?", "a": 1}, {"q": "What is 1?", "a": 1}])
+    data.prepare("both", tmp_path, str(tmp_path / "both"), question="q", answer="a")
+    dropped, line, *listed, _, _, _, _ = capsys.readouterr().out.splitlines()
+    assert dropped == "both: dropped 1 repeated rows, and 2 train rows that are in test"
+    assert listed == ["  train, row 8: '7', but train, row 3: '3'", "  train, row 0: '0', but test, row 0: '1'"]
 
 
 def test_wrong_requests_for_own_data(tmp_path):

@@ -3,26 +3,30 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from iapo.data.originals import Original, Schema
-from iapo.data.split import Example, unique, without
+from iapo.data.split import Example, Pair, unique, without
 from iapo.tasks.reference import references
 
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 WHOLE = "all"  # the split of a local file with all rows
+MOST_LISTED = 100  # rows with something to correct
 
 
 def load_examples(name: str, original: Original, source: str | None, seed: int) -> dict[str, list[Example]]:
-    """The examples by split, distinct and disjoint; prints how many rows were left out."""
+    """The examples by split, distinct and disjoint; prints how many rows were left out, and contradictions."""
     splits, read, repeated, foreign = {}, 0, 0, 0
+    contradictions: list[str] = []
     for split, rows in read_source(name, original, source).items():
         rows = _Counter(rows)
         where = source or original.hub_id
         parsed = _Counter(parse_rows(rows, original, where if split == WHOLE else f"{where} ({split})"))
-        splits[split] = list(islice(unique(parsed), original.limit))
+        pairs: list[Pair] = []
+        splits[split] = list(islice(unique(parsed, pairs), original.limit))
+        contradictions += (f"{_place(split, a)}, but {_place(split, b)}" for a, b in pairs)
         read += rows.count
         foreign += rows.count - parsed.count
         repeated += parsed.count - len(splits[split])
@@ -35,14 +39,35 @@ def load_examples(name: str, original: Original, source: str | None, seed: int) 
         train, test = original.divide(examples, seed)
         splits = {"train": train, "test": test}
     else:
-        train = without(splits["train"], splits["test"])
+        pairs = []
+        train = list(without(splits["train"], splits["test"], pairs))
+        contradictions += (f"{_place('train', a)}, but {_place('test', b)}" for a, b in pairs)
         overlap = len(splits["train"]) - len(train)
         splits["train"] = train
     if foreign:
         print(f"{name}: left out {foreign} of {read} rows, which have pictures or no final answer")
     train_too = "" if original.evaluation else f", and {overlap} train rows that are in test"
     print(f"{name}: dropped {repeated} repeated rows{train_too}")
+    if contradictions:
+        print(
+            f"{name}: {len(contradictions)} of these have another answer than the row that was kept; correct the wrong "
+            "one of the two:"
+        )
+        print_some(contradictions)
     return splits
+
+
+def _place(split: str, example: Example) -> str:
+    where = "" if split == WHOLE else f"{split}, "
+    return f"{where}row {example.index}: {example.answer!r}"
+
+
+def print_some(lines: Sequence[str]) -> None:
+    """A list, cut where it is long."""
+    for line in lines[:MOST_LISTED]:
+        print(f"  {line}")
+    if len(lines) > MOST_LISTED:
+        print(f"  and {len(lines) - MOST_LISTED} more")
 
 
 class _Counter:
@@ -213,8 +238,9 @@ def _schema(row: object, original: Original, where: str) -> Schema:
 
 
 def _text(value: object) -> str:
-    text = str(value).strip() if isinstance(value, str | int | float) else ""
-    if not text:
+    known = isinstance(value, str | int | float) and not isinstance(value, bool)
+    text = str(value).strip() if known else ""
+    if text.casefold() in ("", "nan"):  # a missing text is read as NaN
         raise ValueError(f"{value!r} is no question or answer")
     return text
 
