@@ -615,6 +615,8 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
         (truths("2", None, None), "reward_model.ground_truth: row 9 is null, and 1 more can't be judged; each must be"),
         (truths("2", ""), "reward_model.ground_truth: row 9 has 0 characters, not 1 to 1000; each must be a number"),
         (truths(2.0, math.nan), "reward_model.ground_truth: row 9 is nan, no finite number; each must be a number"),
+        (truths("2", "NaN"), "reward_model.ground_truth: row 9 is 'NaN', no answer; each must be a number, text"),
+        (truths(True), "reward_model.ground_truth: row 0 is True, no number or text, and 8 more can't be judged"),
         (truths(["2", "3"], []), "reward_model.ground_truth: row 9 is an empty list; each must be a number, text, or"),
         (
             truths(["2"], ["2", None]),
@@ -629,6 +631,11 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
             truths("np.arcsin(10/13)", "???"),
             "reward_model.ground_truth: the verifier can read none of the 10 answers, the first is 'np.arcsin",
         ),
+        (
+            {"prompt": PROMPT[:13] + [[{"role": "user", "content": content}] for content in (None, "1", " ")]},
+            "prompt: 2 rows ask nothing, the first is row 13; each needs a user's question.$",
+        ),
+        ({"prompt": [*PROMPT[:15], []]}, "prompt: 1 rows ask nothing, the first is row 15;"),
         ({"prompt": PROMPT[:14] + [None] * 2}, "prompt: 2 rows are null; each must hold chat messages.$"),
         ({"data_source": ["x"] * 13 + [None] * 3}, "data_source: 3 rows are null; each must name the data set"),
     ],

@@ -102,7 +102,10 @@ def _parquet(config: DictConfig, iapo: IapoConfig, field: str, name: str | None)
         yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
         judged_by_us = config.reward.custom_reward_function.path == "pkg://iapo.reward" or iapo.needs_references
-        problems = [*_columns(schema, rows, prompt)] or _references(rows["reward_model"], judged_by_us)
+        problems = [*_columns(schema, rows, prompt)] or [
+            *_questions(rows[prompt], prompt),
+            *_references(rows["reward_model"], judged_by_us),
+        ]
         yield from (f"data.{field}: {name}, column {line}" for line in problems)
 
 
@@ -119,6 +122,19 @@ def _columns(schema, rows, prompt_key: str) -> Iterator[str]:
     for name, fix in ((prompt_key, "each must hold chat messages"), ("data_source", "each must name the data set")):
         if count := rows[name].null_count:
             yield f"{name}: {count} rows are null; {fix}."
+
+
+def _questions(column, prompt_key: str) -> Iterator[str]:
+    """Prompts that ask nothing, in an Arrow column of chat messages; a template writes 'None', or verl drops them."""
+    empty = [number for number, messages in enumerate(column.to_pylist()) if not _asks(messages)]
+    if empty:
+        yield f"{prompt_key}: {len(empty)} rows ask nothing, the first is row {empty[0]}; each needs a user's question."
+
+
+def _asks(messages: list[dict]) -> bool:
+    """Whether every message of the user has content, text or not, and there is one."""
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return bool(asked) and all(content.strip() if isinstance(content, str) else content for content in asked)
 
 
 def _references(column, judged_by_us: bool) -> Iterator[str]:
