@@ -14,6 +14,7 @@ import pytest
 
 from iapo import data
 from iapo.answer_format import FORMATS
+from iapo.data import judge
 from iapo.data.originals import DAPO_SUFFIX
 from iapo.tasks import verbose_arithmetic
 
@@ -670,6 +671,27 @@ def test_a_long_list_is_cut(tmp_path, capsys, monkeypatch):
     data.prepare("minerva", tmp_path, str(write(tmp_path / "a.jsonl", numbered("x", *["y"] * 130))))
     out = capsys.readouterr().out
     assert out.count("\n  test, row") == 100 and "\n  and 30 more\n" in out
+
+
+def test_only_the_first_answers_are_tried_before_a_run_unless_none_can_be_read(monkeypatch):
+    tried = []
+
+    async def verdict(answer, gold, timeout_s):
+        tried.append(gold)
+        return "wrong" if gold.startswith("x") else "unparsable"
+
+    monkeypatch.setattr("iapo.tasks.verifier.verdict", verdict)
+    assert judge.unreadable_rows(["1", "a", "a", "x", "b"], most=2) == [1, 2]  # b isn't tried
+    assert judge.unreadable_rows([["a", "x"], ["a", "b"], "c"], most=3) == [1]
+    assert tried == ["a", "x", "a", "x", "b"]
+    assert judge.unreadable_rows(["a", "b", "c", "x"], most=2) == [
+        0,
+        1,
+        2,
+    ]  # so a file without a readable one is refused
+    assert judge.unreadable_rows(["a", "b", "c"], most=2) == [0, 1, 2]
+    assert judge.unreadable_rows(["a", "b", "7"], most=1) == [0]
+    assert judge.unreadable_rows([1, "2"]) == []
 
 
 # --- the command ---

@@ -656,6 +656,20 @@ def test_rows_that_verl_cannot_use_are_refused(change, message, verbose_arithmet
     assert len(str(error.value).splitlines()) == 1
 
 
+def test_reference_answers_that_the_verifier_cannot_read_are_warned_of(verbose_arithmetic):
+    answers = [{"style": "rule", "ground_truth": truth} for truth in ["2"] * 14 + ["np.arcsin(10/13)", "???"]]
+    write_rows("d", {"prompt": PROMPT, "data_source": ["x"] * 16, "reward_model": answers})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check(changed("data=d", *SHORT))
+    assert [str(w.message) for w in caught] == [
+        f"data.{field}: {Path.cwd()}/d/{split}.parquet, column reward_model.ground_truth: the verifier can't read at "
+        "least 2 of the 16 answers, the first is 'np.arcsin(10/13)' of row 14, so any other spelling of them is judged "
+        "wrong; give numbers, LaTeX or words, or remove these rows."
+        for field, split in (("train_files", "train"), ("val_files", "test"))
+    ]
+
+
 @pytest.mark.parametrize("truth", [2, 2.5, ["2", "two"], "\\frac{1}{2}"])
 def test_a_reference_answer_may_be_a_number_or_a_list(truth, verbose_arithmetic):
     write_rows("d", {"prompt": PROMPT, "data_source": ["x"] * 16, "reward_model": [{"ground_truth": truth}] * 16})

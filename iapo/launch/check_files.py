@@ -17,7 +17,7 @@ from yaml import YAMLError
 from iapo.checkpoints import local_ranks, problem, resume_point, steps, tracker_file
 from iapo.config import IapoConfig
 from iapo.data import NAMES
-from iapo.data.judge import any_readable
+from iapo.data.judge import unreadable_rows
 from iapo.launch.check_prompts import prompt_problems
 from iapo.launch.provenance import differences, saved_config
 from iapo.launch.weights import KEY, largest_weight
@@ -101,12 +101,13 @@ def _parquet(config: DictConfig, iapo: IapoConfig, field: str, name: str | None)
     if missing:
         yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
+        where = f"data.{field}: {name}, column"
         judged_by_us = config.reward.custom_reward_function.path == "pkg://iapo.reward" or iapo.needs_references
         problems = [*_columns(schema, rows, prompt)] or [
             *_questions(rows[prompt], prompt),
-            *_references(rows["reward_model"], judged_by_us),
+            *_references(where, rows["reward_model"], judged_by_us),
         ]
-        yield from (f"data.{field}: {name}, column {line}" for line in problems)
+        yield from (f"{where} {line}" for line in problems)
 
 
 def _columns(schema, rows, prompt_key: str) -> Iterator[str]:
@@ -137,10 +138,13 @@ def _asks(messages: list[dict]) -> bool:
     return bool(asked) and all(content.strip() if isinstance(content, str) else content for content in asked)
 
 
-def _references(column, judged_by_us: bool) -> Iterator[str]:
+def _references(where: str, column, judged_by_us: bool) -> Iterator[str]:
     """Reference answers that make every completion of their row wrong, in the Arrow column reward_model.
 
     Only our own reward says which values it can judge. Another may take a dict, or none.
+
+    Args:
+        where: names the column's file, in the warning of answers that the verifier can't read.
     """
     rows = column.to_pylist()
     null = [number for number, row in enumerate(rows) if row is None]
@@ -155,14 +159,21 @@ def _references(column, judged_by_us: bool) -> Iterator[str]:
         )
     elif judged_by_us:
         try:
-            readable = any_readable(truths)
+            bad = unreadable_rows(truths)
         except ImportError as error:
             yield f"reward_model.ground_truth: these answers can't be judged ({error})."
             return
-        if not readable:
+        if len(bad) == len(truths):
             yield (
                 f"reward_model.ground_truth: the verifier can read none of the {len(truths)} answers, the first is "
                 f"{truths[0]!r}; give numbers, LaTeX or words."
+            )
+        elif bad:
+            warnings.warn(
+                f"{where} reward_model.ground_truth: the verifier can't read at least {len(bad)} of the {len(truths)} "
+                f"answers, the first is {truths[bad[0]]!r} of row {bad[0]}, so any other spelling of them is judged "
+                "wrong; give numbers, LaTeX or words, or remove these rows.",
+                stacklevel=2,
             )
 
 
