@@ -109,6 +109,13 @@ def test_the_model_is_taught_the_format_after_the_prompt_of_iapo_data(source):
     assert len(chats) == 3 and all(format_ok(chat[1]["content"]) for chat in chats)
 
 
+def test_only_the_model_is_required(capsys):
+    for arguments in ([], ["--data", "svamp"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert capsys.readouterr().err.endswith("error: the following arguments are required: MODEL_DIR\n")
+
+
 def test_only_answers_that_fit_are_taught(source, model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     chats = list(conversations("gsm8k", str(source)))

@@ -180,7 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: MODEL_DIR-warm")
     parser.add_argument("--examples", type=int, default=256, help="the first ones that fit (default 256)")
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer, its end included (default 96)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    # Without a default argparse names it as required where MODEL_DIR is missing.
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[])
     options = parser.parse_intermixed_args(arguments)
     out = options.out or options.model.with_name(f"{options.model.name}-warm")
     try:
