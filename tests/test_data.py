@@ -2,12 +2,15 @@
 
 import csv
 import hashlib
+import http.server
 import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,6 +18,7 @@ import pytest
 from iapo import data
 from iapo.answer_format import FORMATS
 from iapo.data import judge
+from iapo.data import read as read_module
 from iapo.data.originals import DAPO_SUFFIX
 from iapo.tasks import verbose_arithmetic
 
@@ -361,19 +365,51 @@ def test_data_too_small_for_both_splits(tmp_path):
     assert "leaves no rows for train" in failure("gsm8k", tmp_path / "out", original)
 
 
-def test_an_unreachable_hub_gives_one_line(tmp_path, monkeypatch):
-    def unreachable(*args, **options):
-        raise ConnectionError("Couldn't reach the hub\nwith more lines")
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that answers."""
+    monkeypatch.setattr("iapo.data.read.hub_problem", lambda endpoint: None)
 
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
+
+def test_a_hub_that_fails_gives_one_line(tmp_path, monkeypatch, hub):
+    def failing(*args, **options):
+        raise ConnectionError("The hub is tired\nwith more lines")
+
+    monkeypatch.setattr("datasets.load_dataset", failing)
     line = failure("math500", tmp_path / "out", "someone/math-v1.5")
     assert line == (
-        "source: 'someone/math-v1.5' can't be loaded from the hub (ConnectionError: Couldn't reach the hub); "
-        "check the id and the network, or give a local file."
+        "source: 'someone/math-v1.5' can't be loaded from the hub (ConnectionError: The hub is tired); "
+        "check the id and the network, or give a local copy by --source PATH."
     )
 
 
-def test_the_hub_is_asked_for_the_originals(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["gsm8k", "math500"])
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch, name, free_port, capsys):
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{free_port}")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("a second try"))
+    assert data.main([name, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"can't be loaded from the hub (http://127.0.0.1:{free_port} doesn't answer: " in line
+    assert line.endswith("); check the id and the network, or give a local copy by --source PATH.")
+    assert not datasets.config.HF_HUB_OFFLINE and not (tmp_path / "out").exists()
+
+
+def test_any_answer_of_the_hub_will_do():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(403)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert read_module.hub_problem(f"http://127.0.0.1:{server.server_port}") is None
+
+
+def test_the_hub_is_asked_for_the_originals(tmp_path, monkeypatch, hub):
     asked = []
 
     def load_dataset(hub_id, config, split):
@@ -386,7 +422,7 @@ def test_the_hub_is_asked_for_the_originals(tmp_path, monkeypatch):
     assert len(read(paths, "train")) == 2
 
 
-def test_one_split_of_the_hub_may_have_another_name(tmp_path, monkeypatch):
+def test_one_split_of_the_hub_may_have_another_name(tmp_path, monkeypatch, hub):
     rows = [{"problem": f"{k}+1?", "answer": str(k + 1)} for k in range(5)]
     splits = {"train": rows}
     monkeypatch.setattr("datasets.load_dataset", lambda hub_id, config: splits)
@@ -426,15 +462,15 @@ def test_svamp_is_divided_700_300_by_id_alone(tmp_path):
     assert all(sides(part)[split] < sides(whole)[split] for split in ("train", "test"))
 
 
-def test_svamp_keeps_the_split_of_the_hub_and_reads_its_text_as_numbers(tmp_path, monkeypatch):
-    hub = {"train": [svamp_row(1, "145.0"), svamp_row(2, "0.5")], "test": [svamp_row(3, "7")]}
-    monkeypatch.setattr("datasets.load_dataset", lambda hub_id, config, split: hub[split])
+def test_svamp_keeps_the_split_of_the_hub_and_reads_its_text_as_numbers(tmp_path, monkeypatch, hub):
+    rows = {"train": [svamp_row(1, "145.0"), svamp_row(2, "0.5")], "test": [svamp_row(3, "7")]}
+    monkeypatch.setattr("datasets.load_dataset", lambda hub_id, config, split: rows[split])
     paths = data.prepare("svamp", tmp_path / "hub")
     assert [row["reward_model"]["ground_truth"] for row in read(paths, "train")] == ["145", "0.5"]
     assert [row["reward_model"]["ground_truth"] for row in read(paths, "test")] == ["7"]
     source = tmp_path / "files"
-    for split, rows in hub.items():
-        write(source / f"{split}.parquet", rows)
+    for split in rows:
+        write(source / f"{split}.parquet", rows[split])
     assert sides(data.prepare("svamp", tmp_path / "local", str(source))) == sides(paths)
 
 

@@ -104,23 +104,40 @@ def read_source(name: str, original: Original, source: str | None) -> dict[str, 
 
 def read_hub(hub_id: str, original: Original) -> dict[str, Iterable[dict]]:
     """The splits of a data set on the hub; where one is wanted and there is one of another name, that."""
-    from datasets import load_dataset  # slow to import, and not needed for local files or the generated task
+    from datasets import config, load_dataset  # slow to import, and not needed for local files or the generated task
 
+    offline = config.HF_HUB_OFFLINE
+    no_answer = None if offline else hub_problem(config.HF_ENDPOINT)
+    config.HF_HUB_OFFLINE = offline or no_answer is not None  # then only its cache is asked
     try:
         if len(original.splits) == 2:
             return {split: load_dataset(hub_id, original.config, split=split) for split in original.splits}
         found = load_dataset(hub_id, original.config)
     except Exception as error:  # the hub client raises a dozen unrelated types; the cause stays attached
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        first = str(error).splitlines()[0] if str(error) else "no message"
+        reason = no_answer or f"{type(error).__name__}: {first}"
         raise ValueError(
             f"source: {hub_id!r} can't be loaded from the hub ({reason}); check the id and the network, or give a "
-            "local file."
+            "local copy by --source PATH."
         ) from error
+    finally:
+        config.HF_HUB_OFFLINE = offline
     (wanted,) = original.splits
     if wanted not in found and len(found) != 1:
         raise ValueError(f"source: {hub_id!r} has the splits {', '.join(found)}, not {wanted!r}; give a local file.")
     split = wanted if wanted in found else next(iter(found))
     return {split: found[split]}
+
+
+def hub_problem(endpoint: str) -> str | None:
+    """Why the hub can't be reached, found by one request; its client would try for half a minute."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=10)  # with the user's proxy and certificates; any status is an answer
+    except Exception as error:  # of whatever library its client uses
+        return f"{endpoint} doesn't answer: {' '.join(str(error).split()) or type(error).__name__}"
+    return None
 
 
 def _is_hub_id(source: str) -> bool:
