@@ -1,6 +1,6 @@
 """A training step of TRL's GRPOTrainer on the embedded task: python -m benchmarks.trl_step --prompts TRAIN.parquet
 
-The prompts are what `python -m iapo.data verbose_arithmetic --out DIR` writes. All else is as in `python -m iapo.train
+The prompts are what `iapo data verbose_arithmetic --out DIR` writes. All else is as in `python -m iapo.train
 variant=grpo platform=cpu model=tiny data=verbose_arithmetic`, but for two things. TRL generates by transformers, where
 verl has vLLM. And it has no forward for the old log-probabilities: with one update per generation they are the new
 ones. One line of JSON says how long steps took, and with which settings and versions.
@@ -370,7 +370,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     if options.per_device < 1 or PROMPTS * GROUP % options.per_device:
         parser.error(f"--per-device must divide {PROMPTS * GROUP}")
     if not options.prompts.is_file():
-        parser.error(f"{options.prompts} isn't there; python -m iapo.data verbose_arithmetic --out DIR writes it")
+        parser.error(f"{options.prompts} isn't there; iapo data verbose_arithmetic --out DIR writes it")
     return options
 
 

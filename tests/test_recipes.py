@@ -414,8 +414,8 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
             "overlong_buffer_cfg.penalty_factor: -3 must be a number of at least 0",
         ),
         (["data.train_batch_size=99999"], "data.train_files: .* has 4096 rows, 99999 are needed; give more, or lower"),
-        (["data=svamp"], "svamp/train.parquet is no file; make it with python -m iapo.data svamp --out /"),
-        (["data=math500"], "math500/train.parquet is no file; make it with python -m iapo.data math500 --out /"),
+        (["data=svamp"], "svamp/train.parquet is no file; make it with iapo data svamp --out /"),
+        (["data=math500"], "math500/train.parquet is no file; make it with iapo data math500 --out /"),
         (["data=/my/own"], "data.val_files: /my/own/test.parquet is no file; set the path of a parquet file."),
         (["model=/no/such/model"], "actor_rollout_ref.model.path: /no/such/model is no folder"),
         (

@@ -99,7 +99,7 @@ def test_arguments(prompts, tmp_path, capsys):
     for wrong in (["--steps", "1"], ["--per-device", "48"], ["--prompts", str(tmp_path / "none.parquet")]):
         with pytest.raises(SystemExit):
             trl_step.parse_arguments(["--prompts", str(prompts), *wrong])
-    assert "python -m iapo.data verbose_arithmetic" in capsys.readouterr().err
+    assert "iapo data verbose_arithmetic" in capsys.readouterr().err
 
 
 def test_pip_gets_the_cpu_build_first_and_keeps_it():

@@ -84,7 +84,7 @@ def _parquet(config: DictConfig, iapo: IapoConfig, field: str, name: str | None)
     path, prompt = Path(str(name)).expanduser(), config.data.prompt_key
     if name is None or not path.is_file():
         known = path.parent.name in NAMES
-        make = f"make it with python -m iapo.data {path.parent.name} --out {path.parent.parent}, or " if known else ""
+        make = f"make it with iapo data {path.parent.name} --out {path.parent.parent}, or " if known else ""
         yield f"data.{field}: {name} is no file; {make}set the path of a parquet file."
         return
     try:
