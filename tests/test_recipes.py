@@ -12,9 +12,12 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Thread
 
+import grpc
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -1186,10 +1189,37 @@ def test_a_ray_cluster_that_does_not_answer_is_refused(free_port):
         machine.check_ray_answers(f"127.0.0.1:{free_port}")
     with pytest.raises(ConfigError, match=r"^RAY_ADDRESS: nothing answers at localhost:99999 "):
         machine.check_ray_answers("localhost:99999")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        machine.check_ray_answers(f"127.0.0.1:{server.getsockname()[1]}")
+    server = grpc.server(ThreadPoolExecutor(1))  # as Ray's head is one
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    machine.check_ray_answers(address)
+    server.stop(None)
     for elsewhere in ("", "auto", "ray://head:10001"):
         machine.check_ray_answers(elsewhere)
+
+
+@pytest.mark.parametrize("reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR unknown command\r\n", b"", None])
+def test_a_port_at_which_another_server_listens_is_refused(reply, monkeypatch):
+    """It may reply, close the connection, or stay silent (None)."""
+    ours = machine.speaks_http2
+    monkeypatch.setattr(machine, "speaks_http2", lambda connection: ours(connection, timeout_s=0.5))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        kept = []
+
+        def answer():
+            kept.append(server.accept()[0])
+            if reply is not None:
+                kept[0].sendall(reply)
+                kept[0].close()
+
+        thread = Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConfigError, match=f"^RAY_ADDRESS: {address} is no head of a Ray cluster, but another serv"):
+            machine.check_ray_answers(address)
+        thread.join()
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        machine.check_ray_answers(address)
 
 
 def test_a_missing_plugin_is_loud(verbose_arithmetic):
