@@ -1111,6 +1111,17 @@ def test_dry_run_prints_the_resolved_configuration(monkeypatch, capsys):
     assert refused.out == "" and refused.err == "iapo.train: iapo.alpha: -1 must be a number >= 0.\n"
 
 
+def test_a_dry_run_ends_with_what_the_checks_say():
+    command = [sys.executable, "-m", "iapo.train", "--dry-run", "platform=cpu", "iapo.gate=correct", "iapo.score=auto"]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    lines = shown.stdout.splitlines()
+    assert shown.returncode == 0 and len(lines) > 1000
+    assert lines[-3:-1] == [  # the last line is verl's, that its checks passed
+        "iapo: iapo.score=auto is first_token_entropy for this model",
+        "warning: iapo.gate=correct has no effect with iapo.alpha=0.",
+    ]
+
+
 def test_a_running_ray_cluster_gets_no_resources(monkeypatch):
     assert resolve("platform=cpu", "trainer.n_gpus_per_node=2").ray_kwargs.ray_init.num_gpus == 2
     monkeypatch.setenv("RAY_ADDRESS", "auto")
