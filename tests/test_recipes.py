@@ -831,6 +831,62 @@ def test_a_model_folder_that_lacks_files_is_refused(lost, message, verbose_arith
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "file,text,message",
+    [
+        ("config.json", "{", "the config.json of .*/m can't be loaded \\(OSError: It looks like .* not a valid JSON"),
+        ("config.json", "[]", "the config.json of .*/m can't be loaded \\(TypeError: "),
+        (
+            "config.json",
+            '{"model_type": "mymodel"}',
+            "the config.json of .*/m can't be loaded .* type `mymodel` but Tr",
+        ),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "the config.json of .* 'hidden_size' expected"),
+        ("config.json", {"num_attention_heads": 0}, "no model can be made of .*/m's config.json \\(ZeroDivisionError"),
+        ("config.json", None, "/.*/m holds no config.json; give a folder that holds a Hugging Face model.$"),
+        (
+            "tokenizer.json",
+            "{",
+            "the tokenizer of .*/m can't be loaded \\(JSONDecodeError: .*; correct or replace it.$",
+        ),
+        ("tokenizer.json", "{}", "the tokenizer of .*/m can't be loaded \\("),
+        ("tokenizer_config.json", "{", "the tokenizer of .*/m can't be loaded \\("),
+    ],
+)
+def test_what_transformers_cannot_load_gets_one_line(file, text, message, verbose_arithmetic):
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(Path("m", file).read_text()) | text)
+    Path("m", file).unlink()
+    if text is not None:
+        Path("m", file).write_text(text)
+    config = changed("model=m", "data=verbose_arithmetic")
+    weights.size_bucket(config)  # which comes first, and leaves the problem to the check
+    with pytest.raises(ConfigError, match=f"^actor_rollout_ref.model.path: {message}") as error:
+        check(config)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_llama_without_a_tokenizer_gets_one_line(verbose_arithmetic):
+    """transformers makes up a tokenizer for some model types, and raises for others."""
+    ignore = shutil.ignore_patterns("tokenizer*")
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m", ignore=ignore)
+    settings = json.loads(Path("m/config.json").read_text())
+    Path("m/config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
+    with pytest.raises(
+        ConfigError, match=r"^actor_rollout_ref.model.path: .*/m holds no tokenizer \(tokenizer.json an"
+    ):
+        check(changed("model=m", "data=verbose_arithmetic"))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(verbose_arithmetic):
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
+    settings = json.loads(Path("m/tokenizer_config.json").read_text())
+    Path("m/tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    with pytest.raises(ConfigError, match=r"^actor_rollout_ref.model.path: .*/m has a tokenizer without eos_token; ad"):
+        check(changed("model=m", "data=verbose_arithmetic"))
+
+
 def test_weights_that_are_cut_short_and_end_tokens_that_differ_are_refused(verbose_arithmetic):
     shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
     check(changed("model=m", "data=verbose_arithmetic"))

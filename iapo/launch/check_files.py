@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
@@ -25,6 +26,8 @@ from iapo.methods import load_states, make_methods
 from iapo.tasks.reference import references, unjudgeable
 from iapo.tools.model import MODELS
 
+# What a tokenizer is read from; a folder without any of these has none.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 # What verl's DAPORewardManager passes to a reward function, by keyword.
 REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
@@ -193,17 +196,15 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         make = f"make it with iapo model {made} --out {path}, or " if made else ""
         yield f"actor_rollout_ref.model.path: {path} is no folder; {make}give one that holds a Hugging Face model."
         return
-    trust = config.actor_rollout_ref.model.trust_remote_code
-    try:
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        yield (
-            f"actor_rollout_ref.model.path: {path} can't be loaded ({reason}); give a folder with a Hugging Face model "
-            "(model=/a/folder) or a hub name that this machine can reach."
-        )
-        return
+    loaded = []
+    for part, kind in (("config.json", AutoConfig), ("tokenizer", AutoTokenizer)):
+        try:
+            trust = config.actor_rollout_ref.model.trust_remote_code
+            loaded.append(kind.from_pretrained(path, trust_remote_code=trust))
+        except Exception as error:  # of transformers, of its libraries, or of the model's own code
+            yield not_loaded("actor_rollout_ref.model.path", path, part, error)
+            return
+    model_config, tokenizer = loaded
     problems = [
         *_model_files(config, model_config, tokenizer),
         *_positions(config, model_config),
@@ -213,6 +214,18 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     if iapo.probes and not problems:
         yield from _probing(config, iapo, model_config, tokenizer)
     yield from _attention(config, model_config)
+
+
+def not_loaded(field: str, path: str, part: str, error: Exception) -> str:
+    """One line about a model's config.json or tokenizer, `part`, that transformers can't load from a folder or hub."""
+    local = os.path.isdir(path)
+    if local and not (Path(path) / "config.json").is_file():
+        return f"{field}: {path} holds no config.json; give a folder that holds a Hugging Face model."
+    if local and part == "tokenizer" and not any((Path(path) / name).is_file() for name in VOCABULARIES):
+        return f"{field}: {path} holds no tokenizer (tokenizer.json and the like); put it there."
+    reason = shorten(f"{type(error).__name__}: {error}", 250, placeholder=" ...")
+    hub = "give a folder with a Hugging Face model (model=/a/folder) or a hub name that this machine can reach"
+    return f"{field}: the {part} of {path} can't be loaded ({reason}); {'correct or replace it' if local else hub}."
 
 
 def _probing(config: DictConfig, iapo: IapoConfig, model_config, tokenizer) -> Iterator[str]:
@@ -337,6 +350,10 @@ def _bucket(config: DictConfig, model_config) -> Iterator[str]:
     try:
         name, needed = largest_weight(model_config)
     except (ValueError, KeyError):  # no causal language model of transformers; `_probing` and verl say more
+        return
+    except Exception as error:  # of whatever a model makes of a number that it can't use
+        path, reason = config.actor_rollout_ref.model.path, f"{type(error).__name__}: {' '.join(str(error).split())}"
+        yield f"actor_rollout_ref.model.path: no model can be made of {path}'s config.json ({reason}); correct it."
         return
     size = OmegaConf.select(config, KEY)
     if size is None:  # not filled in yet

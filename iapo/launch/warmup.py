@@ -25,6 +25,7 @@ from iapo.answer_format import FORMATS, written
 from iapo.data.originals import ORIGINALS
 from iapo.data.read import WHOLE, parse_rows, read_source
 from iapo.data.write import to_rows
+from iapo.launch.check_files import not_loaded
 from iapo.launch.machine import cpu_environment
 from iapo.tools.export import export
 
@@ -141,7 +142,10 @@ def warm_up(
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of transformers or of its libraries
+        raise ValueError(not_loaded("MODEL_DIR", str(model), "tokenizer", error)) from None
     if not tokenizer.chat_template:
         raise ValueError(f"MODEL_DIR: {model} has a tokenizer without a chat template; add chat_template.jinja.")
     chosen = list(islice(fitting(conversations(data, source), tokenizer, max_tokens), examples))
