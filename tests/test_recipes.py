@@ -887,6 +887,18 @@ def test_a_tokenizer_without_an_end_token_is_refused(verbose_arithmetic):
         check(changed("model=m", "data=verbose_arithmetic"))
 
 
+def test_responses_that_can_hold_no_answer_are_refused(verbose_arithmetic):
+    """<think> </think> \n <answer> 0 </answer> are six tokens of the embedded model."""
+    run = ["data.max_prompt_length=32", "iapo.probe_at=stride"]
+    check(changed(*run, "data.max_response_length=6"))
+    with pytest.raises(
+        ConfigError, match=r"^data.max_response_length: 5 tokens hold no answer in the format 'tags'; the"
+    ):
+        check(changed(*run, "data.max_response_length=5"))
+    Path("r.py").write_text(OWN_REWARD)
+    check(changed(*run, "data.max_response_length=5", f"reward.custom_reward_function.path={Path.cwd()}/r.py"))
+
+
 def test_weights_that_are_cut_short_and_end_tokens_that_differ_are_refused(verbose_arithmetic):
     shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
     check(changed("model=m", "data=verbose_arithmetic"))

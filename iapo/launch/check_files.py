@@ -15,11 +15,12 @@ from textwrap import shorten
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from iapo.answer_format import FORMATS, THINK
 from iapo.checkpoints import local_ranks, problem, resume_point, steps, tracker_file
 from iapo.config import IapoConfig
 from iapo.data import NAMES
 from iapo.data.judge import unreadable_rows
-from iapo.launch.check_prompts import prompt_problems
+from iapo.launch.check_prompts import OUR_REWARD, prompt_problems
 from iapo.launch.provenance import differences, saved_config
 from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
@@ -208,6 +209,7 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     problems = [
         *_model_files(config, model_config, tokenizer),
         *_positions(config, model_config),
+        *_shortest_answer(config, tokenizer),
         *_bucket(config, model_config),
     ]
     yield from problems
@@ -373,6 +375,21 @@ def _positions(config: DictConfig, model_config) -> Iterator[str]:
             f"data.max_response_length: {config.data.max_response_length}, with "
             f"data.max_prompt_length={config.data.max_prompt_length}, exceeds the {maximum} positions of "
             f"{config.actor_rollout_ref.model.path}; lower them, or choose another model=."
+        )
+
+
+def _shortest_answer(config: DictConfig, tokenizer) -> Iterator[str]:
+    """Where no well-formed completion fits, our reward makes all completions equal."""
+    reward, answer_format = config.reward.custom_reward_function, FORMATS[config.iapo.format]
+    if (reward.path, reward.name) != OUR_REWARD:
+        return
+    text = f"{answer_format.probe}0{answer_format.answer_end}"
+    text = text if answer_format.well_formed(text) else THINK + text
+    needed = len(tokenizer.encode(text, add_special_tokens=False))
+    if config.data.max_response_length < needed:
+        yield (
+            f"data.max_response_length: {config.data.max_response_length} tokens hold no answer in the format "
+            f"{answer_format.name!r}; the shortest, {text!r}, has {needed}; raise it."
         )
 
 
