@@ -27,6 +27,7 @@ class AnswerFormat(ABC):
         markers: texts that may be special tokens of a vocabulary and must survive decoding.
         exit_marker: ends the reasoning.
         probe: ends the reasoning and asks for the answer.
+        answer_begin: begins the answer; an instruction that asks for the format names it.
         answer_end: ends the answer.
         instruction: what `iapo data` adds to a question.
     """
@@ -35,6 +36,7 @@ class AnswerFormat(ABC):
     markers: tuple[str, ...]
     exit_marker = EXIT_MARKER
     probe: str
+    answer_begin: str
     answer_end: str
     instruction: str
 
@@ -55,6 +57,7 @@ class Tags(AnswerFormat):
     name = "tags"
     markers = MARKERS
     probe = PROBE
+    answer_begin = ANSWER
     answer_end = ANSWER_END
     instruction = (
         f"Reason within {THINK} {EXIT_MARKER}, then give only the final answer within {ANSWER} {ANSWER_END}. "
@@ -87,6 +90,7 @@ class Boxed(AnswerFormat):
     name = "boxed"
     markers: tuple[str, ...] = (THINK, EXIT_MARKER)
     probe = f"\n{EXIT_MARKER}\n\n{BOX}"
+    answer_begin = BOX
     answer_end = "}"
     instruction = f"Please reason step by step, and put your final answer within {BOX}}}."
 

@@ -13,10 +13,12 @@ key=value any key that --dry-run shows, e.g. iapo.alpha=0.05 trainer.total_train
 python -m iapo.train is the same command.
 """
 
+import io
 import logging
 import os
 import sys
 import warnings
+from contextlib import redirect_stderr
 from pathlib import Path
 
 
@@ -47,12 +49,10 @@ def main(arguments: list[str]) -> int:
             os.environ.update(cpu_environment(os.environ))
         from iapo.launch.compose import checked_config  # imports verl, which reads these
 
-        config = checked_config([f"platform={platform}", *overrides], files=not dry_run)
+        given = [f"platform={platform}", *overrides]
         if dry_run:
-            from omegaconf import OmegaConf
-
-            print(OmegaConf.to_yaml(config))
-            return 0
+            return print_config(given)
+        config = checked_config(given)
         from iapo.launch.run import run  # imports verl's trainer, which needs the platform that was checked
 
         status = run(config)
@@ -63,6 +63,22 @@ def main(arguments: list[str]) -> int:
     if status == 0:
         print_table(Path(config.run_dir))
     return status
+
+
+def print_config(arguments: list[str]) -> int:
+    """The dry run: the configuration on standard output, and after its thousand lines what the checks had to say."""
+    from omegaconf import OmegaConf
+
+    from iapo.launch.compose import checked_config
+
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            config = checked_config(arguments, files=False)
+        print(OmegaConf.to_yaml(config), flush=True)
+    finally:
+        sys.stderr.write(said.getvalue())
+    return 0
 
 
 def refuse(problems: str) -> int:

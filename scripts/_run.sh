@@ -3,7 +3,7 @@
 # Trains on this machine's GPUs (CUDA_VISIBLE_DEVICES picks them), from any working directory; relative paths in the
 # arguments are relative to the repository. Arguments go to iapo.train, where a later one wins, so platform=cpu works.
 #   PYTHON         the Python to use; by default the repository's .venv, else python3
-#   IAPO_DATA_DIR  where python -m iapo.data puts data sets; by default data/ of the repository
+#   IAPO_DATA_DIR  where iapo data puts data sets; by default data/ of the repository
 # Exit status: 2 when something is missing or wrong (nothing was started), else iapo.train's.
 set -euo pipefail
 # The caller's relative paths mean the caller's folder, which the next line leaves.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # GRPO, the baseline, on GSM8K with Qwen2.5-0.5B-Instruct:
 #   bash scripts/run_grpo_qwen0.5b.sh [--dry-run] [key=value ...]
-# Needs GPUs (bash scripts/setup.sh gpu) and the data (python -m iapo.data gsm8k); scripts/_run.sh says what it checks.
+# Needs GPUs (bash scripts/setup.sh gpu) and the data (iapo data gsm8k); scripts/_run.sh says what it checks.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/_run.sh" variant=grpo model=qwen2.5-0.5b-instruct data=gsm8k "$@"

@@ -2,18 +2,23 @@
 
 import csv
 import hashlib
+import http.server
 import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from iapo import data
 from iapo.answer_format import FORMATS
+from iapo.data import judge
+from iapo.data import read as read_module
 from iapo.data.originals import DAPO_SUFFIX
 from iapo.tasks import verbose_arithmetic
 
@@ -306,6 +311,12 @@ def test_missing_column_names_the_column_and_what_is_there(tmp_path):
         ("math500", {"problem": "1+1?", "answer": None}, "answer: is null"),
         ("math500", {"problem": "1+1?", "answer": math.nan}, "answer: is nan, no finite number"),
         ("math500", {"problem": "1+1?", "answer": []}, "answer: is an empty list"),
+        ("math500", {"problem": "1+1?", "answer": " NaN "}, "answer: is 'NaN', no answer"),
+        ("math500", {"problem": "1+1?", "answer": True}, "answer: is True, no number or text"),
+        ("math500", {"problem": "1+1?", "answer": ["2", False]}, "answer: is False, no number or text"),
+        ("math500", {"problem": None, "answer": "2"}, "None is no question or answer"),
+        ("math500", {"problem": math.nan, "answer": "2"}, "nan is no question or answer"),
+        ("math500", {"problem": True, "answer": "2"}, "True is no question or answer"),
         ("math500", {"problem": "1+1?", "answer": {"value": 2}}, "answer: is a dict"),
         ("math500", {"problem": ["1+1?"], "answer": "2"}, "['1+1?'] is no question or answer"),
         ("math500", {"problem": "1+1?", "answer": "2" * 1001}, "answer: has 1001 characters, not 1 to 1000"),
@@ -354,19 +365,51 @@ def test_data_too_small_for_both_splits(tmp_path):
     assert "leaves no rows for train" in failure("gsm8k", tmp_path / "out", original)
 
 
-def test_an_unreachable_hub_gives_one_line(tmp_path, monkeypatch):
-    def unreachable(*args, **options):
-        raise ConnectionError("Couldn't reach the hub\nwith more lines")
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that answers."""
+    monkeypatch.setattr("iapo.data.read.hub_problem", lambda endpoint: None)
 
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
+
+def test_a_hub_that_fails_gives_one_line(tmp_path, monkeypatch, hub):
+    def failing(*args, **options):
+        raise ConnectionError("The hub is tired\nwith more lines")
+
+    monkeypatch.setattr("datasets.load_dataset", failing)
     line = failure("math500", tmp_path / "out", "someone/math-v1.5")
     assert line == (
-        "source: 'someone/math-v1.5' can't be loaded from the hub (ConnectionError: Couldn't reach the hub); "
-        "check the id and the network, or give a local file."
+        "source: 'someone/math-v1.5' can't be loaded from the hub (ConnectionError: The hub is tired); "
+        "check the id and the network, or give a local copy by --source PATH."
     )
 
 
-def test_the_hub_is_asked_for_the_originals(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["gsm8k", "math500"])
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch, name, free_port, capsys):
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", f"http://127.0.0.1:{free_port}")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("a second try"))
+    assert data.main([name, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"can't be loaded from the hub (http://127.0.0.1:{free_port} doesn't answer: " in line
+    assert line.endswith("); check the id and the network, or give a local copy by --source PATH.")
+    assert not datasets.config.HF_HUB_OFFLINE and not (tmp_path / "out").exists()
+
+
+def test_any_answer_of_the_hub_will_do():
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_error(403)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert read_module.hub_problem(f"http://127.0.0.1:{server.server_port}") is None
+
+
+def test_the_hub_is_asked_for_the_originals(tmp_path, monkeypatch, hub):
     asked = []
 
     def load_dataset(hub_id, config, split):
@@ -379,7 +422,7 @@ def test_the_hub_is_asked_for_the_originals(tmp_path, monkeypatch):
     assert len(read(paths, "train")) == 2
 
 
-def test_one_split_of_the_hub_may_have_another_name(tmp_path, monkeypatch):
+def test_one_split_of_the_hub_may_have_another_name(tmp_path, monkeypatch, hub):
     rows = [{"problem": f"{k}+1?", "answer": str(k + 1)} for k in range(5)]
     splits = {"train": rows}
     monkeypatch.setattr("datasets.load_dataset", lambda hub_id, config: splits)
@@ -419,15 +462,15 @@ def test_svamp_is_divided_700_300_by_id_alone(tmp_path):
     assert all(sides(part)[split] < sides(whole)[split] for split in ("train", "test"))
 
 
-def test_svamp_keeps_the_split_of_the_hub_and_reads_its_text_as_numbers(tmp_path, monkeypatch):
-    hub = {"train": [svamp_row(1, "145.0"), svamp_row(2, "0.5")], "test": [svamp_row(3, "7")]}
-    monkeypatch.setattr("datasets.load_dataset", lambda hub_id, config, split: hub[split])
+def test_svamp_keeps_the_split_of_the_hub_and_reads_its_text_as_numbers(tmp_path, monkeypatch, hub):
+    rows = {"train": [svamp_row(1, "145.0"), svamp_row(2, "0.5")], "test": [svamp_row(3, "7")]}
+    monkeypatch.setattr("datasets.load_dataset", lambda hub_id, config, split: rows[split])
     paths = data.prepare("svamp", tmp_path / "hub")
     assert [row["reward_model"]["ground_truth"] for row in read(paths, "train")] == ["145", "0.5"]
     assert [row["reward_model"]["ground_truth"] for row in read(paths, "test")] == ["7"]
     source = tmp_path / "files"
-    for split, rows in hub.items():
-        write(source / f"{split}.parquet", rows)
+    for split in rows:
+        write(source / f"{split}.parquet", rows[split])
     assert sides(data.prepare("svamp", tmp_path / "local", str(source))) == sides(paths)
 
 
@@ -552,6 +595,25 @@ def test_own_data_with_several_right_answers_and_splits(tmp_path):
     assert [row["reward_model"]["ground_truth"] for row in read(paths, "test")] == ["1"]
 
 
+def test_contradictory_answers_are_listed_with_their_rows(tmp_path, capsys):
+    rows = [{"q": f"What is {k}?", "a": k} for k in range(8)]
+    rows += [{"q": "what  IS 3?", "a": 7}, {"q": "What is 4?", "a": "4.0"}, {"q": "What is 5?", "a": [6, 5]}]
+    source = write(tmp_path / "mine.jsonl", [*rows, {"q": "What is 3?", "a": "three"}])
+    data.prepare("mine", tmp_path, str(source), question="q", answer="a")
+    dropped, line, *listed, _, _, _, _ = capsys.readouterr().out.splitlines()
+    assert dropped == "mine: dropped 4 repeated rows, and 0 train rows that are in test"
+    assert line == (
+        "mine: 2 of these have another answer than the row that was kept; correct the wrong one of the two:"
+    )
+    assert listed == ["  row 8: '7', but row 3: '3'", "  row 11: 'three', but row 3: '3'"]
+    write(tmp_path / "both" / "train.jsonl", rows[:9])
+    write(tmp_path / "both" / "test.jsonl", [{"q": "What is 0?", "a": 1}, {"q": "What is 1?", "a": 1}])
+    data.prepare("both", tmp_path, str(tmp_path / "both"), question="q", answer="a")
+    dropped, line, *listed, _, _, _, _ = capsys.readouterr().out.splitlines()
+    assert dropped == "both: dropped 1 repeated rows, and 2 train rows that are in test"
+    assert listed == ["  train, row 8: '7', but train, row 3: '3'", "  train, row 0: '0', but test, row 0: '1'"]
+
+
 def test_wrong_requests_for_own_data(tmp_path):
     source, out = write(tmp_path / "mine.csv", OWN), tmp_path / "out"
     needs = "missing; data of your own needs --source, --question and --answer."
@@ -645,6 +707,27 @@ def test_a_long_list_is_cut(tmp_path, capsys, monkeypatch):
     data.prepare("minerva", tmp_path, str(write(tmp_path / "a.jsonl", numbered("x", *["y"] * 130))))
     out = capsys.readouterr().out
     assert out.count("\n  test, row") == 100 and "\n  and 30 more\n" in out
+
+
+def test_only_the_first_answers_are_tried_before_a_run_unless_none_can_be_read(monkeypatch):
+    tried = []
+
+    async def verdict(answer, gold, timeout_s):
+        tried.append(gold)
+        return "wrong" if gold.startswith("x") else "unparsable"
+
+    monkeypatch.setattr("iapo.tasks.verifier.verdict", verdict)
+    assert judge.unreadable_rows(["1", "a", "a", "x", "b"], most=2) == [1, 2]  # b isn't tried
+    assert judge.unreadable_rows([["a", "x"], ["a", "b"], "c"], most=3) == [1]
+    assert tried == ["a", "x", "a", "x", "b"]
+    assert judge.unreadable_rows(["a", "b", "c", "x"], most=2) == [
+        0,
+        1,
+        2,
+    ]  # so a file without a readable one is refused
+    assert judge.unreadable_rows(["a", "b", "c"], most=2) == [0, 1, 2]
+    assert judge.unreadable_rows(["a", "b", "7"], most=1) == [0]
+    assert judge.unreadable_rows([1, "2"]) == []
 
 
 # --- the command ---

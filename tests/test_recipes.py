@@ -12,9 +12,12 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from threading import Thread
 
+import grpc
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -25,6 +28,7 @@ from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.data import EVALUATION
 from iapo.launch import compose, machine, provenance, weights
+from iapo.launch.check_prompts import prompt_problems
 from iapo.launch.checks import ConfigError, check, check_with_verl
 from iapo.launch.folder_lock import FolderInUse, lock_run_dir
 from iapo.launch.provenance import by_dotted_key
@@ -413,8 +417,8 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
             "overlong_buffer_cfg.penalty_factor: -3 must be a number of at least 0",
         ),
         (["data.train_batch_size=99999"], "data.train_files: .* has 4096 rows, 99999 are needed; give more, or lower"),
-        (["data=svamp"], "svamp/train.parquet is no file; make it with python -m iapo.data svamp --out /"),
-        (["data=math500"], "math500/train.parquet is no file; make it with python -m iapo.data math500 --out /"),
+        (["data=svamp"], "svamp/train.parquet is no file; make it with iapo data svamp --out /"),
+        (["data=math500"], "math500/train.parquet is no file; make it with iapo data math500 --out /"),
         (["data=/my/own"], "data.val_files: /my/own/test.parquet is no file; set the path of a parquet file."),
         (["model=/no/such/model"], "actor_rollout_ref.model.path: /no/such/model is no folder"),
         (
@@ -614,6 +618,8 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
         (truths("2", None, None), "reward_model.ground_truth: row 9 is null, and 1 more can't be judged; each must be"),
         (truths("2", ""), "reward_model.ground_truth: row 9 has 0 characters, not 1 to 1000; each must be a number"),
         (truths(2.0, math.nan), "reward_model.ground_truth: row 9 is nan, no finite number; each must be a number"),
+        (truths("2", "NaN"), "reward_model.ground_truth: row 9 is 'NaN', no answer; each must be a number, text"),
+        (truths(True), "reward_model.ground_truth: row 0 is True, no number or text, and 8 more can't be judged"),
         (truths(["2", "3"], []), "reward_model.ground_truth: row 9 is an empty list; each must be a number, text, or"),
         (
             truths(["2"], ["2", None]),
@@ -628,6 +634,11 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
             truths("np.arcsin(10/13)", "???"),
             "reward_model.ground_truth: the verifier can read none of the 10 answers, the first is 'np.arcsin",
         ),
+        (
+            {"prompt": PROMPT[:13] + [[{"role": "user", "content": content}] for content in (None, "1", " ")]},
+            "prompt: 2 rows ask nothing, the first is row 13; each needs a user's question.$",
+        ),
+        ({"prompt": [*PROMPT[:15], []]}, "prompt: 1 rows ask nothing, the first is row 15;"),
         ({"prompt": PROMPT[:14] + [None] * 2}, "prompt: 2 rows are null; each must hold chat messages.$"),
         ({"data_source": ["x"] * 13 + [None] * 3}, "data_source: 3 rows are null; each must name the data set"),
     ],
@@ -646,6 +657,20 @@ def test_rows_that_verl_cannot_use_are_refused(change, message, verbose_arithmet
     with pytest.raises(ConfigError, match=f"^data.train_files: .*/d/train.parquet, column {message}") as error:
         check(changed("data=d", *SHORT))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_reference_answers_that_the_verifier_cannot_read_are_warned_of(verbose_arithmetic):
+    answers = [{"style": "rule", "ground_truth": truth} for truth in ["2"] * 14 + ["np.arcsin(10/13)", "???"]]
+    write_rows("d", {"prompt": PROMPT, "data_source": ["x"] * 16, "reward_model": answers})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check(changed("data=d", *SHORT))
+    assert [str(w.message) for w in caught] == [
+        f"data.{field}: {Path.cwd()}/d/{split}.parquet, column reward_model.ground_truth: the verifier can't read at "
+        "least 2 of the 16 answers, the first is 'np.arcsin(10/13)' of row 14, so any other spelling of them is judged "
+        "wrong; give numbers, LaTeX or words, or remove these rows."
+        for field, split in (("train_files", "train"), ("val_files", "test"))
+    ]
 
 
 @pytest.mark.parametrize("truth", [2, 2.5, ["2", "two"], "\\frac{1}{2}"])
@@ -710,6 +735,44 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
         check(changed(quoted))
 
 
+def asking(instruction):
+    return [[{"role": "user", "content": f"1+1={instruction}"}]] * 16
+
+
+@pytest.mark.parametrize(
+    "prompts,options,warned",
+    [
+        (PROMPT, [], "data.train_files: 16 of the 16 prompts, data.val_files: 16 of the 16 prompts don't ask for"),
+        (PROMPT[:3] + asking("<answer>")[3:], [], "data.train_files: 3 of the 16 prompts, data.val_files: 3 of"),
+        (PROMPT, ["trainer.val_only=true"], "data.val_files: 16 of the 16 prompts don't ask for"),
+        (PROMPT, ["reward.custom_reward_function.path=r.py"], None),  # it may pay for anything
+        (asking("<answer>"), [], None),
+        (asking("Put it into \\boxed{}."), [], "data.train_files: 16 of the 16 prompts, "),
+        (asking("Put it into \\boxed{}."), ["format=boxed_no_think"], None),
+        (asking("<answer>"), ["format=boxed_no_think"], "data.train_files: 16 of the 16 prompts, "),
+    ],
+)
+def test_prompts_that_do_not_ask_for_the_format_are_warned_of(
+    prompts, options, warned, monkeypatch, verbose_arithmetic
+):
+    monkeypatch.setattr("iapo.launch.check_prompts.is_embedded", lambda config: False)
+    write_rows("d", {"prompt": prompts, "data_source": ["x"] * 16, "reward_model": REWARD})
+    Path("r.py").write_text(OWN_REWARD)
+    config = changed("data=d", *SHORT, "data.max_prompt_length=99", *options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        list(prompt_problems(config))
+    lines = [str(w.message) for w in caught]
+    assert [line[: len(warned or "")] for line in lines] == [warned] * bool(warned)
+    assert all("; unless the model writes it unasked, make the data with iapo data NAME" in line for line in lines)
+
+
+def test_the_embedded_models_write_their_format_unasked(verbose_arithmetic):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert list(prompt_problems(changed())) == []
+
+
 def test_prompts_must_last_for_the_steps(verbose_arithmetic):
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -768,11 +831,79 @@ def test_a_model_folder_that_lacks_files_is_refused(lost, message, verbose_arith
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "file,text,message",
+    [
+        ("config.json", "{", "the config.json of .*/m can't be loaded \\(OSError: It looks like .* not a valid JSON"),
+        ("config.json", "[]", "the config.json of .*/m can't be loaded \\(TypeError: "),
+        (
+            "config.json",
+            '{"model_type": "mymodel"}',
+            "the config.json of .*/m can't be loaded .* type `mymodel` but Tr",
+        ),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "the config.json of .* 'hidden_size' expected"),
+        ("config.json", {"num_attention_heads": 0}, "no model can be made of .*/m's config.json \\(ZeroDivisionError"),
+        ("config.json", None, "/.*/m holds no config.json; give a folder that holds a Hugging Face model.$"),
+        (
+            "tokenizer.json",
+            "{",
+            "the tokenizer of .*/m can't be loaded \\(JSONDecodeError: .*; correct or replace it.$",
+        ),
+        ("tokenizer.json", "{}", "the tokenizer of .*/m can't be loaded \\("),
+        ("tokenizer_config.json", "{", "the tokenizer of .*/m can't be loaded \\("),
+    ],
+)
+def test_what_transformers_cannot_load_gets_one_line(file, text, message, verbose_arithmetic):
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
+    if isinstance(text, dict):
+        text = json.dumps(json.loads(Path("m", file).read_text()) | text)
+    Path("m", file).unlink()
+    if text is not None:
+        Path("m", file).write_text(text)
+    config = changed("model=m", "data=verbose_arithmetic")
+    weights.size_bucket(config)  # which comes first, and leaves the problem to the check
+    with pytest.raises(ConfigError, match=f"^actor_rollout_ref.model.path: {message}") as error:
+        check(config)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_llama_without_a_tokenizer_gets_one_line(verbose_arithmetic):
+    """transformers makes up a tokenizer for some model types, and raises for others."""
+    ignore = shutil.ignore_patterns("tokenizer*")
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m", ignore=ignore)
+    settings = json.loads(Path("m/config.json").read_text())
+    Path("m/config.json").write_text(json.dumps(settings | {"model_type": "llama"}))
+    with pytest.raises(
+        ConfigError, match=r"^actor_rollout_ref.model.path: .*/m holds no tokenizer \(tokenizer.json an"
+    ):
+        check(changed("model=m", "data=verbose_arithmetic"))
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(verbose_arithmetic):
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
+    settings = json.loads(Path("m/tokenizer_config.json").read_text())
+    Path("m/tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    with pytest.raises(ConfigError, match=r"^actor_rollout_ref.model.path: .*/m has a tokenizer without eos_token; ad"):
+        check(changed("model=m", "data=verbose_arithmetic"))
+
+
+def test_responses_that_can_hold_no_answer_are_refused(verbose_arithmetic):
+    """<think> </think> \n <answer> 0 </answer> are six tokens of the embedded model."""
+    run = ["data.max_prompt_length=32", "iapo.probe_at=stride"]
+    check(changed(*run, "data.max_response_length=6"))
+    with pytest.raises(
+        ConfigError, match=r"^data.max_response_length: 5 tokens hold no answer in the format 'tags'; the"
+    ):
+        check(changed(*run, "data.max_response_length=5"))
+    Path("r.py").write_text(OWN_REWARD)
+    check(changed(*run, "data.max_response_length=5", f"reward.custom_reward_function.path={Path.cwd()}/r.py"))
+
+
 def test_weights_that_are_cut_short_and_end_tokens_that_differ_are_refused(verbose_arithmetic):
     shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
     check(changed("model=m", "data=verbose_arithmetic"))
     settings = json.loads(Path("m/generation_config.json").read_text())
-    for ends, problem in ((5, r"ends at \[5\]; correct the one that is wrong"), ("{", "config.json can't be read")):
+    for ends, problem in ((5, r"ends at eos_token_id \[5\]; correct the one"), ("{", "config.json can't be read")):
         text = "{" if ends == "{" else json.dumps(settings | {"eos_token_id": ends})
         Path("m/generation_config.json").write_text(text)
         with pytest.raises(ConfigError, match=rf"^actor_rollout_ref.model.path: .*{problem}"):
@@ -781,6 +912,31 @@ def test_weights_that_are_cut_short_and_end_tokens_that_differ_are_refused(verbo
     weights = Path("m/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ConfigError, match=r"^actor_rollout_ref.model.path: .*/model.safetensors is cut short; get it"):
+        check(changed("model=m", "data=verbose_arithmetic"))
+
+
+@pytest.mark.parametrize(
+    "changes,ends",
+    [
+        ({"eos_token_id": 5}, r"\[5\]"),
+        ({"eos_token_id": [5, 7]}, r"\[5, 7\]"),
+        ({"eos_token_id": [5, 2]}, None),
+        ({"eos_token_id": None}, None),
+        ({"eos_token_id": None, "model_type": "gpt2", "n_positions": 512}, r"\[50256\]"),  # GPT-2's default
+    ],
+)
+def test_without_a_generation_config_the_end_tokens_of_the_config_count(changes, ends, verbose_arithmetic):
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m", ignore=lambda *_: ["generation_config.json"])
+    settings = json.loads(Path("m/config.json").read_text()) | changes
+    given = {name: value for name, value in settings.items() if value is not None}
+    Path("m/config.json").write_text(json.dumps(given))
+    if ends is None:
+        check(changed("model=m", "data=verbose_arithmetic"))
+        return
+    message = (
+        rf"^actor_rollout_ref.model.path: .*/m has eos_token .* \(2\), but its config.json ends at eos_token_id {ends}"
+    )
+    with pytest.raises(ConfigError, match=message):
         check(changed("model=m", "data=verbose_arithmetic"))
 
 
@@ -1023,6 +1179,17 @@ def test_dry_run_prints_the_resolved_configuration(monkeypatch, capsys):
     assert refused.out == "" and refused.err == "iapo.train: iapo.alpha: -1 must be a number >= 0.\n"
 
 
+def test_a_dry_run_ends_with_what_the_checks_say():
+    command = [sys.executable, "-m", "iapo.train", "--dry-run", "platform=cpu", "iapo.gate=correct", "iapo.score=auto"]
+    shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    lines = shown.stdout.splitlines()
+    assert shown.returncode == 0 and len(lines) > 1000
+    assert lines[-3:-1] == [  # the last line is verl's, that its checks passed
+        "iapo: iapo.score=auto is first_token_entropy for this model",
+        "warning: iapo.gate=correct has no effect with iapo.alpha=0.",
+    ]
+
+
 def test_a_running_ray_cluster_gets_no_resources(monkeypatch):
     assert resolve("platform=cpu", "trainer.n_gpus_per_node=2").ray_kwargs.ray_init.num_gpus == 2
     monkeypatch.setenv("RAY_ADDRESS", "auto")
@@ -1101,10 +1268,37 @@ def test_a_ray_cluster_that_does_not_answer_is_refused(free_port):
         machine.check_ray_answers(f"127.0.0.1:{free_port}")
     with pytest.raises(ConfigError, match=r"^RAY_ADDRESS: nothing answers at localhost:99999 "):
         machine.check_ray_answers("localhost:99999")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        machine.check_ray_answers(f"127.0.0.1:{server.getsockname()[1]}")
+    server = grpc.server(ThreadPoolExecutor(1))  # as Ray's head is one
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    machine.check_ray_answers(address)
+    server.stop(None)
     for elsewhere in ("", "auto", "ray://head:10001"):
         machine.check_ray_answers(elsewhere)
+
+
+@pytest.mark.parametrize("reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR unknown command\r\n", b"", None])
+def test_a_port_at_which_another_server_listens_is_refused(reply, monkeypatch):
+    """It may reply, close the connection, or stay silent (None)."""
+    ours = machine.speaks_http2
+    monkeypatch.setattr(machine, "speaks_http2", lambda connection: ours(connection, timeout_s=0.5))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        kept = []
+
+        def answer():
+            kept.append(server.accept()[0])
+            if reply is not None:
+                kept[0].sendall(reply)
+                kept[0].close()
+
+        thread = Thread(target=answer)
+        thread.start()
+        with pytest.raises(ConfigError, match=f"^RAY_ADDRESS: {address} is no head of a Ray cluster, but another serv"):
+            machine.check_ray_answers(address)
+        thread.join()
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        machine.check_ray_answers(address)
 
 
 def test_a_missing_plugin_is_loud(verbose_arithmetic):

@@ -125,7 +125,22 @@ def test_the_verdict_on_several_references(monkeypatch):
 
 @pytest.mark.parametrize(
     "truth",
-    ["", None, "1" * 1001, " ", [], ["4", None], ["4", ""], [["4"]], {"answer": "4"}, math.nan, np.array([]), b"4"],
+    [
+        "",
+        None,
+        "1" * 1001,
+        " ",
+        [],
+        ["4", None],
+        ["4", ""],
+        [["4"]],
+        {"answer": "4"},
+        math.nan,
+        "nan",
+        True,
+        np.array([]),
+        b"4",
+    ],
 )
 def test_a_bad_ground_truth_is_a_counted_failure(truth):
     result = score(well_formed("x^2"), truth)

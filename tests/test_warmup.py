@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,13 @@ def test_the_model_is_taught_the_format_after_the_prompt_of_iapo_data(source):
     assert len(chats) == 3 and all(format_ok(chat[1]["content"]) for chat in chats)
 
 
+def test_only_the_model_is_required(capsys):
+    for arguments in ([], ["--data", "svamp"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert capsys.readouterr().err.endswith("error: the following arguments are required: MODEL_DIR\n")
+
+
 def test_only_answers_that_fit_are_taught(source, model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     chats = list(conversations("gsm8k", str(source)))
@@ -169,6 +177,7 @@ def test_a_step_is_one_on_the_mean_surprisal_of_the_answers_tokens(source, model
         (["{model}", "--max-tokens", "9"], "--examples: 0 of at most 9 tokens are fewer than data.train_batch_size=8;"),
         (["{model}", "optim.lrr=1"], "Could not override 'optim.lrr'."),
         (["{mute}"], "MODEL_DIR: {mute} has a tokenizer without a chat template; add chat_template.jinja."),
+        (["{torn}"], "MODEL_DIR: the tokenizer of {torn} can't be loaded (JSONDecodeError: "),
         (["{strip}"], "MODEL_DIR: its chat template writes other text than the answer after the prompt, so the model"),
     ],
 )
@@ -176,7 +185,9 @@ def test_what_cannot_be_taught_gets_one_line_and_leaves_nothing(
     source, model, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    names = {"source": source, "model": model, "mute": Path("mute"), "strip": Path("strip")}
+    names = {"source": source, "model": model} | {name: Path(name) for name in ("mute", "strip", "torn")}
+    shutil.copytree(model, "torn")
+    Path("torn/tokenizer.json").write_text("{")
     templates = {
         "mute": None,
         "strip": TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]"),

@@ -22,7 +22,8 @@ The second form reads data of your own under a NAME that you choose: any file of
 directory with `train*` and `test*`. An answer is a number, a text, or a list of these, any of which is right.
 
 A question is once in a split, and never in two. Questions are compared without regard to case and to how much white
-space there is. The first occurrence is kept, and the test split keeps what both splits have.
+space there is. The first occurrence is kept, and the test split keeps what both splits have. Rows that were left out
+and have another answer are listed.
 
 Reference answers that the verifier can't read are listed: any other spelling of such an answer is judged wrong.
 `--drop-unverifiable` leaves these rows out.
@@ -39,7 +40,7 @@ from pathlib import Path
 from iapo.answer_format import FORMATS
 from iapo.data.judge import unreadable
 from iapo.data.originals import EVALUATION, NAMES, ORIGINALS, own
-from iapo.data.read import load_examples
+from iapo.data.read import load_examples, print_some
 from iapo.data.split import Example
 from iapo.data.write import to_rows, write_parquets
 from iapo.tasks import verbose_arithmetic
@@ -49,7 +50,6 @@ __all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "generate_verbose_arithmetic", 
 INSTRUCTION = FORMATS["tags"].instruction
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 4096, 256, 256
 MOST_GENERATED = 1_000_000  # of 99^4 problems, so that drawing distinct ones stays quick
-MOST_LISTED = 100  # reference answers that can't be read
 
 
 def prepare(
@@ -153,10 +153,7 @@ def _judged(name: str, splits: dict[str, list[Example]], drop: bool) -> dict[str
             f"{name}: the verifier can't read {len(listed)} of {total} reference answers, so any other spelling of "
             "them is judged wrong; --drop-unverifiable leaves these rows out:"
         )
-    for split, example in listed[:MOST_LISTED]:
-        print(f"  {split}, row {example.index}: {example.answer!r}")
-    if len(listed) > MOST_LISTED:
-        print(f"  and {len(listed) - MOST_LISTED} more")
+    print_some([f"{split}, row {example.index}: {example.answer!r}" for split, example in listed])
     if not drop:
         return splits
     dropped = {split: {example.index for example in bad} for split, bad in found.items()}

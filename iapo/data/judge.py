@@ -5,6 +5,7 @@ A completion of a row with another reference is right only if it repeats this re
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from iapo.data.split import Example
 from iapo.tasks.quantity import plain_number
@@ -12,7 +13,7 @@ from iapo.tasks.reference import references
 
 OTHER = "7919"  # equal texts are right without being read, so each reference is compared with this one
 TIMEOUT_S = 5.0  # of CPU time, as in training
-BATCH = 50
+MOST_JUDGED = 500  # before a run: it takes some seconds
 
 
 def unreadable(examples: list[Example]) -> list[Example]:
@@ -26,22 +27,34 @@ def unreadable(examples: list[Example]) -> list[Example]:
     return [example for example in examples if failed.issuperset(example.answers)]
 
 
-def any_readable(ground_truths: Iterable[object]) -> bool:
-    """Whether the verifier can read one reference answer of a column; stops at the first, and ends the verifier.
+def unreadable_rows(ground_truths: Iterable[object], most: int = MOST_JUDGED) -> list[int]:
+    """The rows of a column of which the verifier can read no reference answer; ends the verifier.
+
+    Args:
+        most: so many distinct answers that are no plain numbers are tried, the first ones, and more while none can be
+            read; the others count as readable.
 
     Raises:
         ValueError: a ground truth that can't be judged, see `iapo.tasks.reference`.
         ImportError: as `unreadable`.
     """
-    texts = [text for ground_truth in ground_truths for text in references(ground_truth)]
-    if any(plain_number(text) is not None for text in texts):
-        return True
+    texts = [references(ground_truth) for ground_truth in ground_truths]
+    distinct = dict.fromkeys(chain.from_iterable(texts))
+    hard = [text for text in distinct if plain_number(text) is None]
+    if not hard:
+        return []
     from iapo.tasks.verifier import close_pool
 
+    failed: set[str] = set()
     try:
-        return any(_readable(texts[start : start + BATCH]) for start in range(0, len(texts), BATCH))
+        for start in range(0, len(hard), most):
+            tried = hard[start : start + most]
+            failed.update(set(tried).difference(_readable(tried)))
+            if len(failed) < start + len(tried) or len(hard) < len(distinct):
+                break
     finally:
         close_pool()
+    return [row for row, listed in enumerate(texts) if failed.issuperset(listed)]
 
 
 def _readable(texts: Sequence[str]) -> list[str]:

@@ -3,26 +3,30 @@
 import csv
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from iapo.data.originals import Original, Schema
-from iapo.data.split import Example, unique, without
+from iapo.data.split import Example, Pair, unique, without
 from iapo.tasks.reference import references
 
 SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
 WHOLE = "all"  # the split of a local file with all rows
+MOST_LISTED = 100  # rows with something to correct
 
 
 def load_examples(name: str, original: Original, source: str | None, seed: int) -> dict[str, list[Example]]:
-    """The examples by split, distinct and disjoint; prints how many rows were left out."""
+    """The examples by split, distinct and disjoint; prints how many rows were left out, and contradictions."""
     splits, read, repeated, foreign = {}, 0, 0, 0
+    contradictions: list[str] = []
     for split, rows in read_source(name, original, source).items():
         rows = _Counter(rows)
         where = source or original.hub_id
         parsed = _Counter(parse_rows(rows, original, where if split == WHOLE else f"{where} ({split})"))
-        splits[split] = list(islice(unique(parsed), original.limit))
+        pairs: list[Pair] = []
+        splits[split] = list(islice(unique(parsed, pairs), original.limit))
+        contradictions += (f"{_place(split, a)}, but {_place(split, b)}" for a, b in pairs)
         read += rows.count
         foreign += rows.count - parsed.count
         repeated += parsed.count - len(splits[split])
@@ -35,14 +39,35 @@ def load_examples(name: str, original: Original, source: str | None, seed: int) 
         train, test = original.divide(examples, seed)
         splits = {"train": train, "test": test}
     else:
-        train = without(splits["train"], splits["test"])
+        pairs = []
+        train = list(without(splits["train"], splits["test"], pairs))
+        contradictions += (f"{_place('train', a)}, but {_place('test', b)}" for a, b in pairs)
         overlap = len(splits["train"]) - len(train)
         splits["train"] = train
     if foreign:
         print(f"{name}: left out {foreign} of {read} rows, which have pictures or no final answer")
     train_too = "" if original.evaluation else f", and {overlap} train rows that are in test"
     print(f"{name}: dropped {repeated} repeated rows{train_too}")
+    if contradictions:
+        print(
+            f"{name}: {len(contradictions)} of these have another answer than the row that was kept; correct the wrong "
+            "one of the two:"
+        )
+        print_some(contradictions)
     return splits
+
+
+def _place(split: str, example: Example) -> str:
+    where = "" if split == WHOLE else f"{split}, "
+    return f"{where}row {example.index}: {example.answer!r}"
+
+
+def print_some(lines: Sequence[str]) -> None:
+    """A list, cut where it is long."""
+    for line in lines[:MOST_LISTED]:
+        print(f"  {line}")
+    if len(lines) > MOST_LISTED:
+        print(f"  and {len(lines) - MOST_LISTED} more")
 
 
 class _Counter:
@@ -79,23 +104,40 @@ def read_source(name: str, original: Original, source: str | None) -> dict[str, 
 
 def read_hub(hub_id: str, original: Original) -> dict[str, Iterable[dict]]:
     """The splits of a data set on the hub; where one is wanted and there is one of another name, that."""
-    from datasets import load_dataset  # slow to import, and not needed for local files or the generated task
+    from datasets import config, load_dataset  # slow to import, and not needed for local files or the generated task
 
+    offline = config.HF_HUB_OFFLINE
+    no_answer = None if offline else hub_problem(config.HF_ENDPOINT)
+    config.HF_HUB_OFFLINE = offline or no_answer is not None  # then only its cache is asked
     try:
         if len(original.splits) == 2:
             return {split: load_dataset(hub_id, original.config, split=split) for split in original.splits}
         found = load_dataset(hub_id, original.config)
     except Exception as error:  # the hub client raises a dozen unrelated types; the cause stays attached
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        first = str(error).splitlines()[0] if str(error) else "no message"
+        reason = no_answer or f"{type(error).__name__}: {first}"
         raise ValueError(
             f"source: {hub_id!r} can't be loaded from the hub ({reason}); check the id and the network, or give a "
-            "local file."
+            "local copy by --source PATH."
         ) from error
+    finally:
+        config.HF_HUB_OFFLINE = offline
     (wanted,) = original.splits
     if wanted not in found and len(found) != 1:
         raise ValueError(f"source: {hub_id!r} has the splits {', '.join(found)}, not {wanted!r}; give a local file.")
     split = wanted if wanted in found else next(iter(found))
     return {split: found[split]}
+
+
+def hub_problem(endpoint: str) -> str | None:
+    """Why the hub can't be reached, found by one request; its client would try for half a minute."""
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(endpoint, timeout=10)  # with the user's proxy and certificates; any status is an answer
+    except Exception as error:  # of whatever library its client uses
+        return f"{endpoint} doesn't answer: {' '.join(str(error).split()) or type(error).__name__}"
+    return None
 
 
 def _is_hub_id(source: str) -> bool:
@@ -213,8 +255,9 @@ def _schema(row: object, original: Original, where: str) -> Schema:
 
 
 def _text(value: object) -> str:
-    text = str(value).strip() if isinstance(value, str | int | float) else ""
-    if not text:
+    known = isinstance(value, str | int | float) and not isinstance(value, bool)
+    text = str(value).strip() if known else ""
+    if text.casefold() in ("", "nan"):  # a missing text is read as NaN
         raise ValueError(f"{value!r} is no question or answer")
     return text
 

@@ -4,6 +4,9 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
+
+from iapo.tasks.quantity import plain_number
 
 TEST_FRACTION = 0.2
 
@@ -39,20 +42,39 @@ def normalise(question: str) -> str:
     return " ".join(question.split()).casefold()
 
 
-def unique(examples: Iterable[Example]) -> Iterator[Example]:
-    """The first example of every question."""
-    seen = set()
+def contradict(one: Example, other: Example) -> bool:
+    """Whether two examples have no answer in common; equal numbers are one answer, however they are written."""
+    return _values(one).isdisjoint(_values(other))
+
+
+def _values(example: Example) -> set[Decimal | str]:
+    numbers = {text: plain_number(text) for text in example.answers}
+    return {text.casefold() if number is None else number for text, number in numbers.items()}
+
+
+Pair = tuple[Example, Example]  # one that is left out, and the one that is kept
+
+
+def unique(examples: Iterable[Example], contradictions: list[Pair]) -> Iterator[Example]:
+    """The first example of every question; later ones with another answer are added to `contradictions`."""
+    kept: dict[str, Example] = {}
     for example in examples:
-        key = normalise(example.question)
-        if key not in seen:
-            seen.add(key)
+        first = kept.setdefault(normalise(example.question), example)
+        if first is example:
             yield example
+        elif contradict(example, first):
+            contradictions.append((example, first))
 
 
-def without(examples: list[Example], others: list[Example]) -> list[Example]:
-    """The examples whose question is not among the others'."""
-    taken = {normalise(other.question) for other in others}
-    return [example for example in examples if normalise(example.question) not in taken]
+def without(examples: list[Example], others: list[Example], contradictions: list[Pair]) -> Iterator[Example]:
+    """The examples whose question is not among the others'; as `unique` does with those that are left out."""
+    taken = {normalise(other.question): other for other in others}
+    for example in examples:
+        other = taken.get(normalise(example.question))
+        if other is None:
+            yield example
+        elif contradict(example, other):
+            contradictions.append((example, other))
 
 
 def divide_randomly(examples: list[Example], seed: int) -> tuple[list[Example], list[Example]]:

@@ -10,21 +10,25 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
+from iapo.answer_format import FORMATS, THINK
 from iapo.checkpoints import local_ranks, problem, resume_point, steps, tracker_file
 from iapo.config import IapoConfig
 from iapo.data import NAMES
-from iapo.data.judge import any_readable
-from iapo.launch.check_prompts import prompt_problems
+from iapo.data.judge import unreadable_rows
+from iapo.launch.check_prompts import OUR_REWARD, prompt_problems
 from iapo.launch.provenance import differences, saved_config
 from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
 from iapo.tasks.reference import references, unjudgeable
 from iapo.tools.model import MODELS
 
+# What a tokenizer is read from; a folder without any of these has none.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 # What verl's DAPORewardManager passes to a reward function, by keyword.
 REWARD_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
@@ -84,7 +88,7 @@ def _parquet(config: DictConfig, iapo: IapoConfig, field: str, name: str | None)
     path, prompt = Path(str(name)).expanduser(), config.data.prompt_key
     if name is None or not path.is_file():
         known = path.parent.name in NAMES
-        make = f"make it with python -m iapo.data {path.parent.name} --out {path.parent.parent}, or " if known else ""
+        make = f"make it with iapo data {path.parent.name} --out {path.parent.parent}, or " if known else ""
         yield f"data.{field}: {name} is no file; {make}set the path of a parquet file."
         return
     try:
@@ -101,9 +105,13 @@ def _parquet(config: DictConfig, iapo: IapoConfig, field: str, name: str | None)
     if missing:
         yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
+        where = f"data.{field}: {name}, column"
         judged_by_us = config.reward.custom_reward_function.path == "pkg://iapo.reward" or iapo.needs_references
-        problems = [*_columns(schema, rows, prompt)] or _references(rows["reward_model"], judged_by_us)
-        yield from (f"data.{field}: {name}, column {line}" for line in problems)
+        problems = [*_columns(schema, rows, prompt)] or [
+            *_questions(rows[prompt], prompt),
+            *_references(where, rows["reward_model"], judged_by_us),
+        ]
+        yield from (f"{where} {line}" for line in problems)
 
 
 def _columns(schema, rows, prompt_key: str) -> Iterator[str]:
@@ -121,10 +129,26 @@ def _columns(schema, rows, prompt_key: str) -> Iterator[str]:
             yield f"{name}: {count} rows are null; {fix}."
 
 
-def _references(column, judged_by_us: bool) -> Iterator[str]:
+def _questions(column, prompt_key: str) -> Iterator[str]:
+    """Prompts that ask nothing, in an Arrow column of chat messages; a template writes 'None', or verl drops them."""
+    empty = [number for number, messages in enumerate(column.to_pylist()) if not _asks(messages)]
+    if empty:
+        yield f"{prompt_key}: {len(empty)} rows ask nothing, the first is row {empty[0]}; each needs a user's question."
+
+
+def _asks(messages: list[dict]) -> bool:
+    """Whether every message of the user has content, text or not, and there is one."""
+    asked = [message["content"] for message in messages if message["role"] == "user"]
+    return bool(asked) and all(content.strip() if isinstance(content, str) else content for content in asked)
+
+
+def _references(where: str, column, judged_by_us: bool) -> Iterator[str]:
     """Reference answers that make every completion of their row wrong, in the Arrow column reward_model.
 
     Only our own reward says which values it can judge. Another may take a dict, or none.
+
+    Args:
+        where: names the column's file, in the warning of answers that the verifier can't read.
     """
     rows = column.to_pylist()
     null = [number for number, row in enumerate(rows) if row is None]
@@ -139,14 +163,21 @@ def _references(column, judged_by_us: bool) -> Iterator[str]:
         )
     elif judged_by_us:
         try:
-            readable = any_readable(truths)
+            bad = unreadable_rows(truths)
         except ImportError as error:
             yield f"reward_model.ground_truth: these answers can't be judged ({error})."
             return
-        if not readable:
+        if len(bad) == len(truths):
             yield (
                 f"reward_model.ground_truth: the verifier can read none of the {len(truths)} answers, the first is "
                 f"{truths[0]!r}; give numbers, LaTeX or words."
+            )
+        elif bad:
+            warnings.warn(
+                f"{where} reward_model.ground_truth: the verifier can't read at least {len(bad)} of the {len(truths)} "
+                f"answers, the first is {truths[bad[0]]!r} of row {bad[0]}, so any other spelling of them is judged "
+                "wrong; give numbers, LaTeX or words, or remove these rows.",
+                stacklevel=2,
             )
 
 
@@ -166,22 +197,37 @@ def _model(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         make = f"make it with iapo model {made} --out {path}, or " if made else ""
         yield f"actor_rollout_ref.model.path: {path} is no folder; {make}give one that holds a Hugging Face model."
         return
-    trust = config.actor_rollout_ref.model.trust_remote_code
-    try:
-        model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        yield (
-            f"actor_rollout_ref.model.path: {path} can't be loaded ({reason}); give a folder with a Hugging Face model "
-            "(model=/a/folder) or a hub name that this machine can reach."
-        )
-        return
-    problems = [*_model_files(config, tokenizer), *_positions(config, model_config), *_bucket(config, model_config)]
+    loaded = []
+    for part, kind in (("config.json", AutoConfig), ("tokenizer", AutoTokenizer)):
+        try:
+            trust = config.actor_rollout_ref.model.trust_remote_code
+            loaded.append(kind.from_pretrained(path, trust_remote_code=trust))
+        except Exception as error:  # of transformers, of its libraries, or of the model's own code
+            yield not_loaded("actor_rollout_ref.model.path", path, part, error)
+            return
+    model_config, tokenizer = loaded
+    problems = [
+        *_model_files(config, model_config, tokenizer),
+        *_positions(config, model_config),
+        *_shortest_answer(config, tokenizer),
+        *_bucket(config, model_config),
+    ]
     yield from problems
     if iapo.probes and not problems:
         yield from _probing(config, iapo, model_config, tokenizer)
     yield from _attention(config, model_config)
+
+
+def not_loaded(field: str, path: str, part: str, error: Exception) -> str:
+    """One line about a model's config.json or tokenizer, `part`, that transformers can't load from a folder or hub."""
+    local = os.path.isdir(path)
+    if local and not (Path(path) / "config.json").is_file():
+        return f"{field}: {path} holds no config.json; give a folder that holds a Hugging Face model."
+    if local and part == "tokenizer" and not any((Path(path) / name).is_file() for name in VOCABULARIES):
+        return f"{field}: {path} holds no tokenizer (tokenizer.json and the like); put it there."
+    reason = shorten(f"{type(error).__name__}: {error}", 250, placeholder=" ...")
+    hub = "give a folder with a Hugging Face model (model=/a/folder) or a hub name that this machine can reach"
+    return f"{field}: the {part} of {path} can't be loaded ({reason}); {'correct or replace it' if local else hub}."
 
 
 def _probing(config: DictConfig, iapo: IapoConfig, model_config, tokenizer) -> Iterator[str]:
@@ -232,7 +278,7 @@ def listed(files) -> list[str]:
     return [files] if isinstance(files, str) else list(files or [])
 
 
-def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
+def _model_files(config: DictConfig, model_config, tokenizer) -> Iterator[str]:
     path = config.actor_rollout_ref.model.path
     if os.path.isdir(path) and not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
         yield f"actor_rollout_ref.model.path: {path} holds no weights (*.safetensors or *.bin); put them there."
@@ -243,7 +289,7 @@ def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
         yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
     elif tokenizer.eos_token_id is None:
         yield f"actor_rollout_ref.model.path: {path} has a tokenizer without eos_token; add it to its configuration."
-    elif problem := _other_end(path, tokenizer):
+    elif problem := _other_end(path, tokenizer, model_config):
         yield problem
     elif not tokenizer.chat_template and not config.actor_rollout_ref.model.custom_chat_template:
         yield (
@@ -267,25 +313,26 @@ def is_whole(file: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def _other_end(path: str, tokenizer) -> str | None:
-    """What is wrong with the end tokens of a model's generation configuration, which it may lack."""
+def _other_end(path: str, tokenizer, model_config) -> str | None:
+    """What is wrong with the end tokens of generation_config.json or, where a model has none, of config.json.
+
+    vLLM ends completions at these too. Where config.json has no eos_token_id, the default of its model type counts.
+    """
     from transformers import GenerationConfig
 
-    file = Path(path) / "generation_config.json"
-    if os.path.isdir(path) and not file.is_file():
-        return None
+    local, name = os.path.isdir(path), "generation_config.json"
     try:
         ends = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError as error:
-        if not os.path.isdir(path):  # a hub name without the file
-            return None
-        return f"actor_rollout_ref.model.path: {file} can't be read ({' '.join(str(error).split())}); correct it."
+        if local and (file := Path(path) / name).is_file():
+            return f"actor_rollout_ref.model.path: {file} can't be read ({' '.join(str(error).split())}); correct it."
+        ends, name = GenerationConfig.from_model_config(model_config).eos_token_id, "config.json"
     ends = set(ends if isinstance(ends, list) else [ends]) - {None}
     if not ends or tokenizer.eos_token_id in ends:
         return None
     return (
         f"actor_rollout_ref.model.path: {path} has eos_token {tokenizer.eos_token!r} ({tokenizer.eos_token_id}), but "
-        f"its generation_config.json ends at {sorted(ends)}; correct the one that is wrong."
+        f"its {name} ends at eos_token_id {sorted(ends)}; correct the one that is wrong."
     )
 
 
@@ -306,6 +353,10 @@ def _bucket(config: DictConfig, model_config) -> Iterator[str]:
         name, needed = largest_weight(model_config)
     except (ValueError, KeyError):  # no causal language model of transformers; `_probing` and verl say more
         return
+    except Exception as error:  # of whatever a model makes of a number that it can't use
+        path, reason = config.actor_rollout_ref.model.path, f"{type(error).__name__}: {' '.join(str(error).split())}"
+        yield f"actor_rollout_ref.model.path: no model can be made of {path}'s config.json ({reason}); correct it."
+        return
     size = OmegaConf.select(config, KEY)
     if size is None:  # not filled in yet
         return
@@ -324,6 +375,21 @@ def _positions(config: DictConfig, model_config) -> Iterator[str]:
             f"data.max_response_length: {config.data.max_response_length}, with "
             f"data.max_prompt_length={config.data.max_prompt_length}, exceeds the {maximum} positions of "
             f"{config.actor_rollout_ref.model.path}; lower them, or choose another model=."
+        )
+
+
+def _shortest_answer(config: DictConfig, tokenizer) -> Iterator[str]:
+    """Where no well-formed completion fits, our reward makes all completions equal."""
+    reward, answer_format = config.reward.custom_reward_function, FORMATS[config.iapo.format]
+    if (reward.path, reward.name) != OUR_REWARD:
+        return
+    text = f"{answer_format.probe}0{answer_format.answer_end}"
+    text = text if answer_format.well_formed(text) else THINK + text
+    needed = len(tokenizer.encode(text, add_special_tokens=False))
+    if config.data.max_response_length < needed:
+        yield (
+            f"data.max_response_length: {config.data.max_response_length} tokens hold no answer in the format "
+            f"{answer_format.name!r}; the shortest, {text!r}, has {needed}; raise it."
         )
 
 

@@ -1,12 +1,14 @@
 """The prompts that a run reads, as the model will see them: how long they are, and for how many steps they last."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from omegaconf import DictConfig
 
+from iapo.answer_format import FORMATS
 from iapo.launch.check_template import chat_template, template_problems
 
 
@@ -27,30 +29,62 @@ class Prompts(NamedTuple):
 
 
 OUR_DATASET = "pkg://iapo.verl_adapter.dataset"
+OUR_REWARD = ("pkg://iapo.reward", "compute_score")  # module and name
+
+
+def is_embedded(config: DictConfig) -> bool:
+    """Whether the model is one that comes with this package: its answers begin with the answer itself."""
+    return Path(str(config.actor_rollout_ref.model.path)).parent == Path(__file__).parent.parent / "assets"
 
 
 def prompt_problems(config: DictConfig) -> Iterator[str]:
     """Prompts that don't fit, that are too few, or that don't last for the steps that are asked for.
 
-    Warns of prompts that verl leaves out without a word.
+    Warns of prompts that verl leaves out without a word, and of those that don't ask for the answer format.
     """
     data = config.data
     if data.custom_cls.path != OUR_DATASET:  # it may read anything
         return
     tokenizer, render = chat_template(config)
     said: set[str] = set()
+    texts: dict[str, list[str]] = {}
     for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):
         if field == "train_files" and config.trainer.val_only:
             continue
         found = read_prompts(tokenizer, render, chosen_messages(config, field))
         fitting = sum(tokens <= data.max_prompt_length for tokens in found.tokens)
         problems = list(_lengths(config, field, found, fitting, needed))
+        texts[f"data.{field}"] = [text for _, text in found.rendered]
         if fitting:
             problems += template_problems(config, field, render, found.rendered)
         yield from (line for line in problems if line not in said)
         said |= set(problems)
         if field == "train_files" and not problems:
             yield from _steps(config, fitting)
+    if not said:
+        warn_if_not_asked(config, texts)
+
+
+def warn_if_not_asked(config: DictConfig, texts: Mapping[str, list[str]]) -> None:
+    """Warn in one line of prompts that don't name what begins an answer of the format that our reward pays for.
+
+    The embedded models write their format unasked.
+
+    Args:
+        texts: of the prompts, by field.
+    """
+    reward, answer_format = config.reward.custom_reward_function, FORMATS[config.iapo.format]
+    if (reward.path, reward.name) != OUR_REWARD or is_embedded(config):
+        return
+    silent = {field: sum(answer_format.answer_begin not in text for text in texts[field]) for field in texts}
+    counts = [f"{field}: {count} of the {len(texts[field])} prompts" for field, count in silent.items() if count]
+    if counts:
+        warnings.warn(
+            f"{', '.join(counts)} don't ask for the answer format {answer_format.name!r} (no "
+            f"{answer_format.answer_begin!r}), which the reward pays for; unless the model writes it unasked, make the "
+            f"data with iapo data NAME --format {answer_format.name}, your own by --question and --answer.",
+            stacklevel=2,
+        )
 
 
 def _lengths(config: DictConfig, field: str, found: Prompts, fitting: int, needed: int) -> Iterator[str]:

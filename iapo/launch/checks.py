@@ -20,6 +20,7 @@ from iapo.answer_format import FORMATS, THINK
 from iapo.config import IapoConfig
 from iapo.data import EVALUATION
 from iapo.launch.check_files import file_problems
+from iapo.launch.check_prompts import OUR_REWARD, is_embedded
 from iapo.methods import Method, acts_by, conflicts, make_methods
 
 
@@ -74,9 +75,6 @@ def check_with_verl(config) -> None:
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"verl: {' '.join(str(error).split()) or type(error).__name__}") from None
 
-
-# The reward function of this package, by module and name.
-OUR_REWARD = ("pkg://iapo.reward", "compute_score")
 
 # verl finds these wrong only after Ray and vLLM have started, if at all: field, type, smallest value.
 NUMBERS = (
@@ -329,11 +327,6 @@ def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
             f"iapo.answer_end: {iapo.answer_end!r} ends no answer that iapo.reward pays for, such as {text!r}; set "
             f"{answer_format.answer_end!r}, {own}."
         )
-
-
-def is_embedded(config: DictConfig) -> bool:
-    """Whether the model is one that comes with this package: its answers begin with the answer itself."""
-    return Path(str(config.actor_rollout_ref.model.path)).parent == Path(__file__).parent.parent / "assets"
 
 
 def _layout(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:

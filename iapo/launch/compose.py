@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.data import prepare
-from iapo.launch.checks import OUR_REWARD, ConfigError, check, check_numbers, check_with_verl, is_embedded
+from iapo.launch.check_prompts import OUR_REWARD, is_embedded
+from iapo.launch.checks import ConfigError, check, check_numbers, check_with_verl
 from iapo.launch.machine import ALL_CORES, check_machine, cpu_environment, gpu_count
 from iapo.launch.provenance import by_dotted_key
 from iapo.launch.weights import size_bucket

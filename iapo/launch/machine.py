@@ -26,6 +26,8 @@ CPU_SUITS = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQ_NUM_THREADS": "1",
 }
+# A frame of HTTP/2: three bytes of length, type 4, no flags, stream 0.
+EMPTY_SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 # Set unless the user chooses OMP_NUM_THREADS: a worker trains on its share of all cores, see `verl_adapter.cpu`.
 ALL_CORES = "IAPO_ALL_CORES"
 
@@ -107,11 +109,25 @@ def check_vllm_plugin() -> None:
 
 
 def check_ray_answers(address: str) -> None:
-    """Refuse host:port if nothing answers there; Ray itself would try for minutes."""
+    """Refuse host:port if nothing answers there, or something else than Ray; Ray itself would try for minutes."""
     if not (match := re.fullmatch(r"([\w.-]+):(\d+)", address)):
         return  # none, or "auto", "local", ray://...
+    fix = "start Ray there, or unset the variable."
     try:
-        socket.create_connection((match[1], int(match[2])), timeout=5).close()
+        connection = socket.create_connection((match[1], int(match[2])), timeout=5)
     except (OSError, OverflowError) as error:
-        reason = f"RAY_ADDRESS: nothing answers at {address} ({error})"
-        raise ConfigError(f"{reason}; start Ray there, or unset the variable.") from None
+        raise ConfigError(f"RAY_ADDRESS: nothing answers at {address} ({error}); {fix}") from None
+    with connection:
+        encrypted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")  # nothing to read without a handshake
+        if not encrypted and not speaks_http2(connection):
+            raise ConfigError(f"RAY_ADDRESS: {address} is no head of a Ray cluster, but another server; {fix}")
+
+
+def speaks_http2(connection: socket.socket, timeout_s: float = 10) -> bool:
+    """Whether a server's first frame is that of HTTP/2, its settings (RFC 9113, 3.4); Ray's head is a gRPC server."""
+    connection.settimeout(timeout_s)
+    try:
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + EMPTY_SETTINGS)
+        return connection.recv(9)[3:4] == EMPTY_SETTINGS[3:4]
+    except OSError:
+        return False

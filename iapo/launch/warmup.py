@@ -25,6 +25,7 @@ from iapo.answer_format import FORMATS, written
 from iapo.data.originals import ORIGINALS
 from iapo.data.read import WHOLE, parse_rows, read_source
 from iapo.data.write import to_rows
+from iapo.launch.check_files import not_loaded
 from iapo.launch.machine import cpu_environment
 from iapo.tools.export import export
 
@@ -141,7 +142,10 @@ def warm_up(
     import pyarrow.parquet as pq
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # of transformers or of its libraries
+        raise ValueError(not_loaded("MODEL_DIR", str(model), "tokenizer", error)) from None
     if not tokenizer.chat_template:
         raise ValueError(f"MODEL_DIR: {model} has a tokenizer without a chat template; add chat_template.jinja.")
     chosen = list(islice(fitting(conversations(data, source), tokenizer, max_tokens), examples))
@@ -180,7 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: MODEL_DIR-warm")
     parser.add_argument("--examples", type=int, default=256, help="the first ones that fit (default 256)")
     parser.add_argument("--max-tokens", type=int, default=96, help="of an answer, its end included (default 96)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    # Without a default argparse names it as required where MODEL_DIR is missing.
+    parser.add_argument("overrides", nargs="*", metavar="key=value", default=[])
     options = parser.parse_intermixed_args(arguments)
     out = options.out or options.model.with_name(f"{options.model.name}-warm")
     try:

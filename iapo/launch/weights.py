@@ -32,6 +32,6 @@ def size_bucket(config: DictConfig) -> None:
     try:
         model_config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         needed = largest_weight(model_config)[1]
-    except (OSError, ValueError, KeyError):
+    except Exception:  # of transformers, or of the model's own code; `check_files` tries again
         needed = 0
     engine.update_weights_bucket_megabytes = max(smallest, needed)

@@ -34,9 +34,13 @@ def references(ground_truth: object) -> list[str]:
             raise ValueError(f"is {ground_truth}, no finite number")
         written = f"{Decimal(repr(ground_truth) if isinstance(ground_truth, float) else ground_truth):f}"
         return [written.rstrip("0").rstrip(".") if "." in written else written]
+    if isinstance(ground_truth, bool):
+        raise ValueError(f"is {ground_truth}, no number or text")
     if not isinstance(ground_truth, str | int):
         raise ValueError(f"is a {type(ground_truth).__name__}")
     text = str(ground_truth).strip()
+    if text.casefold() == "nan":  # what a missing number becomes as text
+        raise ValueError(f"is {text!r}, no answer")
     if not text or len(text) > MAX_ANSWER_CHARS:
         raise ValueError(f"has {len(text)} characters, not 1 to {MAX_ANSWER_CHARS}")
     return [text]
