@@ -243,7 +243,7 @@ def _model_files(config: DictConfig, tokenizer) -> Iterator[str]:
         yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
     elif tokenizer.eos_token_id is None:
         yield f"actor_rollout_ref.model.path: {path} has a tokenizer without eos_token; add it to its configuration."
-    elif problem := _other_end(path, tokenizer):
+    elif problem := other_end(path, tokenizer):
         yield problem
     elif not tokenizer.chat_template and not config.actor_rollout_ref.model.custom_chat_template:
         yield (
@@ -267,7 +267,7 @@ def is_whole(file: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def _other_end(path: str, tokenizer) -> str | None:
+def other_end(path: str, tokenizer) -> str | None:
     """What is wrong with the end tokens of a model's generation configuration, which it may lack."""
     from transformers import GenerationConfig
 
