@@ -43,7 +43,8 @@ def begins_with_digit(text: str) -> bool:
 def kinds(tokenizer, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(V,) twice: which tokens are layout, and which begin with a digit. Special tokens are neither."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    texts = [decode(tokenizer, [i]) if i < len(tokenizer) and i not in special else "" for i in range(vocabulary)]
+    known = len(tokenizer)  # which takes milliseconds
+    texts = [decode(tokenizer, [i]) if i < known and i not in special else "" for i in range(vocabulary)]
     return torch.tensor([*map(is_layout, texts)]), torch.tensor([*map(begins_with_digit, texts)])
 
 
