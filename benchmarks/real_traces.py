@@ -1,4 +1,4 @@
-"""What the scores say along real solutions: python -m benchmarks.real_traces MODEL GSM8K_DIR [--picture FILE]
+"""What the scores say along real solutions: python -m benchmarks.real_traces MODEL [GSM8K_DIR] [--picture FILE]
 
 The solutions of GSM8K's test split are read as traces of a model that knows the format: prompt of `iapo data`,
 <think>, the solution, then the probe. Measured at every position are
@@ -8,13 +8,19 @@ The solutions of GSM8K's test split are read as traces of a model that knows the
 
 both with the probe's own tokens and written as the tokenizer would (iapo.probe_tokens=natural). The first table says
 how much each falls, in how many traces, and in which quarter of the trace. The second says what natural tokens change:
-at all positions, where they differ, and at ends of steps.
+at all positions, where they differ, and at ends of steps. Without GSM8K_DIR the traces are those of the embedded task,
+for its models.
+
+--layout compares forms of the entropy that read through layout instead, see benchmarks/layout.py. They are measured at
+the five ends of the quarters.
 """
 
 import argparse
+import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -23,8 +29,9 @@ import pandas
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import layout
 from benchmarks.measure import machine, table
-from iapo.answer_format import FORMATS, THINK, AnswerFormat
+from iapo.answer_format import EXIT_MARKER, FORMATS, THINK, AnswerFormat
 from iapo.data.originals import ORIGINALS
 from iapo.data.read import parse_rows, read_source
 from iapo.data.write import to_rows
@@ -33,25 +40,42 @@ from iapo.launch.warmup import gsm8k
 from iapo.probe.joins import measured
 from iapo.probe.packing import Completion, probe_positions
 from iapo.probe.text import answer_ids, decode, step_ends
+from iapo.tasks import verbose_arithmetic
 
 SCORES = ("entropy", "surprisal")
 TOKENS = ("ids", "natural")
+COLUMNS = ["start", "end", "falls in", "1st quarter", "2nd", "3rd", "4th", "rank corr."]
+LEGEND = "\nnats; the quarters are mean falls; the correlation is that of a trace's fall with the surprisal's."
 
 
-def traces(folder: str, tokenizer, count: int, form: AnswerFormat) -> list[tuple[Completion, torch.Tensor]]:
-    """(what is measured, the right answer's tokens) of the first solutions of the test split."""
+def gsm8k_texts(folder: str, count: int, instruction: str) -> Iterator[tuple[list[dict], str, str]]:
+    """(chat, reasoning, right answer) of the first solutions of the test split."""
     original = ORIGINALS["gsm8k"]
     rows = list(read_source("gsm8k", original, folder)["test"])[:count]
     examples = list(parse_rows(rows, original, folder))
+    for row, made, example in zip(rows, to_rows(examples, "gsm8k", "test", instruction), examples, strict=True):
+        yield made["prompt"], THINK + gsm8k(row, example.answer), example.answer
+
+
+def embedded_texts(count: int) -> Iterator[tuple[list[dict], str, str]]:
+    """(chat, reasoning, right answer) of the embedded task."""
+    rng = random.Random(0)
+    for _ in range(count):
+        numbers = verbose_arithmetic.sample_problem(rng)
+        chat = [{"role": "user", "content": verbose_arithmetic.prompt(numbers)}]
+        reasoning = verbose_arithmetic.trace(numbers, rng).partition(EXIT_MARKER)[0]
+        yield chat, reasoning, verbose_arithmetic.answer(numbers)
+
+
+def traces(folder: str | None, tokenizer, count: int, form: AnswerFormat) -> list[tuple[Completion, torch.Tensor]]:
+    """(what is measured, the right answer's tokens) of so many solutions."""
     found = []
-    for row, made, example in zip(rows, to_rows(examples, "gsm8k", "test", form.instruction), examples, strict=True):
-        prompt = tokenizer.apply_chat_template(made["prompt"], tokenize=False, add_generation_prompt=True)
-        ids = [
-            torch.tensor(tokenizer.encode(text, add_special_tokens=False))
-            for text in (prompt, THINK + gsm8k(row, example.answer))
-        ]
-        answer = answer_ids(tokenizer, example.answer + form.answer_end)
-        found.append((Completion(*ids, probe_positions(len(ids[1]))), answer))
+    texts = gsm8k_texts(folder, count, form.instruction) if folder else embedded_texts(count)
+    for chat, reasoning, answer in texts:
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = [torch.tensor(tokenizer.encode(text, add_special_tokens=False)) for text in (prompt, reasoning)]
+        completion = Completion(*ids, probe_positions(len(ids[1])))
+        found.append((completion, answer_ids(tokenizer, answer + form.answer_end)))
     return found
 
 
@@ -69,8 +93,7 @@ def scores_along(
         joined: (R_i + 1,) bool, where natural tokens differ. Only there they are measured apart.
     """
     values: dict[tuple[str, str], list[torch.Tensor]] = {(s, t): [] for s in SCORES for t in TOKENS}
-    start = time.monotonic()
-    for number, ((completion, answer), here) in enumerate(zip(rows, joined, strict=True), 1):
+    for (completion, answer), here in said(list(zip(rows, joined, strict=True))):
         for score in SCORES:
             whole = completion._replace(answer=answer if score == "surprisal" else None)
             (ids,) = measured([whole], joins["ids"], measure)
@@ -80,16 +103,27 @@ def scores_along(
                 natural[here] = h[here]
             values[score, "ids"].append(ids)
             values[score, "natural"].append(natural)
-        left = (time.monotonic() - start) / number * (len(rows) - number)
-        print(f"\r{number} of {len(rows)} traces, {left:.0f} s left   ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     return values
+
+
+def quarter_ends(last: int) -> list[int]:
+    return [round(k * last / 4) for k in range(5)]
 
 
 def quarters(h: torch.Tensor) -> list[float]:
     """How much h falls in each quarter of a trace."""
-    ends = [round(k * (len(h) - 1) / 4) for k in range(5)]
-    return [(h[a] - h[b]).item() for a, b in pairwise(ends)]
+    return [(h[a] - h[b]).item() for a, b in pairwise(quarter_ends(len(h) - 1))]
+
+
+def row(names: list[str], hs: list[torch.Tensor], surprisals: list[torch.Tensor]) -> list[str]:
+    """A row of the table: what h says along all traces."""
+    fall, other = (torch.stack([h[0] - h[-1] for h in some]) for some in (hs, surprisals))
+    correlation = pandas.DataFrame({"a": fall, "b": other}).corr("spearman").iloc[0, 1]
+    return [
+        *names, *(f"{torch.stack([h[end] for h in hs]).mean():.2f}" for end in (0, -1)),
+        f"{int((fall > 0).sum())} of {len(hs)}",
+        *(f"{x:+.2f}" for x in torch.tensor([quarters(h) for h in hs]).mean(0).tolist()), f"{correlation:.2f}",
+    ]  # fmt: skip
 
 
 def positions(completion: Completion, counts: Callable[[int], bool]) -> torch.Tensor:
@@ -143,39 +177,69 @@ def draw(values: dict[tuple[str, str], list[torch.Tensor]], file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
+def said(rows: list) -> Iterator:
+    """The rows, with what is left on stderr."""
+    start = time.monotonic()
+    for number, value in enumerate(rows, 1):
+        yield value
+        left = (time.monotonic() - start) / number * (len(rows) - number)
+        print(f"\r{number} of {len(rows)} traces, {left:.0f} s left   ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+
+
+def compare_layout(model, tokenizer, rows: list[tuple[Completion, torch.Tensor]]) -> None:
+    """Print the table of the forms that read through layout, and the probabilities that they rest on."""
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    layout_V, digit_V = layout.kinds(tokenizer, model.config.vocab_size)
+    values: dict[str, list[torch.Tensor]] = defaultdict(list)
+    masses: dict[str, list[torch.Tensor]] = defaultdict(list)
+    surprisals = []
+    for completion, answer in said(rows):
+        short = completion._replace(positions=torch.tensor(quarter_ends(len(completion.response))))
+        found, rests = layout.forms(model, encode, short, layout_V, digit_V)
+        for kept, new in ((values, found), (masses, rests)):
+            for name, h in new.items():
+                kept[name].append(h)
+        (h,) = exit_entropies(model, [short._replace(answer=answer)], encode(FORMATS["tags"].probe))
+        surprisals.append(h[short.positions])
+    print(f"{len(rows)} traces; {machine('cpu')}\n")
+    lines = [row([name], hs, surprisals) for name, hs in values.items()]
+    print(table(["form", *COLUMNS], [*lines, row(["surprisal"], surprisals, surprisals)]))
+    print(LEGEND + "\n")
+    means = [[name, *(f"{p:.3f}" for p in torch.stack(ps).mean(0)[[0, 2, -1]].tolist())] for name, ps in masses.items()]
+    print(table(["probability of", "start", "middle", "end"], means))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("data", metavar="GSM8K_DIR", help="a folder with train* and test*, in the original's columns")
+    parser.add_argument(
+        "data", metavar="GSM8K_DIR", nargs="?", help="a folder with train* and test*, in the original's columns"
+    )
     parser.add_argument("--traces", type=int, default=100)
     parser.add_argument("--format", choices=("tags", "boxed"), default="tags")
     parser.add_argument("--picture", type=Path, help="draw both scores along the traces, as PNG")
+    parser.add_argument("--layout", action="store_true", help="compare the forms that read through layout instead")
     options = parser.parse_args(arguments)
+    if options.layout and options.format != "tags":
+        parser.error("--layout: is measured with --format tags only; leave one of them out")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     form = FORMATS[options.format]
+    rows = traces(options.data, tokenizer, options.traces, form)
+    if options.layout:
+        return compare_layout(model, tokenizer, rows)
     probe_ids = tokenizer.encode(form.probe, add_special_tokens=False)
     encode = partial(tokenizer.encode, add_special_tokens=False)
     joins = {how: Joins(encode, partial(decode, tokenizer), form.probe, how == "natural") for how in TOKENS}
     join, plain = joins["natural"].join, joins["natural"].join(None, None)
-    rows = traces(options.data, tokenizer, options.traces, form)
     joined = [positions(completion, lambda token: join(token, None) != plain) for completion, _ in rows]
     values = scores_along(partial(exit_entropies, model, probe_ids=probe_ids), rows, joins, joined)
     tokens = sum(len(completion.response) for completion, _ in rows)
     print(f"{len(rows)} traces, {tokens} tokens, format {form.name}; {machine('cpu')}\n")
-    falls = {key: torch.stack([h[0] - h[-1] for h in hs]) for key, hs in values.items()}
-    lines = []
-    for (score, how), hs in values.items():
-        fall = falls[score, how]
-        parts = torch.tensor([quarters(h) for h in hs]).mean(0)
-        correlation = pandas.DataFrame({"a": fall, "b": falls["surprisal", "ids"]}).corr("spearman").iloc[0, 1]
-        lines.append([
-            score, how, *(f"{torch.stack([h[end] for h in hs]).mean():.2f}" for end in (0, -1)),
-            f"{int((fall > 0).sum())} of {len(hs)}", *(f"{x:+.2f}" for x in parts.tolist()), f"{correlation:.2f}",
-        ])  # fmt: skip
-    header = ["score", "probe", "start", "end", "falls in", "1st quarter", "2nd", "3rd", "4th", "rank corr."]
-    print(table(header, lines))
-    print("\nnats; the quarters are mean falls; the correlation is that of a trace's fall with the surprisal's.")
+    lines = [row(list(names), hs, values["surprisal", "ids"]) for names, hs in values.items()]
+    print(table(["score", "probe", *COLUMNS], lines))
+    print(LEGEND)
     ends = step_ends(partial(decode, tokenizer), len(tokenizer)).tolist()
     stops = [positions(c, ends.__getitem__) for c, _ in rows]
     places = {

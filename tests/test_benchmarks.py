@@ -1,17 +1,19 @@
 """The benchmarks run, and what they compare with is exact; their numbers are in benchmarks/README.md."""
 
 import json
+import math
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from benchmarks import density, flex_attention, roles, step
+from benchmarks import density, flex_attention, layout, real_traces, roles, step
 from benchmarks import exit_entropy as benchmark
 from benchmarks.kv_copies import exit_entropy_by_copies
 from benchmarks.measure import peak_mib, table
 from iapo.advantage import masked_zscore
 from iapo.information import exit_entropy, exit_entropy_naive
+from iapo.probe.packing import Completion
 from tests.conftest import make_batch
 
 
@@ -268,3 +270,53 @@ def test_a_table_by_hand():
         "| a         |  1 |",
         "| long name | 22 |",
     ]
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "$", "\\(", "-", " ..."])
+def test_a_text_without_letters_and_digits_is_layout(text):
+    assert layout.is_layout(text) and not layout.begins_with_digit(text)
+
+
+@pytest.mark.parametrize("text,digit", [("4", True), (" 12", True), (" The", False), ("</", False), ("", False)])
+def test_what_is_no_layout(text, digit):
+    assert not layout.is_layout(text) and layout.begins_with_digit(text) == digit
+
+
+def test_reading_through_layout_by_hand():
+    """Five tokens: a blank, "$", "4", "5", "the"; after the blank 4 is three times as likely as 5."""
+    p_JV = torch.tensor([[0.4, 0.1, 0.2, 0.1, 0.2]])
+    is_layout, is_digit = torch.tensor([1, 1, 0, 0, 0]).bool(), torch.tensor([0, 0, 1, 1, 0]).bool()
+
+    def nats(*weights):
+        return -sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights)
+
+    assert layout.entropy_within(p_JV, is_digit).item() == pytest.approx(nats(2, 1))
+    assert layout.entropy_within(p_JV, ~is_layout).item() == pytest.approx(nats(2, 1, 2))
+    mixed = layout.through(p_JV, torch.tensor([[0]]), torch.tensor([[[0.0, 0.0, 0.75, 0.25, 0.0]]]))
+    assert mixed.tolist() == [pytest.approx([0.4, 0.1, 0.5, 0.2, 0.2])]  # 0.2 + 0.4 * 0.75, 0.1 + 0.4 * 0.25
+    assert layout.entropy_within(mixed, is_digit).item() == pytest.approx(nats(5, 2))
+    assert layout.entropy_within(mixed, ~is_layout).item() == pytest.approx(nats(5, 2, 2))
+
+
+def test_distributions_after_suffixes_are_those_of_plain_forwards(models):
+    prompt, response = torch.arange(1, 6), torch.arange(10, 19)
+    completions = [
+        Completion(prompt, response, torch.tensor([0, 4, 9]), suffixes=torch.tensor(suffixes))
+        for suffixes in ([[7, 8]] * 3, [[7, 8, 30], [7, 8, 31], [7, 8, 32]])
+    ]
+    for completion, p_JV in zip(completions, layout.next_tokens(models["qwen2"], completions), strict=True):
+        for t, suffix, p_V in zip(completion.positions, completion.suffixes, p_JV, strict=True):
+            with torch.no_grad():
+                plain = models["qwen2"](torch.cat([prompt, response[:t], suffix])[None]).logits[0, -1]
+            torch.testing.assert_close(p_V, plain.double().softmax(-1), atol=1e-5, rtol=1e-4)
+
+
+def test_the_forms_on_the_embedded_model_make_a_table(capsys):
+    """Its first token is a digit, so the forms agree with the paper's at the end of a trace."""
+    real_traces.main([str(density.TINY), "--layout", "--traces", "3"])
+    rows = {cells(line)[0]: cells(line)[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
+    start, end, falls, *quarters, _ = rows["first token (paper)"]
+    assert falls == "3 of 3" and sum(map(float, quarters)) == pytest.approx(float(start) - float(end), abs=0.03)
+    for form in ("no layout", "a digit", "first no layout", "first digit"):
+        assert float(rows[form][1]) == pytest.approx(float(end), abs=0.02)
+    assert rows["surprisal"][-1] == "1.00"

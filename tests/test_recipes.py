@@ -476,13 +476,41 @@ def test_a_probe_that_does_not_fit_the_rewarded_format_is_refused(probe):
     )
 
 
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "iapo_ne"])
-def test_the_score_auto_is_resolved_and_printed_before_ray_starts(variant, capsys):
-    for model, score in (("tiny", "first_token_entropy"), ("qwen3-0.6b", "reference_answer")):
-        options = [f"model={model}", "data=gsm8k", "platform=cpu", f"variant={variant}"]
-        assert resolve(*options, "iapo.score=auto").iapo.score == score
-        assert capsys.readouterr().err == f"iapo: iapo.score=auto is {score} for this model\n"
-        assert resolve(*options).iapo.score == "first_token_entropy"  # which a variant keeps on every model
+def recipe(group, name):
+    """A file of the recipes; what it builds on is not in it."""
+    return OmegaConf.load(compose.recipes_dir() / group / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("model", [path.stem for path in (compose.recipes_dir() / "model").glob("*.yaml")])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_score_auto_is_resolved_for_every_variant_and_model(variant, model, capsys):
+    """Without composing, which takes a second: of a model only its path counts, of a variant only its own score."""
+    compose.register_resolvers()
+    own = compose.settings_of(variant).get("iapo.score", IapoConfig.score)
+    assert own == ("next_token_entropy" if variant == "iapo_ne" else "first_token_entropy")
+    config = OmegaConf.merge(recipe("model", model), {"iapo": {"score": own}})
+    if model == "path":
+        config.actor_rollout_ref.model.path = "/a/folder"
+    compose.choose_score(config)
+    assert config.iapo.score == own and capsys.readouterr().err == ""  # which a variant keeps on every model
+    config.iapo.score = "auto"
+    compose.choose_score(config)
+    assert config.iapo.score == ("first_token_entropy" if model == "tiny" else "reference_answer")
+    assert capsys.readouterr().err == f"iapo: iapo.score=auto is {config.iapo.score} for this model\n"
+
+
+@pytest.mark.parametrize(
+    "variant,model,score",
+    [
+        ("iapo", "tiny", "first_token_entropy"),
+        ("iapo_ne", "smollm2-135m-instruct", "reference_answer"),
+        ("[iapo_rate,gfpo]", "qwen3-0.6b", "reference_answer"),
+    ],
+)
+def test_a_dry_run_resolves_the_score_auto_and_prints_it(variant, model, score, capsys):
+    config = resolve("data=gsm8k", "platform=cpu", f"variant={variant}", f"model={model}", "iapo.score=auto")
+    assert config.iapo.score == score
+    assert capsys.readouterr().err == f"iapo: iapo.score=auto is {score} for this model\n"
 
 
 def test_a_first_token_that_may_be_layout_is_warned_of():

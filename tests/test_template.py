@@ -1,4 +1,4 @@
-"""What the chat templates of the models that people train write, and how it fits the answer formats.
+"""What the chat templates of the models that people train write, how it fits the answer formats, and how they end.
 
 The templates in tests/templates are ours, in the structure of the real ones.
 """
@@ -8,13 +8,40 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import iapo
 from iapo.answer_format import FORMATS
+from iapo.launch.check_files import other_end
 from iapo.launch.check_template import chat_template, template_problems
+from iapo.launch.compose import recipe_names, recipes_dir
+from iapo.probe.text import end_tokens
 
 TEMPLATES = Path(__file__).parent / "templates"
 QUESTION = [{"role": "user", "content": "What is 2+2?"}]
+
+SMOLLM2 = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
+QWEN = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+DEEPSEEK = {"<｜end▁of▁sentence｜>": 151643, "<｜User｜>": 151644, "<｜Assistant｜>": 151645}
+# Of the models that the recipes name, as published: which of our templates has the structure of theirs, their special
+# tokens, the tokenizer's eos_token, the generation configuration's eos_token_id. Last: a token that ends nothing.
+R1 = ("opens_think", DEEPSEEK, "<｜end▁of▁sentence｜>", 151643, "<｜Assistant｜>")
+QWEN3 = ("may_think", QWEN, "<|im_end|>", [151645, 151643], "<|im_start|>")
+INSTRUCT = ("plain", QWEN, "<|im_end|>", [151645, 151643], "<|im_start|>")
+PUBLISHED = {
+    "deepseek-r1-distill-qwen-1.5b": R1,
+    "deepseek-r1-distill-qwen-7b": R1,
+    "qwen2.5-0.5b-instruct": INSTRUCT,
+    "qwen2.5-1.5b-instruct": INSTRUCT,
+    "qwen2.5-7b-instruct": INSTRUCT,
+    "qwen2.5-math-1.5b": ("plain", QWEN, "<|endoftext|>", 151643, "<|im_end|>"),  # a base model
+    "qwen3-0.6b": QWEN3,
+    "qwen3-1.7b": QWEN3,
+    "qwen3-4b": QWEN3,
+    "smollm2-135m-instruct": ("plain", SMOLLM2, "<|im_end|>", 2, "<|endoftext|>"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +133,46 @@ def test_a_template_that_opens_the_reasoning_whatever_it_is_asked(models, tmp_pa
         (line,) = problems(tmp_path / "m", "tags")
         assert "'tags' asks the model for <think>, but the chat template of" in line
         assert problems(tmp_path / "m", "boxed") == []
+
+
+def published(folder, template, special, eos_token, ends):
+    """A folder with the end tokens of a published model, and its tokenizer, whose vocabulary is its special tokens."""
+    words = special | {"unknown": max(special.values()) + 1}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="unknown")),
+        eos_token=eos_token,
+        additional_special_tokens=list(special),
+    )
+    tokenizer.save_pretrained(folder)
+    shutil.copy(TEMPLATES / f"{template}.jinja", folder / "chat_template.jinja")
+    GenerationConfig(eos_token_id=ends).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_every_model_that_a_recipe_names_is_below():
+    assert sorted(PUBLISHED) == [name for name in recipe_names("model") if name not in ("tiny", "path")]
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_template_and_the_end_tokens_of_a_recipes_model_are_accepted(model, tmp_path):
+    template, special, eos_token, ends, _ = PUBLISHED[model]
+    tokenizer = published(tmp_path, template, special, eos_token, ends)
+    assert tokenizer.eos_token_id == special[eos_token]
+    assert other_end(str(tmp_path), tokenizer, model_config=None) is None
+    expected = set(ends) if isinstance(ends, list) else {ends}
+    assert end_tokens(tokenizer, GenerationConfig.from_pretrained(tmp_path)) == expected
+    recipe = OmegaConf.load(recipes_dir() / "model" / f"{model}.yaml")
+    (name,) = [entry["override /format"] for entry in recipe.get("defaults", [])] or ["tags"]
+    options = OmegaConf.select(recipe, "data.apply_chat_template_kwargs") or {}
+    assert problems(tmp_path, name, **options) == []
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_an_end_token_that_does_not_end_a_recipes_model_is_refused(model, tmp_path):
+    template, special, _, ends, wrong = PUBLISHED[model]
+    tokenizer = published(tmp_path, template, special, wrong, ends)
+    assert other_end(str(tmp_path), tokenizer, model_config=None) == (
+        f"actor_rollout_ref.model.path: {tmp_path} has eos_token {wrong!r} ({special[wrong]}), but its "
+        f"generation_config.json ends at {sorted(ends if isinstance(ends, list) else [ends])}; correct the one that is "
+        "wrong."
+    )

@@ -289,7 +289,7 @@ def _model_files(config: DictConfig, model_config, tokenizer) -> Iterator[str]:
         yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
     elif tokenizer.eos_token_id is None:
         yield f"actor_rollout_ref.model.path: {path} has a tokenizer without eos_token; add it to its configuration."
-    elif problem := _other_end(path, tokenizer, model_config):
+    elif problem := other_end(path, tokenizer, model_config):
         yield problem
     elif not tokenizer.chat_template and not config.actor_rollout_ref.model.custom_chat_template:
         yield (
@@ -313,7 +313,7 @@ def is_whole(file: Path) -> bool:
     return size == 8 + length + max(ends, default=0)
 
 
-def _other_end(path: str, tokenizer, model_config) -> str | None:
+def other_end(path: str, tokenizer, model_config) -> str | None:
     """What is wrong with the end tokens of generation_config.json or, where a model has none, of config.json.
 
     vLLM ends completions at these too. Where config.json has no eos_token_id, the default of its model type counts.

@@ -91,9 +91,7 @@ def resolve(overrides: list[str]) -> DictConfig:
         for name in ("exit_marker", "probe", "answer_end"):  # neither a shell nor Hydra makes a line break of \n
             if isinstance(text := config.iapo[name], str):
                 config.iapo[name] = text.replace("\\n", "\n")
-        if config.iapo.score == "auto":
-            config.iapo.score = "first_token_entropy" if is_embedded(config) else "reference_answer"
-            print(f"iapo: iapo.score=auto is {config.iapo.score} for this model", file=sys.stderr)
+        choose_score(config)
         reward = config.reward.custom_reward_function
         if (reward.path, reward.name) == OUR_REWARD and config.iapo.format != IapoConfig().format:
             if (given := OmegaConf.select(config, REWARD_FORMAT)) not in (None, config.iapo.format):
@@ -104,6 +102,13 @@ def resolve(overrides: list[str]) -> DictConfig:
         return config
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(str(error))) from None
+
+
+def choose_score(config: DictConfig) -> None:
+    """Put the score of the model in place of `iapo.score=auto`, and print which it is. Another score stays."""
+    if config.iapo.score == "auto":
+        config.iapo.score = "first_token_entropy" if is_embedded(config) else "reference_answer"
+        print(f"iapo: iapo.score=auto is {config.iapo.score} for this model", file=sys.stderr)
 
 
 def check_readable(overrides: list[str]) -> None:
