@@ -173,6 +173,6 @@ def test_an_end_token_that_does_not_end_a_recipes_model_is_refused(model, tmp_pa
     tokenizer = published(tmp_path, template, special, wrong, ends)
     assert other_end(str(tmp_path), tokenizer, model_config=None) == (
         f"actor_rollout_ref.model.path: {tmp_path} has eos_token {wrong!r} ({special[wrong]}), but its "
-        f"generation_config.json ends at {sorted(ends if isinstance(ends, list) else [ends])}; correct the one that is "
+        f"generation_config.json ends at eos_token_id {sorted(ends if isinstance(ends, list) else [ends])}; correct the one that is "
         "wrong."
     )
