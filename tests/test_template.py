@@ -171,8 +171,8 @@ def test_the_template_and_the_end_tokens_of_a_recipes_model_are_accepted(model, 
 def test_an_end_token_that_does_not_end_a_recipes_model_is_refused(model, tmp_path):
     template, special, _, ends, wrong = PUBLISHED[model]
     tokenizer = published(tmp_path, template, special, wrong, ends)
+    listed = sorted(ends if isinstance(ends, list) else [ends])
     assert other_end(str(tmp_path), tokenizer, model_config=None) == (
         f"actor_rollout_ref.model.path: {tmp_path} has eos_token {wrong!r} ({special[wrong]}), but its "
-        f"generation_config.json ends at eos_token_id {sorted(ends if isinstance(ends, list) else [ends])}; correct the one that is "
-        "wrong."
+        f"generation_config.json ends at eos_token_id {listed}; correct the one that is wrong."
     )

@@ -257,7 +257,7 @@ _WORD = re.compile(
     r"(?<![A-Za-z])(?!(?:(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|exp|sqrt|inf|infinity|and|percent|pct)(?![A-Za-z]))"
     r"[A-Za-z]{3,}"
 )
-_ENDS = re.compile(r"([(\[])[^()\[\]]*,[^()\[\]]*([)\]])")
+_ENDS = re.compile(r"([(\[]|\\\{)[^()\[\]]*,[^()\[\]]*([)\]]|\\\})")
 _CLOSED_AT_INFINITY = re.compile(r"\[-\\infty|\\infty\]")
 _REPEATING = re.compile(
     r"(?<![\w.,])(?P<whole>[0-9]{1,50})\.(?P<start>[0-9]{0,50})\\(?:overline|bar)\s*\{(?P<period>[0-9]{1,50})\}"
@@ -326,7 +326,7 @@ def differs(answer: str, gold: str) -> bool:
     """Whether two tidied texts differ in what math-verify does not see.
 
     Words: the product of their letters and 0 is 0, so that "not 0" would be 0. Brackets: it opens a closed end at
-    infinity, and takes [2,1] for (2,1).
+    infinity, and takes [2,1] and the set of 2 and 1 for (2,1).
     """
     foreign = any(not set(word.casefold()) <= set(gold.casefold()) for word in _WORD.findall(_value(answer)))
     ends_answer, ends_gold = (_ENDS.fullmatch(bare(text)) for text in (answer, gold))
