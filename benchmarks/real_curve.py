@@ -7,6 +7,7 @@ the completions of all records, as docs/results.md has them, and draws accuracy,
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def record(run_dir: Path, traces: int = TRACES) -> dict:
     first, last = (completions(run_dir, step) for step in (validations[0][0], validations[-1][0]))
     return {
         "run": run_dir.name,
-        "starts": [{name: start[name] for name in ("time", "arguments", "versions")} for start in starts],
+        "starts": [
+            {"time": start["time"], "arguments": without_folders(start["arguments"]), "versions": start["versions"]}
+            for start in starts
+        ],
         "validations": [{"step": step, **rounded(found)} for step, found in validations],
         "steps": [
             {"step": step, **rounded({name: data.get(key) for name, key in TRAINED.items()})}
@@ -66,6 +70,11 @@ def completions(run_dir: Path, step: int) -> dict[str, dict]:
     """By prompt, its first completion of a validation."""
     lines = (run_dir / "validation" / f"{step}.jsonl").read_text().splitlines()
     return {row["input"]: row for row in map(json.loads, reversed(lines))}
+
+
+def without_folders(arguments: Sequence[str]) -> list[str]:
+    """Of `key=/a/folder/name` only `key=name`: where files were says nothing."""
+    return [re.sub(r"=/(?:[^/]+/)*", "=", argument) for argument in arguments]
 
 
 def question(prompt: str) -> str:

@@ -19,7 +19,12 @@ def sample(question: str, text: str, acc: float, tokens: int) -> dict:
 def run(tmp_path):
     folder = tmp_path / "grpo-0"
     (folder / "validation").mkdir(parents=True)
-    start = {"time": "now", "arguments": ["variant=grpo"], "versions": {"verl": "0.9.1"}, "else": 1}
+    start = {
+        "time": "now",
+        "arguments": ["variant=grpo", "run_dir=/a/b/grpo-0"],
+        "versions": {"verl": "0.9.1"},
+        "else": 1,
+    }
     (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
     before, after = (
         {VALIDATED["acc"]: acc, VALIDATED["format"]: 1.0, VALIDATED["tokens"]: tokens}
@@ -38,7 +43,8 @@ def run(tmp_path):
 
 def test_what_is_kept_of_a_run_by_hand(run):
     found = real_curve.record(run)
-    assert found["starts"] == [{"time": "now", "arguments": ["variant=grpo"], "versions": {"verl": "0.9.1"}}]
+    (start,) = found["starts"]
+    assert start == {"time": "now", "arguments": ["variant=grpo", "run_dir=grpo-0"], "versions": {"verl": "0.9.1"}}
     assert found["validations"] == [
         {"step": 0, "acc": 0.25, "format": 1.0, "response_length": 25.0},
         {"step": 2, "acc": 0.5, "format": 1.0, "response_length": 20.0},
