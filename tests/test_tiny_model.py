@@ -153,10 +153,10 @@ def test_batches_label_the_completion_only(tokenizer):
 
 
 def test_learning_rate_by_hand():
-    assert tiny_model.learning_rate(0) == pytest.approx(2e-5)  # 1/100 of the peak
-    assert tiny_model.learning_rate(750) == pytest.approx(1e-3)  # half way down the cosine
-    assert tiny_model.learning_rate(1000) == pytest.approx(5e-4)  # 2/3 of the way: (1 + cos 120 degrees) / 2
-    assert tiny_model.learning_rate(1500) == pytest.approx(0.0)
+    assert tiny_model.learning_rate(0, 1500) == pytest.approx(2e-5)  # 1/100 of the peak
+    assert tiny_model.learning_rate(750, 1500) == pytest.approx(1e-3)  # half way down the cosine
+    assert tiny_model.learning_rate(1000, 1500) == pytest.approx(5e-4)  # 2/3 of the way: (1 + cos 120 degrees) / 2
+    assert tiny_model.learning_rate(1500, 1500) == pytest.approx(0.0)
 
 
 def test_the_command_writes_a_loadable_directory_and_repeats_itself(tmp_path, capsys):
