@@ -3,7 +3,7 @@
 import random
 from typing import Protocol
 
-from iapo.tasks import verbose_arithmetic
+from iapo.tasks import verbose_arithmetic, worked_sums
 
 Problem = tuple[int, ...]
 
@@ -39,4 +39,4 @@ class Task(Protocol):
         """The answer of a completion; None if it has another form than the traces."""
 
 
-TASKS: dict[str, Task] = {"verbose_arithmetic": verbose_arithmetic}
+TASKS: dict[str, Task] = {"verbose_arithmetic": verbose_arithmetic, "worked_sums": worked_sums}
