@@ -18,7 +18,11 @@ Every function is pure; randomness comes only from the `random.Random` that the 
 """
 
 import random
+import re
+from collections.abc import Iterable
 from itertools import accumulate
+from statistics import fmean
+from typing import NamedTuple
 
 from iapo.answer_format import written
 from iapo.tasks import sums
@@ -37,10 +41,14 @@ __all__ = [
     "SCHEDULE",
     "STEPS",
     "WORDS",
+    "Kept",
+    "Sum",
     "answer",
     "carries",
     "columns",
     "extract_answer",
+    "kept",
+    "kept_metrics",
     "minimal_tokens",
     "minimal_trace",
     "parse_prompt",
@@ -56,6 +64,37 @@ WORDS: tuple[str, ...] = FILLER_WORDS
 CHARACTERS = "0123456789+=;\n:c"
 
 SCHEDULE = STEPS = 1600
+
+# What the columns of an addition are, by how many of them carry: needed from two on, unneeded where none does.
+KINDS = ("unneeded", "between", "needed", "needed")
+
+_ADDITION = re.compile(r"(\d+)\+(\d+)(:[\dc]+)?=(\d+);")
+
+
+class Sum(NamedTuple):
+    """An addition as a completion wrote it.
+
+    Attributes:
+        carries: how many columns of the addition that was due carry.
+        worked: it has columns, right or wrong.
+        right: its result is that of the addition that was due.
+    """
+
+    carries: int
+    worked: bool
+    right: bool
+
+
+class Kept(NamedTuple):
+    """What a completion writes besides the answer.
+
+    Attributes:
+        sums: its additions in order, at most as many as are due.
+        filler: how many filler words it has.
+    """
+
+    sums: tuple[Sum, ...]
+    filler: int
 
 
 def sample_problem(rng: random.Random) -> tuple[int, ...]:
@@ -93,3 +132,52 @@ def trace(numbers: tuple[int, ...], rng: random.Random, worked: float = 0.5, fil
         if rng.random() < filler:
             reasoning += sums.filler(rng)
     return written(reasoning, answer(numbers))
+
+
+def kept(numbers: tuple[int, ...], completion: str) -> Kept:
+    """What of a completion is work, where, and how many words are filler.
+
+    The addition that is due adds the next number of the prompt to the result before, right or wrong, so a mistake
+    counts once. A miscopied operand makes the result wrong. Additions after the last one that is due are ignored.
+
+    A completion of any form is taken; where nothing looks like an addition there are no sums.
+    """
+    found, before = [], numbers[0]
+    for due, (_, _, work, result) in zip(numbers[1:], _ADDITION.findall(completion), strict=False):
+        found.append(Sum(carries(before, due), bool(work), int(result) == before + due))
+        before = int(result)
+    return Kept(tuple(found), sum(map(completion.count, FILLER_WORDS)))
+
+
+def kept_metrics(completions: Iterable[Kept]) -> dict[str, float]:
+    """Shares over the additions of all completions, and means per completion.
+
+        worked/KIND        share of the additions of a kind that are worked by columns
+        right/FORM/KIND    share of the additions of a kind that are right, of those worked or written directly
+        filler             filler words per completion
+        sums               additions per completion, at most two
+
+    KIND is needed (two carries or more), between (one) or unneeded (none). A share of no addition is left out; without
+    completions there is nothing.
+    """
+    completions = list(completions)
+    if not completions:
+        return {}
+    written_sums = [step for completion in completions for step in completion.sums]
+    metrics = {
+        "filler": fmean(completion.filler for completion in completions),
+        "sums": len(written_sums) / len(completions),
+    }
+    for kind in dict.fromkeys(KINDS):
+        of_kind = [step for step in written_sums if _kind(step) == kind]
+        if of_kind:
+            metrics[f"worked/{kind}"] = fmean(step.worked for step in of_kind)
+        for form, worked in (("worked", True), ("direct", False)):
+            right = [step.right for step in of_kind if step.worked is worked]
+            if right:
+                metrics[f"right/{form}/{kind}"] = fmean(right)
+    return metrics
+
+
+def _kind(step: Sum) -> str:
+    return KINDS[min(step.carries, len(KINDS) - 1)]
