@@ -13,6 +13,8 @@ import math
 import random
 import time
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
@@ -139,7 +141,37 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Tas
             print(f"step {step + 1}/{steps}  loss {loss.item():.4f}  {left:.0f} s left", flush=True)
 
 
+class Completion(NamedTuple):
+    """What a model wrote: the text without special tokens, its tokens with EOS, whether it ended by itself."""
+
+    text: str
+    tokens: int
+    ended: bool
+
+
 @torch.no_grad()
+def complete(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], seed: int, task: Task
+) -> list[Completion]:
+    """One completion per problem, sampled at temperature 1, top_p 1, at most MAX_NEW_TOKENS tokens."""
+    model.eval()
+    torch.manual_seed(seed)
+    completions = []
+    for start in range(0, len(problems), 256):
+        chunk = problems[start : start + 256]
+        padded = tokenizer.pad(
+            {"input_ids": [prompt_ids(tokenizer, p, task) for p in chunk]}, padding_side="left", return_tensors="pt"
+        )
+        output_BL = model.generate(
+            **padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS
+        )
+        for ids in output_BL[:, padded["input_ids"].shape[1] :].tolist():
+            ended = tokenizer.eos_token_id in ids
+            length = ids.index(tokenizer.eos_token_id) + 1 if ended else len(ids)
+            completions.append(Completion(tokenizer.decode(ids[:length], skip_special_tokens=True), length, ended))
+    return completions
+
+
 def evaluate(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -147,7 +179,7 @@ def evaluate(
     seed: int = 1_000_003,
     task: Task = TASKS[DEFAULT],
 ) -> dict[str, float]:
-    """Sample one completion per held-out prompt at temperature 1, top_p 1, at most 128 tokens.
+    """The figures of one completion per held-out prompt.
 
     Returns rates in [0, 1] and lengths in tokens, EOS included:
 
@@ -158,33 +190,18 @@ def evaluate(
     """
     rng = random.Random(seed)
     problems = [task.sample_problem(rng) for _ in range(prompts)]
-    model.eval()
-    torch.manual_seed(seed)
-    right = well_formed = truncated = tokens = 0
-    for start in range(0, prompts, 256):
-        chunk = problems[start : start + 256]
-        padded = tokenizer.pad(
-            {"input_ids": [prompt_ids(tokenizer, p, task) for p in chunk]}, padding_side="left", return_tensors="pt"
-        )
-        output_BL = model.generate(
-            **padded, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=MAX_NEW_TOKENS
-        )
-        for problem, ids in zip(chunk, output_BL[:, padded["input_ids"].shape[1] :].tolist(), strict=True):
-            ended = tokenizer.eos_token_id in ids
-            length = ids.index(tokenizer.eos_token_id) + 1 if ended else len(ids)
-            given = task.extract_answer(tokenizer.decode(ids[:length], skip_special_tokens=True))
-            tokens += length
-            truncated += not ended
-            well_formed += ended and given is not None
-            right += ended and given == task.answer(problem)
-    minimum = sum(map(task.minimal_tokens, problems)) / prompts
+    completions = complete(model, tokenizer, problems, seed, task)
+    answers = [task.extract_answer(completion.text) if completion.ended else None for completion in completions]
+    right = [answer == task.answer(problem) for answer, problem in zip(answers, problems, strict=True)]
+    tokens = fmean(completion.tokens for completion in completions)
+    minimum = fmean(map(task.minimal_tokens, problems))
     return {
-        "accuracy": right / prompts,
-        "format": well_formed / prompts,
-        "truncated": truncated / prompts,
-        "tokens": tokens / prompts,
+        "accuracy": fmean(right),
+        "format": fmean(answer is not None for answer in answers),
+        "truncated": fmean(not completion.ended for completion in completions),
+        "tokens": tokens,
         "minimum": minimum,
-        "ratio": tokens / prompts / minimum,
+        "ratio": tokens / minimum,
     }
 
 
