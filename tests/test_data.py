@@ -21,6 +21,7 @@ from iapo.data import judge
 from iapo.data import read as read_module
 from iapo.data.originals import DAPO_SUFFIX
 from iapo.tasks import verbose_arithmetic
+from iapo.tasks.embedded import TASKS
 
 GSM8K_TRAIN = [
     {
@@ -187,8 +188,9 @@ def test_dapo_takes_the_first_7000_distinct_questions(tmp_path):
     assert {int(row["reward_model"]["ground_truth"]) for row in train + test} == set(range(7000))
 
 
-def test_verbose_arithmetic_is_distinct_disjoint_and_follows_the_seed(tmp_path):
-    paths = data.prepare("verbose_arithmetic", tmp_path / "a", train_size=300, test_size=40)
+@pytest.mark.parametrize("name", TASKS)
+def test_embedded_data_are_distinct_disjoint_and_follow_the_seed(tmp_path, name):
+    paths = data.prepare(name, tmp_path / "a", train_size=300, test_size=40)
     train, test = read(paths, "train"), read(paths, "test")
     validation = read(paths, "validation")
     rows = train + test + validation
@@ -199,15 +201,15 @@ def test_verbose_arithmetic_is_distinct_disjoint_and_follows_the_seed(tmp_path):
     for row, text in zip(rows, prompts, strict=True):
         assert row["prompt"] == [{"role": "user", "content": text}]
         assert row["reward_model"]["ground_truth"] == str(sum(verbose_arithmetic.parse_prompt(text)))
-        assert row["data_source"] == "verbose_arithmetic"
-    same = data.prepare("verbose_arithmetic", tmp_path / "b", train_size=300, test_size=40)
-    other = data.prepare("verbose_arithmetic", tmp_path / "c", train_size=300, test_size=40, seed=1)
+        assert row["data_source"] == name
+    same = data.prepare(name, tmp_path / "b", train_size=300, test_size=40)
+    other = data.prepare(name, tmp_path / "c", train_size=300, test_size=40, seed=1)
     assert read(same, "train") == train
     assert questions(read(other, "test")) != questions(test)
 
 
 def test_the_splits_that_published_numbers_refer_to_stay():
-    splits = data.generate_verbose_arithmetic(4096, 256, 0)
+    splits = data.generate("verbose_arithmetic", 4096, 256, 0)
     for split, digest in (
         ("train", "0c8cb45cb481e7b1317b338210cc21e198124c01e6567c9ae5a45035138a734c"),
         ("test", "42dfd164ebb7eadfb4d564ad123f035e504ae5294a32854fcc4120f209197091"),
@@ -257,7 +259,7 @@ def failure(name, out_dir, source=None, **options) -> str:
 def test_unknown_name_and_sizes(tmp_path):
     line = failure("gsm9k", tmp_path)
     assert line.startswith("name: 'gsm9k' must be one of gsm8k, math500, dapo_math_17k, svamp, aime24, aime25, amc23,")
-    assert line.endswith("verbose_arithmetic; for data of your own give --question and --answer.")
+    assert line.endswith("verbose_arithmetic, worked_sums; for data of your own give --question and --answer.")
     for size in (0, -3, 99_999_999):
         for field in ("train_size", "test_size"):
             expected = f"{field}: {size} must be from 1 to 1000000."

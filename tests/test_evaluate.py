@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from iapo.data import prepare
-from iapo.tasks import verbose_arithmetic
+from iapo.tasks import verbose_arithmetic, worked_sums
 from iapo.tools.evaluate import (
     Sample,
     bootstrap,
@@ -88,6 +88,7 @@ def test_order_does_not_matter():
 def test_minimum_is_known_for_sums_only():
     assert known_minimum(LONG) == verbose_arithmetic.minimal_tokens((12, 34, 5, 78)) == 36
     assert known_minimum(SHORT) == 25
+    assert known_minimum("387+456+219=") == worked_sums.minimal_tokens((387, 456, 219)) == 35
     assert math.isnan(known_minimum("How many clips did she sell?"))
     assert "tokens/minimum" not in evaluate(samples_of(LONG, (1, 36, 0)) + samples_of("Why?", (1, 9, 0)))
 

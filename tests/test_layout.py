@@ -19,7 +19,7 @@ LAYERS = (
     ("iapo.advantage", "the terms of the advantage"),
     ("iapo.methods", "what other papers add to GRPO"),
     ("iapo.step", "one step's advantages"),
-    ("iapo.tasks", "the embedded task, its model, and the verifier of answers"),
+    ("iapo.tasks", "the embedded tasks, their models, and the verifier of answers"),
     ("iapo.reward", "the reward of one completion"),
     ("iapo.data", "data sets"),
     ("iapo.checkpoints", "the checkpoints of a run"),

@@ -33,6 +33,7 @@ from iapo.launch.checks import ConfigError, check, check_with_verl
 from iapo.launch.folder_lock import FolderInUse, lock_run_dir
 from iapo.launch.provenance import by_dotted_key
 from iapo.probe import supported_models
+from iapo.tasks.embedded import TASKS
 
 VARIANTS = sorted(path.stem for path in (compose.recipes_dir() / "variant").glob("*.yaml"))
 REASONING = {  # format, temperature and top_p and top_k of validation, response tokens
@@ -51,7 +52,7 @@ MODELS = [
     *REASONING,
     "my-org/my-model",
 ]
-DATA = ["verbose_arithmetic", "gsm8k", "svamp", "math500", "dapo_math_17k", "/some/folder"]
+DATA = ["verbose_arithmetic", "worked_sums", "gsm8k", "svamp", "math500", "dapo_math_17k", "/some/folder"]
 PLATFORMS = ["cpu", "gpu"]
 # Lengths and batches that suit the embedded model.
 SHORT = [
@@ -1262,6 +1263,17 @@ def test_several_nodes_need_a_ray_cluster(monkeypatch):
 def test_a_platform_that_is_none_is_refused(capsys):
     assert train.main(["platform=tpu"]) == 2
     assert capsys.readouterr().err == "iapo.train: platform: 'tpu' must be cpu or gpu.\n"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_embedded_data_are_generated_where_they_are_missing(name):
+    config = resolve("platform=cpu", f"data={name}")
+    compose.prepare_data(config)
+    assert Path(config.data.val_files) == Path("data", name, "test.parquet").absolute()
+    written = Path(config.data.val_files).stat().st_mtime_ns
+    compose.prepare_data(config)
+    assert Path(config.data.val_files).stat().st_mtime_ns == written
+    assert [path.name for path in Path("data").iterdir()] == [name]
 
 
 def test_data_that_cannot_be_written_is_refused(monkeypatch):

@@ -13,6 +13,7 @@ import iapo
 from iapo.answer_format import PROBE
 from iapo.tasks import tiny_model
 from iapo.tasks import verbose_arithmetic as task
+from iapo.tasks.embedded import TASKS
 
 ASSETS = Path(iapo.__file__).parent / "assets" / "tiny"
 
@@ -25,6 +26,9 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     return AutoModelForCausalLM.from_pretrained(ASSETS)
+
+
+each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
 def user(text):
@@ -43,8 +47,9 @@ def test_the_committed_tokenizer_is_the_one_that_the_code_builds(tokenizer):
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
 
 
-def test_every_trace_survives_encoding_and_skip_special_tokens(tokenizer):
-    rng = random.Random(0)
+@each_task
+def test_every_trace_survives_encoding_and_skip_special_tokens(task):
+    tokenizer, rng = tiny_model.build_tokenizer(task), random.Random(0)
     for _ in range(300):
         numbers = task.sample_problem(rng)
         text = task.trace(numbers, rng)
@@ -141,8 +146,10 @@ def test_evaluation_counts_right_wrong_and_unended_completions(tokenizer):
     assert result["tokens"] == pytest.approx(sum(scripted.lengths) / 3)
 
 
-def test_batches_label_the_completion_only(tokenizer):
-    input_ids_BL, labels_BL = tiny_model.make_batch(tokenizer, random.Random(0), 4)
+@each_task
+def test_batches_label_the_completion_only(task):
+    tokenizer = tiny_model.build_tokenizer(task)
+    input_ids_BL, labels_BL = tiny_model.make_batch(tokenizer, random.Random(0), 4, task)
     for input_ids, labels in zip(input_ids_BL, labels_BL, strict=True):
         text = tokenizer.decode(labels[labels != tiny_model.IGNORED])
         prompt = tokenizer.decode(input_ids[: (labels != tiny_model.IGNORED).nonzero()[0, 0]])
@@ -153,15 +160,16 @@ def test_batches_label_the_completion_only(tokenizer):
 
 
 def test_learning_rate_by_hand():
-    assert tiny_model.learning_rate(0) == pytest.approx(2e-5)  # 1/100 of the peak
-    assert tiny_model.learning_rate(750) == pytest.approx(1e-3)  # half way down the cosine
-    assert tiny_model.learning_rate(1000) == pytest.approx(5e-4)  # 2/3 of the way: (1 + cos 120 degrees) / 2
-    assert tiny_model.learning_rate(1500) == pytest.approx(0.0)
+    assert tiny_model.learning_rate(0, 1500) == pytest.approx(2e-5)  # 1/100 of the peak
+    assert tiny_model.learning_rate(750, 1500) == pytest.approx(1e-3)  # half way down the cosine
+    assert tiny_model.learning_rate(1000, 1500) == pytest.approx(5e-4)  # 2/3 of the way: (1 + cos 120 degrees) / 2
+    assert tiny_model.learning_rate(1500, 1500) == pytest.approx(0.0)
 
 
-def test_the_command_writes_a_loadable_directory_and_repeats_itself(tmp_path, capsys):
+@pytest.mark.parametrize("task", [[], ["--task", "worked_sums"]])
+def test_the_command_writes_a_loadable_directory_and_repeats_itself(tmp_path, capsys, task):
     for run in ("a", "b"):
-        arguments = ["--out", str(tmp_path / run), "--steps", "3", "--seed", "5", "--eval-prompts", "4"]
+        arguments = ["--out", str(tmp_path / run), "--steps", "3", "--seed", "5", "--eval-prompts", "4", *task]
         tiny_model.main(arguments)
     out = capsys.readouterr().out
     assert "step 3/3" in out and "accuracy" in out and "ratio" in out
@@ -170,8 +178,11 @@ def test_the_command_writes_a_loadable_directory_and_repeats_itself(tmp_path, ca
     assert len(AutoTokenizer.from_pretrained(tmp_path / "a")) == first.config.vocab_size
 
 
-@pytest.mark.parametrize("steps", ["0", "1501"])
-def test_the_command_refuses_steps_outside_the_schedule(tmp_path, capsys, steps):
+@pytest.mark.parametrize(
+    ("task", "steps", "most"),
+    [("verbose_arithmetic", "0", 1500), ("verbose_arithmetic", "1501", 1500), ("worked_sums", "1601", 1600)],
+)
+def test_the_command_refuses_steps_outside_the_schedule(tmp_path, capsys, task, steps, most):
     with pytest.raises(SystemExit):
-        tiny_model.main(["--out", str(tmp_path), "--steps", steps])
-    assert f"--steps: {steps} must be from 1 to 1500" in capsys.readouterr().err
+        tiny_model.main(["--out", str(tmp_path), "--task", task, "--steps", steps])
+    assert f"--steps: {steps} must be from 1 to {most}" in capsys.readouterr().err

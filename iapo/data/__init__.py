@@ -12,8 +12,8 @@ writes `DIR/NAME/train.parquet` and `DIR/NAME/test.parquet`. The first form take
   This split is ours: the authors' is not marked in their file
 - `aime24`, `aime25`, `amc23`, `minerva`, `olympiadbench`: for evaluation, so only `test.parquet`; math-ai/aime24,
   math-ai/aime25, math-ai/amc23, math-ai/minervamath and the text-only problems of math-ai/olympiadbench
-- `verbose_arithmetic`: generated, see `iapo.tasks.verbose_arithmetic`; also `validation.parquet`, on which to choose
-  settings
+- `verbose_arithmetic`, `worked_sums`: the embedded tasks, generated, see `iapo.tasks.embedded`; also
+  `validation.parquet`, on which to choose settings
 
 `--source` names another hub id, or a local file with the original's columns (.parquet, .json, .jsonl, .csv); for gsm8k
 a directory with `train*` and `test*` files, which svamp takes too.
@@ -43,13 +43,13 @@ from iapo.data.originals import EVALUATION, NAMES, ORIGINALS, own
 from iapo.data.read import load_examples, print_some
 from iapo.data.split import Example
 from iapo.data.write import to_rows, write_parquets
-from iapo.tasks import verbose_arithmetic
+from iapo.tasks.embedded import TASKS, Problem
 
-__all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "generate_verbose_arithmetic", "main", "prepare", "write_parquets"]
+__all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "generate", "main", "prepare", "write_parquets"]
 
 INSTRUCTION = FORMATS["tags"].instruction
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 4096, 256, 256
-MOST_GENERATED = 1_000_000  # of 99^4 problems, so that drawing distinct ones stays quick
+MOST_GENERATED = 1_000_000  # of 99^4 problems or more, so that drawing distinct ones stays quick
 
 
 def prepare(
@@ -71,12 +71,12 @@ def prepare(
         out_dir: made if it does not exist.
         source: of the real data sets; by default the hub.
         seed: of the 80/20 split or the generated problems.
-        train_size: of verbose_arithmetic, by default 4096.
-        test_size: of verbose_arithmetic, by default 256.
+        train_size: of an embedded task, by default 4096.
+        test_size: of an embedded task, by default 256.
         question: the column of the questions, for data of the user's own.
         answer: the column of the answers, for data of the user's own.
         drop_unverifiable: leave out the rows whose reference answer the verifier can't read.
-        format: of `iapo.answer_format`; its instruction is added to each question, except in verbose_arithmetic.
+        format: of `iapo.answer_format`; its instruction is added to each question, except in the embedded tasks.
 
     Raises:
         ValueError: an unknown name, an impossible size, or data that can't be used; in one line.
@@ -88,11 +88,11 @@ def prepare(
     for field, value in (("train_size", train_size), ("test_size", test_size)):
         if value is not None and not 1 <= value <= MOST_GENERATED:
             raise ValueError(f"{field}: {value} must be from 1 to {MOST_GENERATED}.")
-    if name == "verbose_arithmetic":
+    if name in TASKS:
         other = format if format != "tags" else None  # the embedded models know their format without being told
         _warn_if_set(name, source=source, drop_unverifiable=drop_unverifiable or None, format=other)
         instruction = ""
-        splits = generate_verbose_arithmetic(train_size or TRAIN_SIZE, test_size or TEST_SIZE, seed)
+        splits = generate(name, train_size or TRAIN_SIZE, test_size or TEST_SIZE, seed)
     else:
         _warn_if_set(name, train_size=train_size, test_size=test_size)
         instruction = FORMATS[format].instruction
@@ -160,17 +160,17 @@ def _judged(name: str, splits: dict[str, list[Example]], drop: bool) -> dict[str
     return {split: [e for e in examples if e.index not in dropped[split]] for split, examples in splits.items()}
 
 
-def generate_verbose_arithmetic(train_size: int, test_size: int, seed: int) -> dict[str, list[Example]]:
-    """Distinct problems by split. The salt makes no seed repeat the problems of the model's fine-tuning.
+def generate(name: str, train_size: int, test_size: int, seed: int) -> dict[str, list[Example]]:
+    """Distinct problems of an embedded task by split. The salt makes no seed repeat the problems of fine-tuning.
 
     The validation split is drawn last, so it changes nothing in the others.
     """
-    rng = random.Random(f"verbose_arithmetic data {seed}")
-    problems: dict[tuple[int, ...], None] = {}  # an ordered set
+    task, rng = TASKS[name], random.Random(f"{name} data {seed}")
+    problems: dict[Problem, None] = {}  # an ordered set
     end_of_train = test_size + train_size
     while len(problems) < end_of_train + VALIDATION_SIZE:
-        problems[verbose_arithmetic.sample_problem(rng)] = None
-    examples = [Example(verbose_arithmetic.prompt(p), verbose_arithmetic.answer(p), i) for i, p in enumerate(problems)]
+        problems[task.sample_problem(rng)] = None
+    examples = [Example(task.prompt(p), task.answer(p), i) for i, p in enumerate(problems)]
     return {
         "train": examples[test_size:end_of_train],
         "test": examples[:test_size],
@@ -192,8 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = os.environ.get("IAPO_DATA_DIR", "data")  # where iapo.train looks
     parser.add_argument("--out", default=out, help="directory in which NAME/ is made (default $IAPO_DATA_DIR, or data)")
     parser.add_argument("--seed", type=int, default=0, help="of the 80/20 split or the generated problems (default 0)")
-    parser.add_argument("--train-size", type=int, help=f"verbose_arithmetic only (default {TRAIN_SIZE})")
-    parser.add_argument("--test-size", type=int, help=f"verbose_arithmetic only (default {TEST_SIZE})")
+    parser.add_argument("--train-size", type=int, help=f"embedded tasks only (default {TRAIN_SIZE})")
+    parser.add_argument("--test-size", type=int, help=f"embedded tasks only (default {TEST_SIZE})")
     options = vars(parser.parse_args(arguments))
     out_dir = options.pop("out")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of source code

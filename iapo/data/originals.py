@@ -21,6 +21,7 @@ from decimal import Decimal
 
 from iapo.answer_format import boxes
 from iapo.data.split import Divide, divide_by_id, divide_randomly
+from iapo.tasks.embedded import TASKS
 from iapo.tasks.quantity import quantity
 
 
@@ -185,4 +186,4 @@ ORIGINALS = {
     ),
 }
 EVALUATION = tuple(name for name, original in ORIGINALS.items() if original.evaluation)
-NAMES = (*ORIGINALS, "verbose_arithmetic")
+NAMES = (*ORIGINALS, *TASKS)

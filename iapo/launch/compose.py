@@ -25,6 +25,7 @@ from iapo.launch.checks import ConfigError, check, check_numbers, check_with_ver
 from iapo.launch.machine import ALL_CORES, check_machine, cpu_environment, gpu_count
 from iapo.launch.provenance import by_dotted_key
 from iapo.launch.weights import size_bucket
+from iapo.tasks.embedded import TASKS
 from iapo.verl_adapter import ENGINE_VENDOR
 from iapo.verl_adapter.old_log_probs import needs_old_log_probs
 
@@ -277,11 +278,11 @@ def expand(override: str) -> list[str]:
 
 
 def prepare_data(config) -> None:
-    """Generate the embedded data set if this run uses it and it isn't there yet."""
-    folder = data_dir() / "verbose_arithmetic"
-    if Path(str(config.data.train_files)).parent == folder and not (folder / "test.parquet").is_file():
+    """Generate the embedded data set that this run uses, if there is one and it isn't there yet."""
+    folder = Path(str(config.data.train_files)).parent
+    if folder.parent == data_dir() and folder.name in TASKS and not (folder / "test.parquet").is_file():
         try:
-            prepare("verbose_arithmetic", data_dir())
+            prepare(folder.name, data_dir())
         except OSError as error:
             raise ConfigError(
                 f"IAPO_DATA_DIR: the data can't be written to {folder} ({error.strerror}); set the variable to a "

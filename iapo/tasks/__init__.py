@@ -1,1 +1,1 @@
-"""The embedded task and its model, and the verifier that judges answers in processes of its own."""
+"""The embedded tasks, the training of their models, and the verifier that judges answers in processes of its own."""

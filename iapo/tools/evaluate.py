@@ -2,7 +2,7 @@
 
     iapo evaluate RUN_DIR_OR_JSONL ... [--k 1 4 8] [--step N] [--prompts FILE.parquet]
 
-prints pass@k, mean tokens, ratio@k = pass@k / tokens, the truncation rate and, for sums of the embedded task, tokens /
+prints pass@k, mean tokens, ratio@k = pass@k / tokens, the truncation rate and, for sums of the embedded tasks, tokens /
 minimum, the fewest that answer them. It reads the dumps that verl writes at each validation,
 `RUN_DIR/validation/<step>.jsonl` (the last one, unless --step says otherwise): one completion per line with `input`,
 the prompt; `acc`, 1 if the answer is right; `response_length` in tokens, end-of-sequence token included; `truncated`, 1
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from iapo.tasks import verbose_arithmetic
+from iapo.tasks import sums
 from iapo.tasks.reference import references
 
 LABELS = {
@@ -66,8 +66,8 @@ def evaluate(samples: Iterable[Sample], ks: Sequence[int] = (1,)) -> dict[str, f
         tokens           mean response tokens
         ratio@k          pass@k / tokens; NaN if no response has a token
         truncated        share of the completions that were cut
-        tokens/minimum   tokens / mean of the fewest that the task's form allows. It is known for the sums of
-                         `iapo.tasks.verbose_arithmetic` only. Below 1 if steps are left out.
+        tokens/minimum   tokens / mean of the fewest that the task's form allows. It is known for the tasks of
+                         `iapo.tasks.sums` only. Below 1 if steps are left out.
 
     Raises:
         ValueError: no samples, or fewer of some problem than a k.
@@ -142,9 +142,9 @@ def by_problem(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
 
 
 def known_minimum(prompt: str) -> float:
-    """The fewest response tokens that answer a sum of `iapo.tasks.verbose_arithmetic`; NaN for other prompts."""
+    """The fewest response tokens that answer a prompt of `iapo.tasks.sums`; NaN for other prompts."""
     try:
-        return verbose_arithmetic.minimal_tokens(verbose_arithmetic.parse_prompt(prompt))
+        return sums.minimal_tokens(sums.parse_prompt(prompt))
     except ValueError:
         return math.nan
 
