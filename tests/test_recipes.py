@@ -318,7 +318,7 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
         (
             ["data=gsm8kk"],
             "^data: 'gsm8kk' must be one of aime24, aime25, amc23, dapo_math_17k, gsm8k, math500, minerva, "
-            "olympiadbench, svamp, verbose_arithmetic, or a ",
+            "olympiadbench, svamp, verbose_arithmetic, worked_sums, or a ",
         ),
         (["help"], "^'help': an argument is key=value; see iapo train --help.$"),
         (["alpha=0.1"], "^alpha: unknown key; did you mean iapo.alpha\\?$"),
