@@ -43,7 +43,7 @@ class Run:
                 start_new_session=True,
             )
 
-    def wait(self, timeout: float = 360) -> int:
+    def wait(self, timeout: float = 600) -> int:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -105,7 +105,7 @@ def runs(parent: Path, data_dir: Path) -> Iterator:
             run.kill()
 
 
-def finished(run: Run, timeout: float = 360) -> Run:
+def finished(run: Run, timeout: float = 600) -> Run:
     assert run.wait(timeout) == 0, run.tail()
     assert not run.wait_until_gone(), "processes are left behind"
     return run
