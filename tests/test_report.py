@@ -79,7 +79,7 @@ def test_a_picture_that_cannot_be_written_gets_one_line(tmp_path, name, capsys):
 def test_console_shows_progress_and_time_left(capsys, monkeypatch):
     now = iter([100.0, 130.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    console = ProgressConsole(total_steps=12)
+    console = ProgressConsole(total_steps=12, score="first_token_entropy")
     console.log({"training/global_step": 3, "timing_s/step": 60.0}, step=3)  # the first after a resume
     assert capsys.readouterr().out == "iapo: step 3/12 | s/step 60.0\n"
     console.log({"training/global_step": 5, "iapo/reward/acc": 0.5, "response_length/mean": 40.25}, step=5)
@@ -90,7 +90,7 @@ def test_console_shows_progress_and_time_left(capsys, monkeypatch):
 
 
 def test_console_says_once_why_nothing_is_learned(capsys):
-    console = ProgressConsole(total_steps=12)
+    console = ProgressConsole(total_steps=12, score="first_token_entropy")
     infos = [{"acc": 0.0, "failure_reason": "no_answer"}] * 3
     console.log(reward_metrics([*infos, {"acc": 1.0, "failure_reason": ""}]), step=1)
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -99,12 +99,19 @@ def test_console_says_once_why_nothing_is_learned(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4  # two of the steps
     assert lines[1].startswith("iapo: step 2: no completion was judged, all are 'no_answer': none has an answer in")
-    assert lines[2].startswith("iapo: step 2: information is negative on average")
+    assert lines[2].startswith(
+        "iapo: step 2: information is negative on average: after the reasoning the model is less"
+    )
+    assert "; try iapo.score=reference_answer, see" in lines[2]
+    console = ProgressConsole(total_steps=12, score="reference_answer")  # nothing to try that isn't chosen
+    console.log({"iapo/information_rate": -0.01}, step=1)
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert "the right answer is less probable than before" in line and "iapo.score" not in line
 
 
 def test_console_says_that_no_completion_has_the_format(capsys):
     """Also where the reasons differ, so that no single one is all of them; once, and not where one has it."""
-    console = ProgressConsole(total_steps=12)
+    console = ProgressConsole(total_steps=12, score="first_token_entropy")
     reasons = ["no_answer", "several_answers"]
     mixed = [{"acc": 0.0, "format": 0.0, "failure_reason": reason} for reason in reasons]
     console.log(reward_metrics([*mixed, {"acc": 1.0, "format": 1.0, "failure_reason": ""}]), step=1)

@@ -46,10 +46,11 @@ class ProgressConsole:
 
     Args:
         total_steps: training steps of the whole run.
+        score: the run's iapo.score; what to do about negative information depends on it.
     """
 
-    def __init__(self, total_steps: int):
-        self._total = total_steps
+    def __init__(self, total_steps: int, score: str):
+        self._total, self._score = total_steps, score
         self._said: set[str] = set()
         self._first: tuple[int, float] | None = None  # step and when it ended; it takes long, so it isn't counted
 
@@ -77,7 +78,7 @@ class ProgressConsole:
         if held_out:
             parts.append(f"held-out: accuracy {held_out.accuracy:.3f} tokens {held_out.tokens:.1f}")
         print("iapo: " + " | ".join(parts), flush=True, file=sys.stdout)
-        for line in warnings_of(data):
+        for line in warnings_of(data, self._score):
             if line not in self._said:
                 print(f"iapo: step {step}: {line}", flush=True, file=sys.stdout)
             self._said.add(line)
@@ -86,7 +87,7 @@ class ProgressConsole:
         pass
 
 
-def warnings_of(data: dict) -> Iterator[str]:
+def warnings_of(data: dict, score: str) -> Iterator[str]:
     """What a step's metrics say about why nothing is learned."""
     for reason, fix in WITHOUT_VERDICT.items():
         if data.get(f"iapo/reward/{reason}") == 1:
@@ -94,7 +95,10 @@ def warnings_of(data: dict) -> Iterator[str]:
     if data.get("iapo/reward/format") == 0 and data.get("iapo/reward/no_answer") != 1:
         yield "no completion has the format; begin with iapo warmup, or choose the format= that the model knows."
     if data.get("iapo/information_rate", 0) < 0:
-        yield (
-            "information is negative on average: after the reasoning the model is less certain than before it; the "
-            "first token may be layout, so try iapo.score=reference_answer, see docs/metrics.md."
-        )
+        if score == "reference_answer":
+            reason = "the right answer is less probable than before it, as where most answers are wrong"
+            fix = "the rate counts in right ones alone; begin with iapo warmup if few are"
+        else:
+            reason = "the model is less certain than before it, as where the first token after the probe is layout"
+            fix = "try iapo.score=reference_answer"
+        yield f"information is negative on average: after the reasoning {reason}; {fix}, see docs/metrics.md."
