@@ -36,6 +36,18 @@ from iapo.verl_adapter.vllm_plugin import register
 register()
 print("vllm", utils.dispatch_cpu_unquantized_gemm is original)
 """
+# vLLM's own worker starts, but for its devices: which number of threads does it find?
+THREADS = """
+import os, torch
+from types import SimpleNamespace
+from vllm.v1.worker.cpu_worker import CPUWorker
+CPUWorker.init_device = lambda self: print("threads", torch.get_num_threads())
+from iapo.verl_adapter.vllm_plugin import register
+register()
+os.sched_getaffinity = lambda pid: range(6)
+for size in (128, 512):
+    CPUWorker.init_device(SimpleNamespace(model_config=SimpleNamespace(get_hidden_size=lambda: size)))
+"""
 
 
 def run(code, **environment):
@@ -76,6 +88,19 @@ def test_the_platform_answers_what_verl_asks(on_cpu):
 
 def test_vllm_keeps_its_own_kernels_without_the_environment_variable(without, on_cpu):
     assert (without["vllm"], on_cpu["vllm"]) == (["True"], ["False"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        ({"VERL_PLATFORM": "cpu", "IAPO_RANKS": "2"}, [1, 3]),
+        ({"VERL_PLATFORM": "cpu", "IAPO_RANKS": "2", "IAPO_ALL_CORES": "0"}, [1, 1]),  # the user chose
+        ({}, [1, 1]),
+    ],
+)
+def test_vllm_decodes_a_wide_model_with_its_share_of_the_cores(environment, threads):
+    lines = run(THREADS, OMP_NUM_THREADS="1", VLLM_TARGET_DEVICE="cpu", **environment)
+    assert [int(line.split()[1]) for line in lines if line.startswith("threads ")] == threads
 
 
 def test_two_runs_on_a_machine_have_sockets_of_their_own():

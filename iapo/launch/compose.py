@@ -28,6 +28,7 @@ from iapo.launch.weights import size_bucket
 from iapo.tasks.embedded import TASKS
 from iapo.verl_adapter import ENGINE_VENDOR
 from iapo.verl_adapter.old_log_probs import needs_old_log_probs
+from iapo.verl_adapter.vllm_plugin import RANKS
 
 PACKAGE = Path(__file__).parent.parent
 # The format that `iapo.reward` pays for, as `iapo.format`.
@@ -158,7 +159,7 @@ def set_environment(config: DictConfig) -> None:
         users = {
             name: value for name, value in os.environ.items() if name != ALL_CORES or "OMP_NUM_THREADS" not in given
         }
-        environment |= cpu_environment(users | given)
+        environment |= cpu_environment(users | given) | {RANKS: str(config.trainer.n_gpus_per_node)}
     config.ray_kwargs.ray_init.runtime_env.env_vars = environment
 
 

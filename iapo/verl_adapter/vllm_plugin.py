@@ -3,6 +3,7 @@
 Each work-around says what breaks without it and when it can go.
 """
 
+import functools
 import os
 
 ENTRY_POINT = "iapo"
@@ -10,6 +11,10 @@ ENTRY_POINT = "iapo"
 RUN_ID = "IAPO_RUN_ID"
 # Where verl's vLLM server tells its workers the id that is part of the name of the socket for new weights.
 JOB_ID = "VERL_RAY_JOB_ID"
+# Rollout servers of this run on a machine; they share its cores.
+RANKS = "IAPO_RANKS"
+# From this hidden size on a decoding step has enough arithmetic for a second thread (benchmarks/README.md).
+WIDE = 512
 
 
 def register() -> None:
@@ -18,7 +23,11 @@ def register() -> None:
     if JOB_ID in os.environ:
         os.environ[JOB_ID] = unique_job_id(os.environ[JOB_ID])
     if requested():
-        _keep_linear_weights_reloadable()
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            _keep_linear_weights_reloadable()
+            _give_wide_models_all_cores()
 
 
 def unique_job_id(job_id: str) -> str:
@@ -39,10 +48,6 @@ def _keep_linear_weights_reloadable() -> None:
     vLLM 0.28 packs a linear layer's weight for its CPU kernels and frees the original. The trainer's next weight
     update then fails, and the trainer waits for ever. Remove when vLLM can reload weights into packed layers.
     """
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return
     import torch.nn.functional as F
     from vllm.model_executor.layers import utils
 
@@ -56,3 +61,24 @@ def _keep_linear_weights_reloadable() -> None:
         layer.cpu_linear = F.linear
 
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
+
+
+def _give_wide_models_all_cores() -> None:
+    """Let vLLM decode a model of at least `WIDE` with its share of the cores: training waits meanwhile.
+
+    vLLM's worker fixes the number of threads when it starts: with VLLM_CPU_OMP_THREADS_BIND=nobind what
+    OMP_NUM_THREADS says, which is one for all processes of a run on a CPU.
+    """
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from iapo.verl_adapter.cpu import use_all_cores
+
+    init_device = CPUWorker.init_device
+
+    @functools.wraps(init_device)
+    def init_device_with_cores(self):
+        if self.model_config.get_hidden_size() >= WIDE:
+            use_all_cores(ranks=int(os.environ.get(RANKS, "1")))
+        init_device(self)
+
+    CPUWorker.init_device = init_device_with_cores
