@@ -4,6 +4,7 @@
            + alpha * norm(s[i,t]; s[i,:])                 informativeness
            + beta  * norm(c[i,t]; c[i,:])                 exploration adjustment
            + rho   * norm(rate_i; rates of the correct)   information rate (ours)
+           + progress * norm(G[i,t]; G of the batch)      progress to go (ours)
 
 The first three terms are the paper's (arXiv 2602.19049, section on the advantage); norm(x; v) = (x - mean v) / std v.
 docs/algorithm.md shows each equation with its code. Shape suffixes as in `iapo.information`.
@@ -92,19 +93,26 @@ def informativeness(exit_entropy: torch.Tensor, region_mask: torch.Tensor) -> to
     return masked_zscore(information_gain(exit_entropy, region_mask), region_mask)
 
 
-def exploration(old_log_probs: torch.Tensor, correct: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+def exploration(
+    old_log_probs: torch.Tensor, correct: torch.Tensor, response_mask: torch.Tensor, form: str = IapoConfig.exploration
+) -> torch.Tensor:
     """norm(c[i,t]; c[i,:]) with c = +pi_old(o_t) in a correct completion, -pi_old(o_t) in a wrong one (the paper).
+
+    In a wrong completion the z-score is above 0 where a token was less probable than the others. The paper's form so
+    praises half of a mistake.
 
     Args:
         old_log_probs: (B, T) log-probabilities of the sampled tokens under the old policy.
         correct: (B,) 1 if the completion's answer is right. The correctness signal, not the sign of a shaped reward.
         response_mask: (B, T).
+        form: "paper", or "unpraised", where no value of a wrong completion is above 0.
 
     Returns:
         (B, T) float32; 0 for completions with zero variance, one token or none.
     """
     sign_B1 = torch.where(correct.bool(), 1.0, -1.0)[:, None]
-    return masked_zscore(sign_B1 * old_log_probs.exp(), response_mask)
+    z_BT = masked_zscore(sign_B1 * old_log_probs.exp(), response_mask)
+    return z_BT if form == "paper" else torch.where(correct.bool()[:, None], z_BT, z_BT.clamp(max=0))
 
 
 def relative_information_rate(
@@ -127,14 +135,97 @@ def relative_information_rate(
         (B,) float32; 0 where fewer than two completions of the group are correct or their rates are equal.
     """
     rates_B = information_rate(exit_entropy, response_mask).clamp(min=0)
+    result_B = torch.zeros_like(rates_B)
+    counted_B = correct.bool() & response_mask.bool().any(1)
+    for rows in rows_by_group(index):
+        result_B[rows] = masked_zscore(rates_B[rows], counted_B[rows])
+    return result_B
+
+
+def progress_to_go(
+    values: torch.Tensor, region_mask: torch.Tensor, gamma: float = IapoConfig.gamma, price: float = IapoConfig.price
+) -> torch.Tensor:
+    """G_t = sum_{k>=0} gamma^k (v_{t+k} - v_{t+k-1} - price), over the R tokens of the reasoning (ours).
+
+    With gamma = 1 it telescopes: G_t = v_R - v_{t-1} - price (R - t + 1), the outcome with a baseline that depends on
+    the state, and the price of the reasoning that is still to come. So a token isn't blamed for what was said before
+    it. For prior art on v as progress see docs/algorithm.md.
+
+    Args:
+        values: (B, T + 1) v_0 .. v_T, probabilities of the right answer, constant after the reasoning.
+        region_mask: (B, T) 1 on the R first tokens of a row, its reasoning.
+        gamma: in (0, 1].
+        price: >= 0, of a token, in right answers.
+
+    Returns:
+        (B, T) float32, 0 outside of the reasoning; also at the exit marker, after which nothing is gained or paid.
+    """
+    delta_BT = (values[:, 1:].float() - values[:, :-1].float() - price) * region_mask
+    G_BT = torch.zeros_like(delta_BT)
+    G_B = torch.zeros_like(delta_BT[:, 0])
+    for t in reversed(range(delta_BT.shape[1])):
+        G_B = delta_BT[:, t] + gamma * G_B
+        G_BT[:, t] = G_B
+    return G_BT
+
+
+def relative_progress(
+    exit_entropy: torch.Tensor,
+    region_mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Sequence,
+    config: IapoConfig,
+) -> torch.Tensor:
+    """norm(G[i,t]; G of the batch) of `progress_to_go`, on the reasoning and on the token that ends it (ours).
+
+    The mean and the standard deviation are over these tokens of all completions. Over one completion, or over the right
+    ones alone, they would be statistics of its length or of its outcome. The token that ends the reasoning has G = 0.
+    It is among them, because a policy gives up reasoning by choosing it.
+
+    Args:
+        exit_entropy: (B, T + 1) surprisals of the right answer in nats, so that v_t = exp(-h_t).
+        region_mask: (B, T) the reasoning. A completion that was cut has nothing but reasoning, and v says what it would
+            have gained by answering.
+        response_mask: (B, T).
+        index: (B,) group of each completion.
+        config: `gamma`, `price` and `progress_value`.
+
+    Returns:
+        (B, T) float32; 0 on the answer, and everywhere where all G are equal.
+    """
+    v_BT1 = torch.exp(-exit_entropy)
+    if config.progress_value == "shuffled":
+        v_BT1 = of_another(v_BT1, region_mask, index)
+    elif config.progress_value == "none":
+        v_BT1 = torch.zeros_like(v_BT1)
+    region_BT = region_mask.bool() & response_mask.bool()
+    began_BT = torch.cat([torch.ones_like(region_BT[:, :1]), region_BT[:, :-1]], 1)  # before the token: all reasoning
+    decided_BT = began_BT & response_mask.bool()
+    G_BT = progress_to_go(v_BT1, region_BT, config.gamma, config.price)
+    return masked_zscore(G_BT.flatten(), decided_BT.flatten()).view_as(G_BT)
+
+
+def of_another(values: torch.Tensor, region_mask: torch.Tensor, index: Sequence) -> torch.Tensor:
+    """(B, T + 1) each row's values replaced by those of the next row of its group, stretched to its own reasoning.
+
+    The first of a group follows its last. Start and end of the reasoning keep to start and end, and the values between
+    are those of the nearest position. A completion that is alone in its group keeps its own.
+    """
+    length_B = region_mask.bool().sum(1)
+    t_T1 = torch.arange(values.shape[1], device=values.device)
+    result = values.clone()
+    for rows in rows_by_group(index):
+        for own, other in zip(rows, rows[1:] + rows[:1], strict=True):
+            position_T1 = t_T1.clamp(max=length_B[own]) * length_B[other] / length_B[own].clamp(min=1)
+            result[own] = values[other, position_T1.round().long()]
+    return result
+
+
+def rows_by_group(index: Sequence[Hashable]) -> list[list[int]]:
     members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(index):
         members.setdefault(group, []).append(i)
-    result_B = torch.zeros_like(rates_B)
-    counted_B = correct.bool() & response_mask.bool().any(1)
-    for rows in members.values():
-        result_B[rows] = masked_zscore(rates_B[rows], counted_B[rows])
-    return result_B
+    return list(members.values())
 
 
 def iapo_advantage(
@@ -153,11 +244,12 @@ def iapo_advantage(
     Args:
         outcome: (B, T) group-normalised outcome advantage, GRPO's, 0 on padding.
         response_mask: (B, T).
-        config: weights alpha, beta, rho >= 0 and `gate`: with "correct" the informativeness term is added to correct
-            completions only, with "all" (the paper) to all.
+        config: weights alpha, beta, rho, progress >= 0 and what their terms read. With `gate` "correct" the
+            informativeness term is added to correct completions only, with "all" (the paper) to all.
         index: (B,) group of each completion.
-        exit_entropy: (B, T + 1) in nats, or `iapo.information.next_token_entropies`; needed by alpha and rho.
-        region_mask: (B, T) tokens whose information was measured; needed by alpha.
+        exit_entropy: (B, T + 1) in nats, or `iapo.information.next_token_entropies`; needed by alpha,
+            rho and progress.
+        region_mask: (B, T) tokens whose information was measured; needed by alpha and progress.
         old_log_probs: (B, T); needed by beta.
         correct: (B,); needed by beta, rho and the gate.
 
@@ -171,7 +263,9 @@ def iapo_advantage(
 
     def needed(name: str, value: torch.Tensor | None) -> torch.Tensor:
         if value is None:
-            weights = dict(alpha=config.alpha, beta=config.beta, rho=config.rho, gate=config.gate)
+            weights = dict(
+                alpha=config.alpha, beta=config.beta, rho=config.rho, progress=config.progress, gate=config.gate
+            )
             raise ValueError(f"{name}: None, but the weights {weights} need it; pass it or set the weight to 0.")
         return value
 
@@ -182,12 +276,16 @@ def iapo_advantage(
         gate_B1 = torch.ones(len(outcome), 1) if everywhere else needed("correct", correct).float()[:, None]
         terms["informativeness"] = config.alpha * gate_B1.to(outcome.device) * term
     if config.beta > 0:
-        term = exploration(needed("old_log_probs", old_log_probs), needed("correct", correct), response_mask)
+        old_BT, correct_B = needed("old_log_probs", old_log_probs), needed("correct", correct)
+        term = exploration(old_BT, correct_B, response_mask, config.exploration)
         terms["exploration"] = config.beta * term
     if config.rho > 0:
         h_BT1 = needed("exit_entropy", exit_entropy)
         rate_B = relative_information_rate(h_BT1, needed("correct", correct), response_mask, index)
         terms["information_rate"] = config.rho * rate_B[:, None] * response_mask
+    if config.progress > 0:
+        h_BT1, region_BT = needed("exit_entropy", exit_entropy), needed("region_mask", region_mask)
+        terms["progress"] = config.progress * relative_progress(h_BT1, region_BT, response_mask, index, config)
     if len(terms) == 1:
         return outcome, terms
     return torch.stack(list(terms.values())).sum(0), terms

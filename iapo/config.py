@@ -18,6 +18,8 @@ CHOICES = {
     "score": ("first_token_entropy", "answer_logprob", "reference_answer", "next_token_entropy"),
     "probe_at": ("stride", "boundaries", "ends"),
     "probe_tokens": ("ids", "natural"),
+    "exploration": ("paper", "unpraised"),
+    "progress_value": ("measured", "shuffled", "none"),
 }
 
 
@@ -29,6 +31,14 @@ class IapoConfig:
         alpha: weight of the informativeness term (paper, >= 0).
         beta: weight of the exploration adjustment (paper, >= 0).
         rho: weight of the information-rate term (ours, >= 0).
+        progress: weight of the progress-to-go term (ours, >= 0). It reads v_t = exp(-h_t), the probability of the right
+            answer if the model answered after t tokens, so `score` must be "reference_answer".
+        gamma: discount of progress per token, in (0, 1]. 1: a token is credited with all that is still gained after
+            it; 0.95: mostly with what the next 20 tokens gain.
+        price: what a token of reasoning costs, in right answers: at 0.001 it costs a thousandth of one.
+        progress_value: "measured": v is the completion's own. The other two are falsifiers, to see whether v matters:
+            "shuffled" gives it the v of another completion of its prompt, "none" a v of 0.
+        exploration: "paper", or "unpraised": no token of a wrong completion gains by the exploration adjustment.
         gate: completions that get the informativeness term: "all" (paper) or "correct".
         region: tokens that are probed. "reasoning": those before the first `exit_marker` in the completion, because a
             probe after it is off-distribution. "response": all of them (paper).
@@ -48,7 +58,7 @@ class IapoConfig:
         answer_end: text that ends the answer, for `score` "answer_logprob" and "reference_answer".
         probe_at: "stride", every `stride`-th position, "boundaries", where a reasoning step ends, or "ends", before
             the first token and after the last. The tokens between two probes share the gain equally. Where no term
-            reads gains (alpha is 0), training probes the ends alone, see `in_training`.
+            reads gains (alpha and progress are 0), training probes the ends alone, see `in_training`.
         stride: 1 probes every position (paper).
         max_gap: with "boundaries": at most this many tokens between two probes.
         max_tokens_per_micro_batch: tokens per forward of the pass; None: what suits the device. Speed and memory only.
@@ -63,6 +73,11 @@ class IapoConfig:
     alpha: float = 0.0
     beta: float = 0.0
     rho: float = 0.0
+    progress: float = 0.0
+    gamma: float = 1.0
+    price: float = 0.0
+    progress_value: str = "measured"
+    exploration: str = "paper"
     gate: str = "all"
     region: str = "reasoning"
     format: str = FORMAT.name
@@ -79,10 +94,12 @@ class IapoConfig:
     validation_information: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "rho"):
+        for name in ("alpha", "beta", "rho", "progress", "price"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"iapo.{name}: {value!r} must be a number >= 0.")
+        if isinstance(self.gamma, bool) or not isinstance(self.gamma, int | float) or not 0 < self.gamma <= 1:
+            raise ValueError(f"iapo.gamma: {self.gamma!r} must be a number above 0 and at most 1.")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 more = ", or auto" if name == "score" else ""  # which is resolved before
@@ -102,10 +119,23 @@ class IapoConfig:
                 f"iapo.score: 'next_token_entropy' says nothing about the answer, so there is no information rate for "
                 f"iapo.rho={self.rho}; set iapo.rho=0 or choose another score."
             )
-        if self.probe_at == "ends" and self.alpha > 0 and self.score != "next_token_entropy":
+        for weight, names in (("progress", ("gamma", "price", "progress_value")), ("beta", ("exploration",))):
+            for name in names:
+                value, default = getattr(self, name), getattr(type(self), name)
+                if getattr(self, weight) == 0 and value != default:
+                    raise ValueError(
+                        f"iapo.{name}: {value!r} has no effect with iapo.{weight}=0; leave it {default!r}."
+                    )
+        if self.progress > 0 and self.score != "reference_answer":
             raise ValueError(
-                f"iapo.probe_at: 'ends' measures no token's gain, which iapo.alpha={self.alpha} needs; choose stride "
-                "or boundaries."
+                f"iapo.score: {self.score!r} is no surprisal of the right answer, which iapo.progress={self.progress} "
+                "needs; set iapo.score=reference_answer or iapo.progress=0."
+            )
+        if self.probe_at == "ends" and self.needs_gains and self.score != "next_token_entropy":
+            weight = f"alpha={self.alpha}" if self.alpha > 0 else f"progress={self.progress}"
+            raise ValueError(
+                f"iapo.probe_at: 'ends' measures no token's gain, which iapo.{weight} needs; choose stride or "
+                "boundaries."
             )
         for name in ("share_log_prob_forward", "validation_information"):
             if not isinstance(getattr(self, name), bool):
@@ -114,7 +144,12 @@ class IapoConfig:
     @property
     def needs_exit_entropy(self) -> bool:
         """Whether a term of the advantage needs the probe pass."""
-        return (self.alpha > 0 or self.rho > 0) and self.score != "next_token_entropy"
+        return (self.needs_gains or self.rho > 0) and self.score != "next_token_entropy"
+
+    @property
+    def needs_gains(self) -> bool:
+        """Whether a term reads h at each token, and not at the ends of the reasoning alone."""
+        return self.alpha > 0 or self.progress > 0
 
     @property
     def probes(self) -> bool:
@@ -124,7 +159,7 @@ class IapoConfig:
     @property
     def in_training(self) -> "IapoConfig":
         """What training measures: h_0 and h_T alone where that is all that a term reads (the information rate)."""
-        return self if self.alpha > 0 else replace(self, probe_at="ends")
+        return self if self.needs_gains else replace(self, probe_at="ends")
 
     @property
     def needs_references(self) -> bool:
@@ -142,7 +177,7 @@ class IapoConfig:
 
     @property
     def is_grpo(self) -> bool:
-        return self.alpha == self.beta == self.rho == 0
+        return self.alpha == self.beta == self.rho == self.progress == 0
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "IapoConfig":

@@ -487,17 +487,19 @@ def recipe(group, name):
 def test_the_score_auto_is_resolved_for_every_variant_and_model(variant, model, capsys):
     """Without composing, which takes a second: of a model only its path counts, of a variant only its own score."""
     compose.register_resolvers()
-    own = compose.settings_of(variant).get("iapo.score", IapoConfig.score)
-    assert own == ("next_token_entropy" if variant == "iapo_ne" else "first_token_entropy")
-    config = OmegaConf.merge(recipe("model", model), {"iapo": {"score": own}})
+    settings = compose.settings_of(variant)
+    own, progress = settings.get("iapo.score", IapoConfig.score), settings.get("iapo.progress", 0)
+    others = {"iapo_ne": "next_token_entropy", "iapo_progress": "reference_answer"}
+    assert own == others.get(variant, "first_token_entropy")
+    config = OmegaConf.merge(recipe("model", model), {"iapo": {"score": own, "progress": progress}})
     if model == "path":
         config.actor_rollout_ref.model.path = "/a/folder"
     compose.choose_score(config)
     assert config.iapo.score == own and capsys.readouterr().err == ""  # which a variant keeps on every model
     config.iapo.score = "auto"
     compose.choose_score(config)
-    assert config.iapo.score == ("first_token_entropy" if model == "tiny" else "reference_answer")
-    assert capsys.readouterr().err == f"iapo: iapo.score=auto is {config.iapo.score} for this model\n"
+    assert config.iapo.score == ("first_token_entropy" if model == "tiny" and not progress else "reference_answer")
+    assert capsys.readouterr().err == f"iapo: iapo.score=auto is {config.iapo.score} in this run\n"
 
 
 @pytest.mark.parametrize(
@@ -511,7 +513,7 @@ def test_the_score_auto_is_resolved_for_every_variant_and_model(variant, model, 
 def test_a_dry_run_resolves_the_score_auto_and_prints_it(variant, model, score, capsys):
     config = resolve("data=gsm8k", "platform=cpu", f"variant={variant}", f"model={model}", "iapo.score=auto")
     assert config.iapo.score == score
-    assert capsys.readouterr().err == f"iapo: iapo.score=auto is {score} for this model\n"
+    assert capsys.readouterr().err == f"iapo: iapo.score=auto is {score} in this run\n"
 
 
 def test_a_first_token_that_may_be_layout_is_warned_of():

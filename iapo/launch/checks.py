@@ -126,8 +126,8 @@ def check_numbers(config: DictConfig) -> Iterator[str]:
 def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     estimator = config.algorithm.adv_estimator
     if estimator != "iapo" and not iapo.is_grpo:
-        weights = {"iapo.alpha": iapo.alpha, "iapo.beta": iapo.beta, "iapo.rho": iapo.rho}
-        given = " ".join(f"{name}={weight}" for name, weight in weights.items() if weight)
+        weights = {name: getattr(iapo, name) for name in ("alpha", "beta", "rho", "progress")}
+        given = " ".join(f"iapo.{name}={weight}" for name, weight in weights.items() if weight)
         yield (
             f"{given}: no effect with algorithm.adv_estimator={estimator}; set algorithm.adv_estimator=iapo, or the "
             "weights to 0."
@@ -289,7 +289,7 @@ def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         yield f"actor_rollout_ref.rollout.tensor_model_parallel_size: {size!r} must be 1 with platform=cpu."
     if not iapo.probes:
         return
-    off = "or set iapo.alpha=0 iapo.rho=0 iapo.validation_information=false."
+    off = "or set iapo.alpha=0 iapo.rho=0 iapo.progress=0 iapo.validation_information=false."
     if model.use_fused_kernels:
         yield f"actor_rollout_ref.model.use_fused_kernels: true returns no logits to measure; set it to false {off}"
     if actor.ulysses_sequence_parallel_size > 1:

@@ -107,10 +107,11 @@ def resolve(overrides: list[str]) -> DictConfig:
 
 
 def choose_score(config: DictConfig) -> None:
-    """Put the score of the model in place of `iapo.score=auto`, and print which it is. Another score stays."""
+    """Put what the model and the terms need in place of `iapo.score=auto`, and print it. Another score stays."""
     if config.iapo.score == "auto":
-        config.iapo.score = "first_token_entropy" if is_embedded(config) else "reference_answer"
-        print(f"iapo: iapo.score=auto is {config.iapo.score} for this model", file=sys.stderr)
+        entropy = is_embedded(config) and not config.iapo.progress
+        config.iapo.score = "first_token_entropy" if entropy else "reference_answer"
+        print(f"iapo: iapo.score=auto is {config.iapo.score} in this run", file=sys.stderr)
 
 
 def check_readable(overrides: list[str]) -> None:

@@ -36,7 +36,7 @@ def information_metrics(
         return metrics
     real = response_mask.bool().any(1)
     h, region = inputs.exit_entropy[real], inputs.region_mask[real]
-    if inputs.config.alpha > 0:  # else only the ends were measured
+    if inputs.config.needs_gains:  # else only the ends were measured
         gains = information_gain(h, region)[region.bool()]
         metrics |= {
             "iapo/information_gain/mean": gains.mean().item() if len(gains) else 0.0,

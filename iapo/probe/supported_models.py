@@ -11,7 +11,8 @@ CausalLM = Any
 
 # How a message about a model that can't be served ends.
 USE_ANOTHER = (
-    "use another causal LM with full attention, or set iapo.alpha=0 iapo.rho=0 iapo.validation_information=false."
+    "use another causal LM with full attention, or set iapo.alpha=0 iapo.rho=0 iapo.progress=0 "
+    "iapo.validation_information=false."
 )
 
 
