@@ -669,6 +669,8 @@ def test_unreadable_answers_are_listed_and_dropped_on_request(tmp_path, capsys):
         "--drop-unverifiable leaves these rows out:"
     )
     assert listed == ["  test, row 1: 'np.arcsin(10/13)'", "  test, row 4: '???'"] and "wrote 7 rows" in wrote
+    page = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+    assert "\n".join(["", line, *listed, ""]) in page
     arguments = ["minerva", "--source", source, "--out", str(tmp_path), "--drop-unverifiable"]
     assert data.main(arguments) == 0
     kept = pq.read_table(tmp_path / "minerva" / "test.parquet").to_pylist()

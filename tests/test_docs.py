@@ -163,9 +163,38 @@ def test_configuration_has_every_key_with_its_default():
     defaults = yaml.safe_load((ROOT / "recipes" / "defaults.yaml").read_text())
     for key in by_dotted_key({name: node for name, node in defaults.items() if name != "iapo"}):
         assert f"`{key}`" in page, key
-    for group in ("variant", "model", "data", "platform"):
+    for group in ("variant", "model", "data", "format", "platform"):
         for path in (ROOT / "recipes" / group).glob("*.yaml"):
             assert path.stem in INNER_RECIPES or f"`{path.stem}`" in page, path
+
+
+def test_configuration_shows_how_the_recipes_of_models_sample():
+    """The table of models: format, sampling of validation, response tokens; `-7b` ends the name before it."""
+    page, shown = (ROOT / "docs" / "configuration.md").read_text(), set()
+    for names, answer_format, sampling, tokens in re.findall(
+        r"^\| ((?:`[\w.-]+`(?:, )?)+) \| `(\w+)`[^|]* \| ([^|]*) \| ([^|]*) \|$", page, re.MULTILINE
+    ):
+        first, *ends = re.findall(r"`([\w.-]+)`", names)
+        for name in [first, *(first.rpartition("-")[0] + end for end in ends)]:
+            recipe = yaml.safe_load((ROOT / "recipes" / "model" / f"{name}.yaml").read_text())
+            (given,) = [entry["override /format"] for entry in recipe.get("defaults", [])] or ["tags"]
+            said = {key: float(value) for key, value in re.findall(r"(temperature|top_p|top_k) ([\d.]+)", sampling)}
+            expected = recipe["actor_rollout_ref"]["rollout"]["val_kwargs"]
+            greedy = {"temperature": 0.0, "do_sample": False} if sampling.startswith("greedy") else {}
+            assert (answer_format, said | greedy) == (given, expected), name
+            assert tokens == str(recipe.get("data", {}).get("max_response_length", "as the data set")), name
+            shown.add(name)
+    sampled = {path.stem for path in (ROOT / "recipes" / "model").glob("*.yaml") if "val_kwargs" in path.read_text()}
+    assert shown == sampled
+
+
+@each_page
+def test_a_block_that_makes_a_model_makes_its_data_too(page):
+    """Copied as it is, it must not end where `iapo train` asks for the data."""
+    for block in blocks(page, "bash"):
+        if re.search("^iapo (model|warmup) ", block, re.MULTILINE):
+            made = set(re.findall(r"^iapo data (\w+)", block, re.MULTILINE))
+            assert set(re.findall(r"\bdata=(\w+)", block)) <= made, f"{page.name}: {block}"
 
 
 def test_environment_variables_of_ours_are_documented():

@@ -36,13 +36,14 @@ from iapo.probe import supported_models
 from iapo.tasks.embedded import TASKS
 
 VARIANTS = sorted(path.stem for path in (compose.recipes_dir() / "variant").glob("*.yaml"))
-REASONING = {  # format, temperature and top_p and top_k of validation, response tokens
-    "deepseek-r1-distill-qwen-1.5b": ("boxed", 0.6, 0.95, -1, 8192),
-    "deepseek-r1-distill-qwen-7b": ("boxed", 0.6, 0.95, -1, 8192),
-    "qwen2.5-math-1.5b": ("boxed_no_think", 0.0, 1.0, -1, 3072),
-    "qwen3-0.6b": ("boxed", 0.6, 0.95, 20, 8192),
-    "qwen3-1.7b": ("boxed", 0.6, 0.95, 20, 8192),
-    "qwen3-4b": ("boxed", 0.6, 0.95, 20, 8192),
+# Format, temperature and top_p and top_k of validation, response tokens, positions of the model as published.
+REASONING = {
+    "deepseek-r1-distill-qwen-1.5b": ("boxed", 0.6, 0.95, -1, 8192, 131072),
+    "deepseek-r1-distill-qwen-7b": ("boxed", 0.6, 0.95, -1, 8192, 131072),
+    "qwen2.5-math-1.5b": ("boxed_no_think", 0.0, 1.0, -1, 3072, 4096),
+    "qwen3-0.6b": ("boxed", 0.6, 0.95, 20, 8192, 40960),
+    "qwen3-1.7b": ("boxed", 0.6, 0.95, 20, 8192, 40960),
+    "qwen3-4b": ("boxed", 0.6, 0.95, 20, 8192, 40960),
 }
 MODELS = [
     "tiny",
@@ -167,13 +168,13 @@ def test_a_set_for_evaluation_validates_and_does_not_train(name):
 def test_reasoning_models_have_their_format_sampling_and_lengths(model):
     config = composes("iapo_rate", model, "gsm8k", "gpu")
     check(config, files=False)
-    given, temperature, top_p, top_k, tokens = REASONING[model]
+    given, temperature, top_p, top_k, tokens, positions = REASONING[model]
     sampling = config.actor_rollout_ref.rollout.val_kwargs
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (temperature, top_p, top_k)
     assert sampling.do_sample == (temperature > 0)
     assert config.actor_rollout_ref.rollout.temperature == (temperature or 1.0)
     assert (config.actor_rollout_ref.rollout.top_p, config.actor_rollout_ref.rollout.top_k) == (1, -1)
-    assert config.data.max_response_length == tokens
+    assert config.data.max_response_length == tokens <= positions - config.data.max_prompt_length
     assert config.iapo.format == config.reward.custom_reward_function.reward_kwargs.format == given
     assert config.iapo.probe == FORMATS[given].probe
     assert config.data.apply_chat_template_kwargs == ({"enable_thinking": True} if "qwen3" in model else {})
@@ -198,6 +199,14 @@ def test_the_small_steps_are_for_a_cpu_and_give_way_to_the_command_line():
     assert (cpu.data.train_batch_size, cpu.data.max_response_length) == (4, 200)
     warm = resolve("platform=cpu", "data=gsm8k", model, "actor_rollout_ref.model.path=/warm")
     assert (warm.actor_rollout_ref.model.path, warm.data.train_batch_size) == ("/warm", 4)
+
+
+def test_the_small_real_model_is_validated_as_its_authors_advise():
+    """Temperature 0.2 and top_p 0.9; training samples the whole distribution."""
+    rollout = resolve("model=smollm2-135m-instruct", "data=gsm8k", "platform=cpu").actor_rollout_ref.rollout
+    validated = rollout.val_kwargs
+    assert (validated.temperature, validated.top_p, validated.top_k, validated.do_sample) == (0.2, 0.9, -1, True)
+    assert (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1, -1)
 
 
 def test_a_model_that_a_command_makes_is_asked_for_by_the_command(verbose_arithmetic):
@@ -475,6 +484,35 @@ def test_a_probe_that_does_not_fit_the_rewarded_format_is_refused(probe):
         f"iapo.probe: {probe!r} asks for a format that iapo.reward does not pay for, such as "
         f"{f'<think>{probe}0</answer>'!r}; set {FITS!r}, or set a reward function of your own."
     )
+
+
+@pytest.mark.parametrize(
+    "name,key,value,message",
+    [
+        ("boxed", "probe", "\n</think>\n\nThe answer is \\boxed{", None),
+        (
+            "boxed",
+            "probe",
+            "</think>\n<answer>",
+            "iapo.format: 'boxed' with the probe .* of another; set format=boxed.",
+        ),
+        ("boxed", "probe", "\n</think>\n\n", r"iapo.probe: .* asks for a format that iapo.reward does not pay for"),
+        ("boxed", "probe", "\n\\boxed{", r"iapo.probe: .* asks for a format that iapo.reward does not pay for"),
+        ("boxed", "exit_marker", "</reason>", "iapo.exit_marker: '</reason>' is not how iapo.probe=.* begins, so"),
+        ("boxed", "answer_end", "</answer>", "iapo.answer_end: '</answer>' ends no answer that iapo.reward pays for"),
+        ("boxed_no_think", "probe", " So \\boxed{", "iapo.exit_marker: .* is not how iapo.probe=.* begins, so"),
+        ("boxed_no_think", "probe", "</think> \\boxed{", r"iapo.probe: .* asks for a format that iapo.reward does"),
+    ],
+)
+def test_a_key_by_hand_wins_over_its_format_and_is_checked_against_it(name, key, value, message):
+    config = changed(f"format={name}")
+    config.iapo.update({key: value, "score": "reference_answer"})
+    if message is None:
+        check(config, files=False)
+        return
+    with pytest.raises(ConfigError, match=f"^{message}") as error:
+        check(config, files=False)
+    assert len(str(error.value).splitlines()) == 1
 
 
 def recipe(group, name):

@@ -16,12 +16,15 @@ from tests.conftest import make_model
 from tests.ranks import run_ranks
 from tests.test_worker import CONFIG, EOS, OTHER_EOS, Tokenizer, make_rows
 
+REFERENCE = replace(CONFIG, score="reference_answer", answer_end="e")
 CONFIGS = {
     "every position": CONFIG,
     "stride": replace(CONFIG, stride=3),
     "boundaries": replace(CONFIG, probe_at="boundaries", max_gap=4),
     "answer": replace(CONFIG, score="answer_logprob", answer_end="e"),
-    "reference": replace(CONFIG, score="reference_answer", answer_end="e"),
+    "reference": REFERENCE,
+    "reference, stride": replace(REFERENCE, stride=3),
+    "reference, boundaries": replace(REFERENCE, probe_at="boundaries", max_gap=4),
     "natural": replace(CONFIG, probe_tokens="natural"),
     "ends": replace(CONFIG, alpha=0.0, rho=1.0).in_training,
 }
@@ -220,6 +223,20 @@ def test_of_several_right_answers_the_most_probable_one_counts(results):
             each = exit_entropies_naive(model, [row._replace(answer=answer) for answer in references_of(i)], [5, 11])
             expected = torch.stack(each).amin(0)
             torch.testing.assert_close(h, expected if mask.any() else 0 * expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["reference, stride", "reference, boundaries"])
+def test_right_answers_are_scored_at_fewer_positions_too(results, name):
+    """At every third token, or where a step ends, the values are those of every position."""
+    fewer = 0
+    for rank in range(2):
+        every, some = (results[f"shared-some padding-{key}-{rank}"]["shared"] for key in ("reference", name))
+        for h, other, mask in zip(every["exit_entropy"], some["exit_entropy"], every["region_mask"], strict=True):
+            length = int(mask.sum())
+            probed = [*range(0, length, 3), length] if "stride" in name else [0, length]
+            torch.testing.assert_close(other[probed], h[probed], atol=2e-5, rtol=0)
+        fewer += sum(int(a) > int(b) for a, b in zip(every["probe_tokens"], some["probe_tokens"], strict=True))
+    assert fewer > 2
 
 
 def test_answers_in_one_row_of_the_store_come_out_as_they_went_in():

@@ -21,6 +21,7 @@ from verl.utils.tensordict_utils import assign_non_tensor
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import response_from_nested
 
+from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.launch.compose import checked_config, resolve
 from iapo.verl_adapter.old_log_probs import needs_old_log_probs
@@ -288,3 +289,15 @@ def test_right_answers_reach_the_workers_in_the_order_of_the_rows(monkeypatch):
     assert batch.keys == ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
     rows = [[answer.tolist() for answer in separated(row)] for row in stored["reference_tokens"].unbind()]
     assert rows == [[[*map(ord, "3<")], [*map(ord, "44<")]]] * 2 + [[[*map(ord, "22<")]]] * 2
+
+
+@pytest.mark.parametrize("name,text", [("tags", "72</answer>"), ("boxed", "72}"), ("boxed_no_think", "72}")])
+def test_a_right_answer_ends_as_its_format_ends_answers(name, text):
+    trainer, given = object.__new__(IapoTrainer), FORMATS[name]
+    trainer.tokenizer = Letters()
+    trainer.iapo = IapoConfig(
+        score="reference_answer",
+        format=name,
+        **{key: getattr(given, key) for key in ("exit_marker", "probe", "answer_end")},
+    )
+    assert [answer.tolist() for answer in separated(trainer._references({"ground_truth": "72"}))] == [[*map(ord, text)]]
