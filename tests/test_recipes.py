@@ -411,7 +411,15 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         ),
         (
             ["variant=[dapo,gtpo]"],
-            "^reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with gtpo: it .*; set it to false",
+            "^reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with gtpo: it .*; set it to false.$",
+        ),
+        (
+            ["variant=[dler,top_entropy]"],
+            "^reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with dler: all .*; set it to false.$",
+        ),
+        (
+            ["variant=[dapo,grpo_lambda]"],
+            "^algorithm.filter_groups.enable: true does not go with grpo_lambda: it drops .*; set it to false.$",
         ),
         (["actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n: 1"),
         (["actor_rollout_ref.actor.strategy=megatron"], "strategy: 'megatron' must be fsdp or fsdp2"),

@@ -243,7 +243,7 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
 
 
 def _ignored_by(config: DictConfig, methods: dict[str, Method]) -> Iterator[str]:
-    """Options of verl that a method leaves without effect."""
+    """Options of verl that a method leaves without effect, or that leave it without what it is for."""
     overlong = config.reward.reward_kwargs.overlong_buffer_cfg.enable
     for name, method in methods.items():
         hooks = acts_by(method)
@@ -251,8 +251,11 @@ def _ignored_by(config: DictConfig, methods: dict[str, Method]) -> Iterator[str]
             reason = method.ignores["overlong"]
             yield (
                 f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with {name}: {reason}; set it "
-                "to false, or leave dapo out of variant=[...]."
+                "to false."
             )
+        if config.algorithm.filter_groups.enable and "filter_groups" in method.ignores:
+            reason = method.ignores["filter_groups"]
+            yield f"algorithm.filter_groups.enable: true does not go with {name}: {reason}; set it to false."
         if config.algorithm.use_kl_in_reward and "shape_reward" in method.ignores:
             reason = method.ignores["shape_reward"]
             yield f"algorithm.use_kl_in_reward: true has no effect with {name}: {reason}; set it to false."

@@ -83,8 +83,8 @@ class Method:
 
     Attributes:
         needs: the fields of `OPTIONAL` that it reads.
-        ignores: what has no effect in a run with this method, and why. A key is a hook of other methods, or "overlong",
-            the overlong penalty of `variant=dapo`.
+        ignores: what does not go with this method, and why. A key is a hook of other methods, "overlong", the overlong
+            penalty, or "filter_groups", dynamic sampling. `variant=dapo` has the last two.
     """
 
     needs: ClassVar[Sequence[str]] = ()
