@@ -47,12 +47,12 @@ class First(Method):
 class Even(Method):
     """The loss of every second token."""
 
-    def loss_mask(self, batch, advantages):
+    def loss_mask(self, batch, advantages, mask):
         return torch.arange(advantages.shape[1]) % 2 == 0
 
 
 class Nothing(Method):
-    def loss_mask(self, batch, advantages):
+    def loss_mask(self, batch, advantages, mask):
         return torch.zeros_like(advantages)
 
 

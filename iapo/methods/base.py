@@ -85,10 +85,12 @@ class Method:
         needs: the fields of `OPTIONAL` that it reads.
         ignores: what does not go with this method, and why. A key is a hook of other methods, "overlong", the overlong
             penalty, or "filter_groups", dynamic sampling. `variant=dapo` has the last two.
+        masks_last: whether its `loss_mask` ranks tokens, so that it comes after those of the other methods.
     """
 
     needs: ClassVar[Sequence[str]] = ()
     ignores: ClassVar[dict[str, str]] = {}
+    masks_last: ClassVar[bool] = False
 
     def problems(self, rollouts: int, max_response_length: int) -> Iterator[str]:
         """What is wrong with the knobs in this run, one line each: "knob: value; fix".
@@ -115,8 +117,10 @@ class Method:
         """(B, T) factors >= 0. The clipped loss of a token is proportional to its advantage, so they weigh the loss."""
         return torch.ones_like(advantages)
 
-    def loss_mask(self, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
+    def loss_mask(self, batch: Batch, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(B, T) 1 on the tokens that have a loss. The others have none of any kind and are not counted in its mean.
+
+        `mask` is (B, T) bool, the tokens that the methods before this one leave; it need not be applied here.
 
         verl skips a mini-batch in which no token is left, and reports its loss as NaN.
         """

@@ -77,9 +77,9 @@ def weigh(methods: Sequence[Method], batch: Batch, advantages: torch.Tensor) -> 
     nothing is NaN.
     """
     weight_BT, mask_BT = batch.response_mask.float(), batch.response_mask.bool()
-    for method in methods:
+    for method in sorted(methods, key=lambda method: method.masks_last):
         weight_BT = weight_BT * method.token_weight(batch, advantages)
-        mask_BT = mask_BT & method.loss_mask(batch, advantages).bool()
+        mask_BT = mask_BT & method.loss_mask(batch, advantages, mask_BT).bool()
     if not mask_BT.any():
         return torch.zeros_like(advantages), batch.response_mask
     return advantages * weight_BT * mask_BT, mask_BT.to(batch.response_mask.dtype)
