@@ -31,9 +31,18 @@ def committed(tmp_path_factory):
         yield Table(plan)
 
 
-def test_every_needed_run_of_the_table_has_a_committed_record(committed):
-    assert not committed.wanted()
-    assert committed.done() == committed.planned() == 106
+def test_every_needed_run_of_the_table_has_a_committed_record_or_is_to_be_run_again(committed):
+    missing = {name for name, value, seed in committed.known() if committed.outcome(name, value, seed) is None}
+    assert missing == {name for name, method in committed.plan.methods.items() if method.run_again}
+
+
+def test_the_committed_table_has_the_rows_of_its_records(committed):
+    """Figures of runs that would be others today must not be shown as theirs."""
+    found = json.loads((RESULTS / "results.json").read_text())
+    assert found["rows"].keys() == {name for name, _, _ in committed.known()} - found["run_again"].keys()
+    assert found["run_again"] == {m.name: m.run_again for m in committed.plan.methods.values() if m.run_again}
+    text = (RESULTS / "table.md").read_text()
+    assert all(f"\n| {name} | to be run again |" in text for name in found["run_again"])
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,7 @@ SHORT = [
     "data.train_batch_size=16",
     "actor_rollout_ref.actor.ppo_mini_batch_size=8",
 ]
+LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
 PROMPT = [[{"role": "user", "content": "1+1="}]] * 16
 REWARD = [{"style": "rule", "ground_truth": "2"}] * 16
 
@@ -237,7 +238,9 @@ def test_model_data_set_and_platform_set_different_keys():
     assert data & platform == set() and variant & platform == set()
 
 
-@pytest.mark.parametrize("variants", ["[iapo_rate,gfpo]", "[dapo,iapo]", "[length_penalty,gfpo,iapo]"])
+@pytest.mark.parametrize(
+    "variants", ["[iapo_rate,gfpo]", "[dapo,iapo]", "[length_penalty,gfpo,iapo]", "[gfpo,dr_grpo]"]
+)
 def test_variants_act_together(variants):
     config = composes(variants, "tiny", "verbose_arithmetic", "cpu")
     check(config, files=False)
@@ -245,7 +248,7 @@ def test_variants_act_together(variants):
     assert config.trainer.experiment_name == f"{'+'.join(names)}-tiny-verbose_arithmetic"
     assert set(config.methods) == set(names) & {"gfpo", "length_penalty"}
     assert config.algorithm.filter_groups.enable == ("dapo" in names)
-    assert config.actor_rollout_ref.actor.use_kl_loss == ("dapo" not in names)
+    assert config.actor_rollout_ref.actor.use_kl_loss == (not {"dapo", "dr_grpo"} & set(names))
     assert (config.iapo.alpha > 0, config.iapo.rho > 0) == ("iapo" in names, "iapo_rate" in names)
 
 
@@ -390,9 +393,20 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         ),
         (["variant=[dr_grpo,dler]"], "^algorithm.norm_adv_by_std_in_grpo: false has no effect with dler, which has"),
         (
-            ["variant=[gfpo,dr_grpo]"],
-            "^actor_rollout_ref.actor.loss_agg_mode: 'seq-mean-token-sum-norm' counts the completions that gfpo leaves",
+            ["variant=[s_grpo,dr_grpo]"],
+            "^actor_rollout_ref.actor.loss_agg_mode: 'seq-mean-token-sum-norm' counts the completions that s_grpo leav",
         ),
+        ([f"{LOSS_MODE}=vanila"], f"^{LOSS_MODE}: 'vanila' must be one of cispo, .*, geo_mean, .*, vanilla.$"),
+        (
+            ["variant=top_entropy", f"{LOSS_MODE}=sapo"],
+            f"^{LOSS_MODE}: 'sapo' takes the mean over each .* which counts the completions that top_entropy leaves",
+        ),
+        (["variant=dler", f"{LOSS_MODE}=geo_mean"], f"^{LOSS_MODE}: 'geo_mean' takes the mean over completions, which"),
+        (
+            ["variant=iapo", f"{LOSS_MODE}=geo_mean"],
+            f"^{LOSS_MODE}: 'geo_mean' gives .*, which undoes iapo.alpha=0.01 and iapo.beta=0.01; set it to vanilla.$",
+        ),
+        (["variant=gtpo", f"{LOSS_MODE}=geo_mean"], f"^{LOSS_MODE}: 'geo_mean' gives .*, which undoes gtpo; set it"),
         (
             ["variant=iapo", "algorithm.rollout_correction.rollout_rs=token_k1"],
             "^algorithm.rollout_correction.rollout_rs: 'token_k1' cuts tokens out of responses",
@@ -408,7 +422,15 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         ),
         (
             ["variant=[dapo,gtpo]"],
-            "^reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with gtpo: it .*; set it to false",
+            "^reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with gtpo: it .*; set it to false.$",
+        ),
+        (
+            ["variant=[dler,top_entropy]"],
+            "^reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with dler: all .*; set it to false.$",
+        ),
+        (
+            ["variant=[dapo,grpo_lambda]"],
+            "^algorithm.filter_groups.enable: true does not go with grpo_lambda: it drops .*; set it to false.$",
         ),
         (["actor_rollout_ref.rollout.n=1"], "actor_rollout_ref.rollout.n: 1"),
         (["actor_rollout_ref.actor.strategy=megatron"], "strategy: 'megatron' must be fsdp or fsdp2"),
@@ -1264,6 +1286,45 @@ def test_a_running_ray_cluster_gets_no_resources(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     ray_init = resolve("platform=cpu").ray_kwargs.ray_init
     assert (ray_init.num_cpus, ray_init.num_gpus) == (None, None)
+
+
+def test_losses_of_verl_may_take_the_place_of_the_clipped_one():
+    for overrides in (
+        "variant=gfpo LOSS=sapo",
+        "variant=iapo LOSS=gspo",
+        "variant=dapo LOSS=cispo",
+        "variant=dler LOSS=dppo_tv",
+    ):
+        check(changed(*overrides.replace("LOSS", LOSS_MODE).split()), files=False)
+    own_mean = "which is a mean over each completion's tokens first; seq-mean-token-mean averages the KL loss alike.$"
+    with pytest.warns(UserWarning, match=f"loss_agg_mode=token-mean has no effect on the policy loss sapo, {own_mean}"):
+        check(changed("variant=iapo", f"{LOSS_MODE}=sapo"), files=False)
+    with pytest.warns(UserWarning, match="the policy loss geo_mean, which is a mean over completions; "):
+        check(changed("variant=length_penalty", f"{LOSS_MODE}=geo_mean"), files=False)
+
+
+def test_sapo_and_geo_mean_average_as_the_checks_say():
+    """Of verl's own functions: on the old policy, where SAPO's gate of ratio 1 has slope 1."""
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.utils.config import omega_conf_to_dataclass
+
+    actor = omega_conf_to_dataclass(resolve("variant=grpo", "platform=cpu").actor_rollout_ref.actor)
+    actor.global_batch_info.update(dp_size=1, batch_num_tokens=3, global_batch_size=3, loss_scale_factor=None)
+    mask, advantages = torch.tensor([[1, 1], [1, 0], [0, 0]]), torch.tensor([[1.0, -1.0], [2.0, 0.0], [0.0, 0.0]])
+
+    def gradient(mode):
+        log_prob = torch.full((3, 2), -0.5, requires_grad=True)
+        loss, _ = get_policy_loss_fn(mode)(torch.full((3, 2), -0.5), log_prob, advantages, mask, "token-mean", actor)
+        return torch.autograd.grad(loss, log_prob)[0]
+
+    # A mean over the three tokens; over tokens, then all three rows; of the row's mean advantage, then all three rows.
+    expected = {
+        "vanilla": [[-1 / 3, 1 / 3], [-2 / 3, 0], [0, 0]],
+        "sapo": [[-1 / 6, 1 / 6], [-2 / 3, 0], [0, 0]],
+        "geo_mean": [[0, 0], [-2 / 3, 0], [0, 0]],
+    }
+    for mode, rows in expected.items():
+        torch.testing.assert_close(gradient(mode), torch.tensor(rows), atol=1e-6, rtol=1e-5)
 
 
 def test_options_without_effect_warn(verbose_arithmetic):

@@ -183,7 +183,7 @@ def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
         ("methods: {m: }", "methods.m.why is missing; say in a line why these values."),
         (
             "methods: {m: {why: w, knobs: a}}",
-            "methods.m.knobs is unknown; an entry has why, variant, knob, values and quick.",
+            "methods.m.knobs is unknown; an entry has why, variant, knob, values, quick and run_again.",
         ),
         ("methods: {m: {why: w, quick: 1}}", "methods.m.quick: 1 must be true or false."),
         ("methods: {m: {why: w, knob: 5, values: [1]}}", "methods.m: its name, variant and knob must be texts."),
@@ -390,6 +390,19 @@ def test_a_run_whose_folder_is_in_use_holds_up_no_other(tmp_path, monkeypatch, c
     assert table.tried(gfpo) == [2]
     table.failed["gfpo-2-seed0"] = "in use"
     assert table.tried(gfpo) == [4]
+
+
+def test_a_row_that_is_to_be_run_again_says_so_until_it_is(tmp_path, monkeypatch):
+    methods = SMALL["methods"] | {"gfpo": SMALL["methods"]["gfpo"] | {"run_again": "its loss is another"}}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(SMALL | {"methods": methods}, sort_keys=False))
+    failing = dict.fromkeys(("gfpo-2-seed0", "gfpo-4-seed0", "gfpo-6-seed0"), "fail")
+    assert reproduce(tmp_path, monkeypatch, **SCRIPT | failing)[0] == 1
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| gfpo | to be run again | | | | | | | | |\n" in text
+    assert "\nTo be run again: gfpo, because its loss is another.\n" in text
+    assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| **gfpo** | k=2 | 0.750" in text and "run again" not in text
 
 
 def test_without_grpo_no_other_value_is_chosen(tmp_path, monkeypatch):

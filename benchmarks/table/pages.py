@@ -54,6 +54,9 @@ def results(table: Table) -> dict:
         "runs": {"done": table.done(), "planned": table.planned(), "failed": table.failed},
         "front": pareto.front({name: (mean["tokens"], mean["pass@1"]) for name, mean in means.items()}),
         "shortest": preference(trained, trained[REFERENCE]["pass@1"])[0] if REFERENCE in trained else None,
+        "run_again": {
+            name: method.run_again for name, method in plan.methods.items() if method.run_again and name not in rows
+        },
         "rows": rows,
     }
 
@@ -84,6 +87,7 @@ def markdown(found: dict) -> str:
         bold = "**" if name in found["front"] else ""
         cells = [with_deviation(row["test"].get(key), digits) for _, key, digits in COLUMNS]
         lines.append(f"| {bold}{name}{bold} | {row['label']} | " + " | ".join(cells) + f" | {len(row['seeds'])} |")
+    lines += [f"| {name} | to be run again |" + " |" * (len(COLUMNS) + 1) for name in found["run_again"]]
     shown = [run for row in found["rows"].values() for run in row["seeds"].values()]
     commits = sorted({commit for run in shown for commit in (run["commit"] or "").split()})
     machines = sorted({run["machine"] for run in shown if run["machine"]})
@@ -118,6 +122,7 @@ def markdown(found: dict) -> str:
         notes.append("Each method at its default, not tuned.")
     if settings["overrides"]:
         notes.append(f"All runs with {' '.join(settings['overrides'])}.")
+    notes += [f"To be run again: {name}, because {reason}." for name, reason in found["run_again"].items()]
     if runs["done"] < runs["planned"]:
         notes.append(f"**Not complete: {runs['done']} of {runs['planned']} runs are done.**")
     notes += [f"Failed: {name}: {reason}" for name, reason in runs["failed"].items()]

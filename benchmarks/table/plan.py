@@ -30,6 +30,7 @@ class Method:
     knob: tuple[str, ...] = ()
     values: tuple = (None,)
     quick: bool = True  # whether --quick runs it, with the first of its values
+    run_again: str = ""  # why the committed table has no figures of it
 
     def overrides(self, value) -> list[str]:
         return [f"{key}={value}" for key in self.knob]
@@ -119,9 +120,10 @@ def load_methods(path: Path) -> dict[str, Method]:
         where = f"{path.name}: methods.{name}"
         if not isinstance(entry, dict) or not isinstance(entry.get("why"), str):
             raise ValueError(f"{where}.why is missing; say in a line why these values.")
-        if unknown := entry.keys() - {"why", "variant", "knob", "values", "quick"}:
+        if unknown := entry.keys() - {"why", "variant", "knob", "values", "quick", "run_again"}:
             raise ValueError(
-                f"{where}.{min(unknown, key=str)} is unknown; an entry has why, variant, knob, values and quick."
+                f"{where}.{min(unknown, key=str)} is unknown; an entry has why, variant, knob, values, quick and "
+                "run_again."
             )
         variant, keys, values = (as_list(entry.get(key)) for key in ("variant", "knob", "values"))
         if not all(isinstance(text, str) for text in (name, *variant, *keys)):
@@ -132,8 +134,10 @@ def load_methods(path: Path) -> dict[str, Method]:
             raise ValueError(f"{where}.values: {values} must be numbers or texts, each once.")
         if not isinstance(quick := entry.get("quick", True), bool):
             raise ValueError(f"{where}.quick: {quick!r} must be true or false.")
+        if not isinstance(run_again := entry.get("run_again", ""), str):
+            raise ValueError(f"{where}.run_again: {run_again!r} must say why.")
         variants = f"[{','.join(variant)}]" if len(variant) > 1 else variant[0] if variant else name
-        methods[name] = Method(name, entry["why"], variants, tuple(keys), tuple(values) or (None,), quick)
+        methods[name] = Method(name, entry["why"], variants, tuple(keys), tuple(values) or (None,), quick, run_again)
     return methods
 
 

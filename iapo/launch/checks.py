@@ -97,6 +97,11 @@ NUMBERS = (
 )
 
 
+# Losses of verl that average in their own way, whatever loss_agg_mode says, by loss_mode: what they take the mean of.
+OWN_MEAN = {"sapo": "each completion's tokens first", "geo_mean": "completions"}
+# The terms of `IapoConfig` whose advantage differs from token to token.
+PER_TOKEN = ("alpha", "beta", "progress")
+
 # What verl's loggers import, where that has another name.
 LOGGER_PACKAGES = {"vemlp_wandb": "volcengine_ml_platform"}
 BUILT_IN_LOGGERS = ("console", "file")
@@ -233,11 +238,12 @@ def _methods(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         yield from (f"methods.{name}.{problem}" for problem in method.problems(rollouts, length))
     yield from conflicts(methods)
     yield from _ignored_by(config, methods)
+    yield from _policy_loss(config, iapo, methods)
     yield from _correction(config, iapo, methods)
 
 
 def _ignored_by(config: DictConfig, methods: dict[str, Method]) -> Iterator[str]:
-    """Options of verl that a method leaves without effect."""
+    """Options of verl that a method leaves without effect, or that leave it without what it is for."""
     overlong = config.reward.reward_kwargs.overlong_buffer_cfg.enable
     for name, method in methods.items():
         hooks = acts_by(method)
@@ -245,8 +251,11 @@ def _ignored_by(config: DictConfig, methods: dict[str, Method]) -> Iterator[str]
             reason = method.ignores["overlong"]
             yield (
                 f"reward.reward_kwargs.overlong_buffer_cfg.enable: true has no effect with {name}: {reason}; set it "
-                "to false, or leave dapo out of variant=[...]."
+                "to false."
             )
+        if config.algorithm.filter_groups.enable and "filter_groups" in method.ignores:
+            reason = method.ignores["filter_groups"]
+            yield f"algorithm.filter_groups.enable: true does not go with {name}: {reason}; set it to false."
         if config.algorithm.use_kl_in_reward and "shape_reward" in method.ignores:
             reason = method.ignores["shape_reward"]
             yield f"algorithm.use_kl_in_reward: true has no effect with {name}: {reason}; set it to false."
@@ -256,10 +265,35 @@ def _ignored_by(config: DictConfig, methods: dict[str, Method]) -> Iterator[str]
                 "own; set it to true."
             )
         mode = config.actor_rollout_ref.actor.loss_agg_mode
-        if mode != "token-mean" and {"keep_completions", "loss_mask"} & set(hooks):
+        if mode != "token-mean" and "loss_mask" in hooks:
             yield (
                 f"actor_rollout_ref.actor.loss_agg_mode: {mode!r} counts the completions that {name} leaves out; set "
                 "it to token-mean."
+            )
+
+
+def _policy_loss(config: DictConfig, iapo: IapoConfig, methods: dict[str, Method]) -> Iterator[str]:
+    """Losses of verl that don't do what terms and methods rely on."""
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    mode, key = config.actor_rollout_ref.actor.policy_loss.loss_mode, "actor_rollout_ref.actor.policy_loss.loss_mode"
+    known = sorted(POLICY_LOSS_REGISTRY.keys() - {"bypass_mode"})  # verl's own name for a rollout correction
+    if mode not in known:
+        yield f"{key}: {mode!r} must be one of {', '.join(known)}."
+    hooks = {name: set(acts_by(method)) for name, method in methods.items()}
+    if mode in OWN_MEAN:
+        for name in (name for name in hooks if "loss_mask" in hooks[name]):
+            yield (
+                f"{key}: {mode!r} takes the mean over {OWN_MEAN[mode]}, which counts the completions that {name} "
+                "leaves out; set it to vanilla."
+            )
+    if mode == "geo_mean":
+        per_token = [f"iapo.{term}={weight}" for term in PER_TOKEN if (weight := getattr(iapo, term))]
+        per_token += [name for name in hooks if {"outcome_advantage", "token_weight"} & hooks[name]]
+        if per_token:
+            yield (
+                f"{key}: 'geo_mean' gives a completion one advantage, the mean of its tokens', which undoes "
+                f"{' and '.join(per_token)}; set it to vanilla."
             )
 
 
@@ -341,6 +375,12 @@ def _layout(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
 def _without_effect(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     of_format = {name: getattr(FORMATS[iapo.format], name) for name in ("exit_marker", "probe", "answer_end")}
     default = IapoConfig(format=iapo.format, **of_format)
+    actor = config.actor_rollout_ref.actor
+    if (mode := actor.policy_loss.loss_mode) in OWN_MEAN and actor.loss_agg_mode != "seq-mean-token-mean":
+        yield (
+            f"actor_rollout_ref.actor.loss_agg_mode={actor.loss_agg_mode} has no effect on the policy loss {mode}, "
+            f"which is a mean over {OWN_MEAN[mode]}; seq-mean-token-mean averages the KL loss alike."
+        )
     if iapo.gate != "all" and iapo.alpha == 0:
         yield f"iapo.gate={iapo.gate} has no effect with iapo.alpha=0."
     if iapo.score == "next_token_entropy" and iapo.alpha == 0:

@@ -4,10 +4,10 @@ A training step makes its advantages in stages. A method overrides the stages th
 method every stage is GRPO's:
 
     shape_reward         (B,)      the outcome rewards
-    keep_completions     (B,)      which completions train; later stages see only these
+    keep_completions     (B,)      which completions train; the next two stages see only these
     outcome_advantage    (B, T)    the group-relative advantage, to which the terms of `iapo.advantage` are added
     token_weight         (B, T)    factors >= 0 of each token's advantage
-    loss_mask            (B, T)    the tokens that the loss is a mean over
+    loss_mask            (B, T)    the tokens that the loss is a mean over, of all completions
 
 `iapo.methods.combine` makes the methods of a run and applies them. docs/adding-a-method.md has a worked example.
 Shape suffixes as in `iapo.information`.
@@ -83,12 +83,14 @@ class Method:
 
     Attributes:
         needs: the fields of `OPTIONAL` that it reads.
-        ignores: what has no effect in a run with this method, and why. A key is a hook of other methods, or "overlong",
-            the overlong penalty of `variant=dapo`.
+        ignores: what does not go with this method, and why. A key is a hook of other methods, "overlong", the overlong
+            penalty, or "filter_groups", dynamic sampling. `variant=dapo` has the last two.
+        masks_last: whether its `loss_mask` ranks tokens, so that it comes after those of the other methods.
     """
 
     needs: ClassVar[Sequence[str]] = ()
     ignores: ClassVar[dict[str, str]] = {}
+    masks_last: ClassVar[bool] = False
 
     def problems(self, rollouts: int, max_response_length: int) -> Iterator[str]:
         """What is wrong with the knobs in this run, one line each: "knob: value; fix".
@@ -104,7 +106,8 @@ class Method:
         return batch.rewards
 
     def keep_completions(self, batch: Batch) -> torch.Tensor:
-        """(B,) bool, the completions that train."""
+        """(B,) bool, the completions that train. The others have an advantage of 0. They keep their KL loss and are
+        counted in the mean of the loss."""
         return torch.ones(len(batch.group), dtype=torch.bool)
 
     def outcome_advantage(self, batch: Batch) -> torch.Tensor:
@@ -115,8 +118,10 @@ class Method:
         """(B, T) factors >= 0. The clipped loss of a token is proportional to its advantage, so they weigh the loss."""
         return torch.ones_like(advantages)
 
-    def loss_mask(self, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
+    def loss_mask(self, batch: Batch, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(B, T) 1 on the tokens that have a loss. The others have none of any kind and are not counted in its mean.
+
+        `mask` is (B, T) bool, the tokens that the methods before this one leave; it need not be applied here.
 
         verl skips a mini-batch in which no token is left, and reports its loss as NaN.
         """

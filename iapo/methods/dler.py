@@ -66,7 +66,7 @@ class Dler(Method):
         advantage_BT = advantage_B[:, None].expand(mask_BT.shape)
         return masked_zscore(advantage_BT.flatten(), mask_BT.flatten()).view(mask_BT.shape)
 
-    def loss_mask(self, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
+    def loss_mask(self, batch: Batch, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return self._counted(batch)
 
     def _counted(self, batch: Batch) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -37,6 +38,9 @@ class GrpoLambda(Method):
     weight: float = 0.5
 
     needs = ("correct",)
+    ignores: ClassVar[dict[str, str]] = {
+        "filter_groups": "it drops the prompts with right answers alone, whose length is to be priced first"
+    }
 
     def __post_init__(self) -> None:
         check_number("share", self.share, high=1)

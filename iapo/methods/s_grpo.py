@@ -59,7 +59,7 @@ class SGrpo(Method):
             budget = f"data.max_response_length={max_response_length}"
             yield f"always: {self.always} of {budget} keeps every token; lower it."
 
-    def loss_mask(self, batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
+    def loss_mask(self, batch: Batch, advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         kept_BT = torch.zeros(batch.response_mask.shape, dtype=torch.bool)
         for i, length in enumerate(batch.response_mask.sum(1).tolist()):
             kept_BT[i, :length] = torch.rand(length, generator=self._generator(batch, i, length)) < self.p

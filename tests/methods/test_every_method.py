@@ -54,7 +54,7 @@ def test_the_recipe_lists_every_knob_with_its_default(name):
 def test_it_acts_and_says_what_it_reads(name):
     method = make(name)
     assert acts_by(method)
-    assert set(method.ignores) <= {*HOOKS, "overlong"}
+    assert set(method.ignores) <= {*HOOKS, "overlong", "filter_groups"}
     batch = make_batch(make_rows([4, 4]))
     unread = set(OPTIONAL) - set(method.needs)
     for field in unread:

@@ -44,7 +44,7 @@ class Short(methods_page.Method):
             that count.
     """
 
-    def loss_mask(self, batch, advantages):
+    def loss_mask(self, batch, advantages, mask):
         return batch.response_mask
 
 

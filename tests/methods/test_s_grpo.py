@@ -21,7 +21,7 @@ def row(tokens):
 def kept(method, rows, step=1):
     """Per completion, a string of its tokens: x where it has a loss."""
     batch = make_batch(rows, step)
-    mask = method.loss_mask(batch, torch.zeros(batch.response_mask.shape))
+    mask = method.loss_mask(batch, torch.zeros(batch.response_mask.shape), batch.response_mask.bool())
     assert all(not mask[i, r.length :].any() for i, r in enumerate(rows))
     return ["".join(".x"[int(m)] for m in mask[i, : r.length]) for i, r in enumerate(rows)]
 

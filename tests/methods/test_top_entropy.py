@@ -8,6 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from iapo.methods import mask_tokens
+from iapo.methods.dler import Dler
+from iapo.methods.s_grpo import SGrpo
 from iapo.methods.top_entropy import TopEntropy
 from tests.methods.batches import Row, make_batch, row_lists, step
 
@@ -19,7 +22,7 @@ def row(group, reward, entropy):
 def kept(method, rows):
     """Per completion, a string of its tokens: x where it has a loss."""
     batch = make_batch(rows)
-    mask = method.loss_mask(batch, torch.zeros(batch.response_mask.shape))
+    mask = method.loss_mask(batch, torch.zeros(batch.response_mask.shape), batch.response_mask.bool())
     assert all(not mask[i, r.length :].any() for i, r in enumerate(rows))
     return ["".join(".x"[int(m)] for m in mask[i, : r.length]) for i, r in enumerate(rows)]
 
@@ -57,6 +60,35 @@ def test_ties_are_all_kept_and_one_token_at_least(entropies, expected):
 
 def test_the_smallest_share_keeps_one_token():
     assert kept(TopEntropy(share=1e-9), BATCH) == [".x.", ".", "..", "...."]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_another_method_leaves_out_has_no_rank(first):
+    """Whatever the order of the methods. dler cuts at two tokens and drops the second group, which is all wrong."""
+    rows = [row(0, 1.5, [0.1, 0.4]), row(0, -1.5, [0.3, 0.2, 3.0, 4.0]), *[row(1, -1.5, [2.0, 1.0])] * 2]
+    methods = [Dler(target_length=2), TopEntropy(share=0.5)]
+    batch = make_batch(rows)
+    _, mask = mask_tokens([methods[first], methods[1 - first]], batch, torch.ones(batch.response_mask.shape))
+    # Of 10 tokens 4 train. Among all tokens the upper half would be that of the others, and none would be left.
+    assert mask.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
+
+
+@given(rows=row_lists, percent=st.integers(1, 99), seed=st.integers(0, 9))
+def test_the_share_is_of_the_tokens_that_another_method_leaves(rows, percent, seed):
+    batch, random = make_batch(rows), SGrpo(always=0, until=5, p=0.5, seed=seed)
+    ones = torch.ones(batch.response_mask.shape)
+    left = random.loss_mask(batch, ones, batch.response_mask.bool())
+    if left.any():
+        _, mask = mask_tokens([TopEntropy(share=percent / 100), random], batch, ones)
+        entropies, kept = batch.entropy[left].tolist(), batch.entropy[mask.bool()].tolist()
+        assert sorted(kept) == sorted(entropies)[-math.ceil(Fraction(percent, 100) * len(entropies)) :]
+        assert not (mask.bool() & ~left).any()
+
+
+def test_where_the_others_leave_nothing_there_is_nothing_to_rank():
+    batch = make_batch([row(0, 1.5, [0.1, 0.4]), row(0, 1.5, [0.3])])  # all right, so dler drops it
+    advantages, mask = mask_tokens([TopEntropy(), Dler(target_length=2)], batch, torch.ones(2, 2))
+    assert not advantages.any() and torch.equal(mask, batch.response_mask)
 
 
 @given(rows=row_lists, percent=st.integers(1, 99), digits=st.integers(0, 3))
