@@ -1,8 +1,10 @@
 """One training step's advantages, from outcome rewards to what the loss is over. Pure torch, no verl.
 
-    rewards -> select -> completions that train -> outcome advantage + terms of `iapo.advantage` -> weigh -> result
+    rewards -> select -> completions that train -> outcome advantage + terms of `iapo.advantage` -> weigh
+            -> all completions, the others with an advantage of 0 -> mask_tokens -> result
 
-The methods of `iapo.methods` act by `select` and `weigh`, and one of them may have an outcome advantage of its own.
+The methods of `iapo.methods` act by `select`, `weigh` and `mask_tokens`, and one of them may have an outcome advantage
+of its own.
 `iapo.verl_adapter.estimator` carries the result to verl. Shape suffixes as in `iapo.information`.
 """
 
@@ -13,7 +15,7 @@ import torch
 
 from iapo.advantage import grpo_advantage, iapo_advantage
 from iapo.config import IapoConfig
-from iapo.methods import OPTIONAL, Batch, Method, acts_by, select, weigh
+from iapo.methods import OPTIONAL, Batch, Method, acts_by, mask_tokens, select, weigh
 from iapo.methods.base import chosen_rows
 
 
@@ -51,14 +53,16 @@ class StepAdvantage:
     """The result of `step_advantage`.
 
     Attributes:
-        advantages: (B, T), 0 outside of `loss_mask`.
-        loss_mask: (B, T) 1 on the tokens that the loss is over.
+        advantages: (B, T), 0 outside of `loss_mask` and of completions that don't train.
+        loss_mask: (B, T) 1 on the tokens that the loss is a mean over.
         terms: (B, T) each weighted term by its name, before methods weigh or mask it.
+        trains: (B,) bool, the completions that methods keep.
     """
 
     advantages: torch.Tensor
     loss_mask: torch.Tensor
     terms: dict[str, torch.Tensor]
+    trains: torch.Tensor
 
 
 def step_advantage(
@@ -81,16 +85,19 @@ def step_advantage(
     methods = list(inputs.methods.values())
     everything = batch_of(rewards, response_mask, group, inputs)
     real_B = response_mask.bool().any(1) if methods else torch.ones(len(rewards), dtype=torch.bool)
+    real = real_B.nonzero().flatten()
     batch, kept_B = select(methods, everything.rows(real_B))
-    rows = real_B.nonzero().flatten()[kept_B]
-    outcome = outcome_advantage(methods, batch, inputs.divide_by_std)
-    advantages, terms = add_terms(outcome, batch, chosen_rows(inputs, rows))
-    advantages, loss_mask = weigh(methods, batch, advantages)
+    rows, kept = real[kept_B], batch.rows(kept_B)
+    outcome = outcome_advantage(methods, kept, inputs.divide_by_std)
+    advantages, terms = add_terms(outcome, kept, chosen_rows(inputs, rows))
+    advantages = in_rows(weigh(methods, kept, advantages), kept_B.nonzero().flatten(), len(real))
+    advantages, loss_mask = mask_tokens(methods, batch, advantages)
     count = len(rewards)
     return StepAdvantage(
-        in_rows(advantages, rows, count),
-        in_rows(loss_mask, rows, count),
+        in_rows(advantages, real, count),
+        in_rows(loss_mask, real, count),
         {name: in_rows(term, rows, count) for name, term in terms.items()},
+        torch.zeros(count, dtype=torch.bool).index_fill(0, rows, True),
     )
 
 

@@ -102,7 +102,7 @@ def test_without_the_trainer_the_error_says_what_to_do(verl_v1):
         compute(data, keys, "iapo", config=OmegaConf.create({}))
 
 
-def test_methods_see_no_padding_and_what_they_drop_leaves_the_loss(verl_v1):
+def test_methods_see_no_padding_and_what_they_drop_has_no_advantage(verl_v1):
     DataProto, compute, estimator = verl_v1
     data, keys = batch(DataProto)
     mask = data.batch["response_mask"]
@@ -113,9 +113,9 @@ def test_methods_see_no_padding_and_what_they_drop_leaves_the_loss(verl_v1):
     kept = set()
     for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]):
         kept |= set(sorted(rows, key=lambda i: lengths[i])[:2])
-    assert set(carrier.result.loss_mask.any(1).nonzero().flatten().tolist()) == kept
-    assert torch.equal(carrier.result.loss_mask, mask * carrier.result.loss_mask.any(1, keepdim=True))
-    assert not advantages[carrier.result.loss_mask == 0].any() and advantages.any()
+    assert set(carrier.result.trains.nonzero().flatten().tolist()) == kept
+    assert torch.equal(carrier.result.loss_mask, mask)
+    assert not advantages[~carrier.result.trains].any() and not advantages[mask == 0].any() and advantages.any()
     torch.testing.assert_close(carrier.result.terms["outcome"], advantages)
 
 
@@ -131,7 +131,7 @@ def test_the_information_rate_compares_the_kept_completions_alone(verl_v1, seed,
     inputs = StepInputs(config, {"gfpo": Gfpo(k=k)}, exit_entropy=exit_entropy, correct=correct)
     with estimator.bind(inputs) as carrier:
         advantages = compute(data, keys, "iapo", config=OmegaConf.create({})).batch["advantages"]
-    rows = carrier.result.loss_mask.any(1)
+    rows = carrier.result.trains
     assert [rows[uids == uid].sum() for uid in ("u0", "u1", "u2", "pad")] == [k, k, min(k, 3), 0]
     kept = DataProto(batch=data.batch[rows], non_tensor_batch={"uid": uids[rows.numpy()]})
     alone = StepInputs(config, exit_entropy=exit_entropy[rows], correct=correct[rows])

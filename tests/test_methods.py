@@ -6,7 +6,18 @@ from typing import ClassVar
 import pytest
 import torch
 
-from iapo.methods import Method, acts_by, check_number, conflicts, load_states, make_methods, save_states, select, weigh
+from iapo.methods import (
+    Method,
+    acts_by,
+    check_number,
+    conflicts,
+    load_states,
+    make_methods,
+    mask_tokens,
+    save_states,
+    select,
+    weigh,
+)
 from iapo.methods.gtpo_trajectory import GtpoTrajectory
 from tests.methods.batches import make_batch, make_rows
 
@@ -83,22 +94,22 @@ def test_who_may_act_with_whom(methods, message):
 
 def test_rewards_selection_weights_and_masks_act_one_after_the_other():
     batch = make_batch(make_rows([[True, False, True]], longest=4, distinct=True))
-    chosen, kept = select([Doubled(), Right()], batch)
+    final, kept = select([Doubled(), Right()], batch)
     assert kept.tolist() == [True, False, True]
-    assert chosen.rewards.tolist() == [2 * batch.rewards[0].item(), 2 * batch.rewards[2].item()]
-    assert chosen.group.tolist() == [0, 0] and chosen.step == batch.step
-    advantages = 0.5 * chosen.response_mask
-    weighed, mask = weigh([First(), Even()], chosen, advantages)
-    even = (torch.arange(advantages.shape[1]) % 2 == 0) & chosen.response_mask.bool()
-    expected = advantages * even
+    assert torch.equal(final.rewards, 2 * batch.rewards) and torch.equal(final.group, batch.group)
+    weighed = weigh([First(), Even()], final, 0.5 * final.response_mask)
+    expected = 0.5 * final.response_mask
     expected[:, 0] *= 3
-    assert torch.equal(weighed, expected) and torch.equal(mask.bool(), even)
+    assert torch.equal(weighed, expected)
+    masked, mask = mask_tokens([First(), Even()], final, weighed)
+    even = (torch.arange(weighed.shape[1]) % 2 == 0) & final.response_mask.bool()
+    assert torch.equal(masked, expected * even) and torch.equal(mask.bool(), even)
 
 
 def test_a_mask_that_leaves_nothing_leaves_advantages_of_zero():
     batch = make_batch(make_rows([3]))
-    weighed, mask = weigh([Nothing()], batch, torch.ones(batch.response_mask.shape))
-    assert not weighed.any() and torch.equal(mask, batch.response_mask)
+    masked, mask = mask_tokens([Nothing()], batch, torch.ones(batch.response_mask.shape))
+    assert not masked.any() and torch.equal(mask, batch.response_mask)
 
 
 class Curious(Method):

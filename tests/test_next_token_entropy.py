@@ -88,7 +88,7 @@ def test_the_trainer_takes_them_from_verl_without_a_pass(region, lengths):
 def test_metrics_have_gains_but_no_exit_entropies():
     mask = torch.tensor([[1, 1, 1]])
     inputs = StepInputs(NE, exit_entropy=torch.tensor([[2.0, 0.5, 1.0, 1.0]]), region_mask=mask)
-    result = StepAdvantage(torch.ones(1, 3), mask, {"outcome": torch.ones(1, 3)})
+    result = StepAdvantage(torch.ones(1, 3), mask, {"outcome": torch.ones(1, 3)}, torch.tensor([True]))
     metrics = information_metrics(inputs, result, mask)
     assert metrics == {
         "iapo/advantage_share/outcome": 1.0,

@@ -229,7 +229,9 @@ def test_model_data_set_and_platform_set_different_keys():
     assert data & platform == set() and variant & platform == set()
 
 
-@pytest.mark.parametrize("variants", ["[iapo_rate,gfpo]", "[dapo,iapo]", "[length_penalty,gfpo,iapo]"])
+@pytest.mark.parametrize(
+    "variants", ["[iapo_rate,gfpo]", "[dapo,iapo]", "[length_penalty,gfpo,iapo]", "[gfpo,dr_grpo]"]
+)
 def test_variants_act_together(variants):
     config = composes(variants, "tiny", "verbose_arithmetic", "cpu")
     check(config, files=False)
@@ -237,7 +239,7 @@ def test_variants_act_together(variants):
     assert config.trainer.experiment_name == f"{'+'.join(names)}-tiny-verbose_arithmetic"
     assert set(config.methods) == set(names) & {"gfpo", "length_penalty"}
     assert config.algorithm.filter_groups.enable == ("dapo" in names)
-    assert config.actor_rollout_ref.actor.use_kl_loss == ("dapo" not in names)
+    assert config.actor_rollout_ref.actor.use_kl_loss == (not {"dapo", "dr_grpo"} & set(names))
     assert (config.iapo.alpha > 0, config.iapo.rho > 0) == ("iapo" in names, "iapo_rate" in names)
 
 
@@ -382,8 +384,8 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         ),
         (["variant=[dr_grpo,dler]"], "^algorithm.norm_adv_by_std_in_grpo: false has no effect with dler, which has"),
         (
-            ["variant=[gfpo,dr_grpo]"],
-            "^actor_rollout_ref.actor.loss_agg_mode: 'seq-mean-token-sum-norm' counts the completions that gfpo leaves",
+            ["variant=[s_grpo,dr_grpo]"],
+            "^actor_rollout_ref.actor.loss_agg_mode: 'seq-mean-token-sum-norm' counts the completions that s_grpo leav",
         ),
         ([f"{LOSS_MODE}=vanila"], f"^{LOSS_MODE}: 'vanila' must be one of cispo, .*, geo_mean, .*, vanilla.$"),
         (
@@ -1249,7 +1251,12 @@ def test_a_running_ray_cluster_gets_no_resources(monkeypatch):
 
 
 def test_losses_of_verl_may_take_the_place_of_the_clipped_one():
-    for overrides in ("variant=iapo LOSS=gspo", "variant=dapo LOSS=cispo", "variant=dler LOSS=dppo_tv"):
+    for overrides in (
+        "variant=gfpo LOSS=sapo",
+        "variant=iapo LOSS=gspo",
+        "variant=dapo LOSS=cispo",
+        "variant=dler LOSS=dppo_tv",
+    ):
         check(changed(*overrides.replace("LOSS", LOSS_MODE).split()), files=False)
     own_mean = "which is a mean over each completion's tokens first; seq-mean-token-mean averages the KL loss alike.$"
     with pytest.warns(UserWarning, match=f"loss_agg_mode=token-mean has no effect on the policy loss sapo, {own_mean}"):

@@ -265,7 +265,7 @@ def _ignored_by(config: DictConfig, methods: dict[str, Method]) -> Iterator[str]
                 "own; set it to true."
             )
         mode = config.actor_rollout_ref.actor.loss_agg_mode
-        if mode != "token-mean" and {"keep_completions", "loss_mask"} & set(hooks):
+        if mode != "token-mean" and "loss_mask" in hooks:
             yield (
                 f"actor_rollout_ref.actor.loss_agg_mode: {mode!r} counts the completions that {name} leaves out; set "
                 "it to token-mean."
@@ -282,7 +282,7 @@ def _policy_loss(config: DictConfig, iapo: IapoConfig, methods: dict[str, Method
         yield f"{key}: {mode!r} must be one of {', '.join(known)}."
     hooks = {name: set(acts_by(method)) for name, method in methods.items()}
     if mode in OWN_MEAN:
-        for name in (name for name in hooks if {"keep_completions", "loss_mask"} & hooks[name]):
+        for name in (name for name in hooks if "loss_mask" in hooks[name]):
             yield (
                 f"{key}: {mode!r} takes the mean over {OWN_MEAN[mode]}, which counts the completions that {name} "
                 "leaves out; set it to vanilla."

@@ -5,7 +5,7 @@ docs/methods.md lists the methods and docs/adding-a-method.md adds one.
 """
 
 from iapo.methods.base import HOOKS, OPTIONAL, Batch, Method, acts_by, check_choice, check_number
-from iapo.methods.combine import conflicts, load_states, make_methods, save_states, select, weigh
+from iapo.methods.combine import conflicts, load_states, make_methods, mask_tokens, save_states, select, weigh
 
 __all__ = [
     "HOOKS",
@@ -18,6 +18,7 @@ __all__ = [
     "conflicts",
     "load_states",
     "make_methods",
+    "mask_tokens",
     "save_states",
     "select",
     "weigh",

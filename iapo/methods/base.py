@@ -4,10 +4,10 @@ A training step makes its advantages in stages. A method overrides the stages th
 method every stage is GRPO's:
 
     shape_reward         (B,)      the outcome rewards
-    keep_completions     (B,)      which completions train; later stages see only these
+    keep_completions     (B,)      which completions train; the next two stages see only these
     outcome_advantage    (B, T)    the group-relative advantage, to which the terms of `iapo.advantage` are added
     token_weight         (B, T)    factors >= 0 of each token's advantage
-    loss_mask            (B, T)    the tokens that the loss is a mean over
+    loss_mask            (B, T)    the tokens that the loss is a mean over, of all completions
 
 `iapo.methods.combine` makes the methods of a run and applies them. docs/adding-a-method.md has a worked example.
 Shape suffixes as in `iapo.information`.
@@ -106,7 +106,8 @@ class Method:
         return batch.rewards
 
     def keep_completions(self, batch: Batch) -> torch.Tensor:
-        """(B,) bool, the completions that train."""
+        """(B,) bool, the completions that train. The others have an advantage of 0. They keep their KL loss and are
+        counted in the mean of the loss."""
         return torch.ones(len(batch.group), dtype=torch.bool)
 
     def outcome_advantage(self, batch: Batch) -> torch.Tensor:

@@ -61,28 +61,35 @@ def conflicts(methods: dict[str, Method]) -> Iterator[str]:
 
 
 def select(methods: Sequence[Method], batch: Batch) -> tuple[Batch, torch.Tensor]:
-    """The completions that train, with their final rewards, and which rows of the batch they are, as (B,) bool."""
+    """The batch with its final rewards, and which of its completions train, as (B,) bool."""
     for method in methods:
         batch = replace(batch, rewards=method.shape_reward(batch))
     kept_B = torch.ones(len(batch.group), dtype=torch.bool)
     for method in methods:
         kept_B &= method.keep_completions(batch)
-    return batch.rows(kept_B), kept_B
+    return batch, kept_B
 
 
-def weigh(methods: Sequence[Method], batch: Batch, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The final advantages and the loss mask, each (B, T), from the advantages before the methods' weights and masks.
+def weigh(methods: Sequence[Method], batch: Batch, advantages: torch.Tensor) -> torch.Tensor:
+    """(B, T) the advantages of the completions that train, times the methods' weights."""
+    weight_BT = batch.response_mask.float()
+    for method in methods:
+        weight_BT = weight_BT * method.token_weight(batch, advantages)
+    return advantages * weight_BT
+
+
+def mask_tokens(methods: Sequence[Method], batch: Batch, advantages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The final advantages and the loss mask of all completions, each (B, T), from their weighed advantages.
 
     If the methods leave no token at all, the mask stays the response's and all advantages are 0, because a mean over
     nothing is NaN.
     """
-    weight_BT, mask_BT = batch.response_mask.float(), batch.response_mask.bool()
+    mask_BT = batch.response_mask.bool()
     for method in sorted(methods, key=lambda method: method.masks_last):
-        weight_BT = weight_BT * method.token_weight(batch, advantages)
         mask_BT = mask_BT & method.loss_mask(batch, advantages, mask_BT).bool()
     if not mask_BT.any():
         return torch.zeros_like(advantages), batch.response_mask
-    return advantages * weight_BT * mask_BT, mask_BT.to(batch.response_mask.dtype)
+    return advantages * mask_BT, mask_BT.to(batch.response_mask.dtype)
 
 
 def save_states(methods: dict[str, Method], folder: Path) -> None:

@@ -15,20 +15,21 @@ class Gfpo(Method):
         S   = the k completions of the group that are shortest, or that have most reward per token
         A_i = (r_i - mean_{j in S} r_j) / std_{j in S} r_j      for i in S;  0 for all others
 
-    The loss is a mean over the tokens of S. With `adaptive`, k depends on how hard the prompt is. The accuracies of all
-    groups so far have quartiles q1 <= q2 <= q3. A group keeps `adaptive[n]` completions if n of the quartiles lie below
-    its own accuracy, so hard prompts keep more. A quartile that equals its accuracy counts as below if more than half
-    of the group is right: a solved prompt is easy even where most prompts are solved and the quartiles are 1.
+    The loss and its KL term are means over the tokens of all G completions, those with A_i = 0 too. With `adaptive`, k
+    depends on how hard the prompt is. The accuracies of all groups so far have quartiles q1 <= q2 <= q3. A group keeps
+    `adaptive[n]` completions if n of the quartiles lie below its own accuracy, so hard prompts keep more. A quartile
+    that equals its accuracy counts as below if more than half of the group is right: a solved prompt is easy even where
+    most prompts are solved and the quartiles are 1.
 
-    Source: arXiv 2508.09726, sections 3 and 3.1; section 3.2 for `adaptive`.
+    Source: arXiv 2508.09726, sections 3 and 3.1, equation 2 for the loss; section 3.2 for `adaptive`.
 
     Degenerate cases: a group of at most k completions keeps all. Of equal completions the shorter is kept, then the one
     that was sampled first.
 
     Differences: rewards here may be negative, which per token would favour long failures. Where the lowest reward of a
     group is negative, it is therefore subtracted first. The quartiles are exact; the paper estimates them with a
-    t-digest. The paper measures difficulty by the mean reward, here it is the accuracy. The rules for ties are ours. No
-    code of the authors was found.
+    t-digest. The paper measures difficulty by the mean reward, here it is the accuracy. The rules for ties are ours.
+    The recipe keeps 4 of 8; the paper keeps 4 of 16 or of 24. No code of the authors was found.
 
     Attributes:
         k: completions kept per group.

@@ -16,9 +16,10 @@ class TopEntropy(Method):
         tau = the ceil(share N)-th highest entropy of the batch's N tokens
 
     H is the next-token entropy of the old policy. The batch's tokens are those that train: tokens that another method
-    of the run leaves out of the loss have no rank. The mean of the loss is over the kept tokens, as in the released
-    code; over all tokens the loss would be about `share` times as large. The recipe is otherwise DAPO, as in the paper,
-    without KL loss. A KL loss, if one is set, is over the kept tokens too.
+    of the run leaves out of the loss have no rank. Completions without an advantage do have one. The mean of the loss
+    is over the kept tokens, as in the released code; over all tokens the loss would be about `share` times as large.
+    The recipe is otherwise DAPO, as in the paper, without KL loss. A KL loss, if one is set, is over the kept tokens
+    too.
 
     Source: arXiv 2506.01939, section 5.2, equation 6.
 

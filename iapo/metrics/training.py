@@ -66,10 +66,10 @@ def method_metrics(methods: dict[str, Method], result: StepAdvantage, response_m
     """
     if not methods:
         return {}
-    real = response_mask.bool().any(1)
+    real, trained_BT = response_mask.bool().any(1), result.loss_mask.bool() & result.trains[:, None]
     metrics = {
-        "iapo/method/completions_kept": result.loss_mask[real].bool().any(1).float().mean().item(),
-        "iapo/method/tokens_kept": result.loss_mask.sum().item() / response_mask.sum().item(),
+        "iapo/method/completions_kept": trained_BT[real].any(1).float().mean().item(),
+        "iapo/method/tokens_kept": trained_BT.sum().item() / response_mask.sum().item(),
     }
     for name, method in methods.items():
         numbers = {k: v for k, v in method.state_dict().items() if isinstance(v, int | float)}

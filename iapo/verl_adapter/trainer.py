@@ -220,7 +220,7 @@ class IapoTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's, with the loss over the tokens that the methods leave; its metrics still count all of them."""
-        narrow = any({"keep_completions", "loss_mask"} & set(acts_by(method)) for method in self.methods.values())
+        narrow = any("loss_mask" in acts_by(method) for method in self.methods.values())
         if narrow:
             before = fetch(batch, ["response_mask", "loss_mask"])
             rows = zip(self._result.loss_mask, before["response_mask"].unbind(), strict=True)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from iapo.methods import weigh
+from iapo.methods import mask_tokens
 from iapo.methods.dler import Dler
 from iapo.methods.s_grpo import SGrpo
 from iapo.methods.top_entropy import TopEntropy
@@ -68,7 +68,7 @@ def test_what_another_method_leaves_out_has_no_rank(first):
     rows = [row(0, 1.5, [0.1, 0.4]), row(0, -1.5, [0.3, 0.2, 3.0, 4.0]), *[row(1, -1.5, [2.0, 1.0])] * 2]
     methods = [Dler(target_length=2), TopEntropy(share=0.5)]
     batch = make_batch(rows)
-    _, mask = weigh([methods[first], methods[1 - first]], batch, torch.ones(batch.response_mask.shape))
+    _, mask = mask_tokens([methods[first], methods[1 - first]], batch, torch.ones(batch.response_mask.shape))
     # Of 10 tokens 4 train. Among all tokens the upper half would be that of the others, and none would be left.
     assert mask.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
@@ -79,7 +79,7 @@ def test_the_share_is_of_the_tokens_that_another_method_leaves(rows, percent, se
     ones = torch.ones(batch.response_mask.shape)
     left = random.loss_mask(batch, ones, batch.response_mask.bool())
     if left.any():
-        _, mask = weigh([TopEntropy(share=percent / 100), random], batch, ones)
+        _, mask = mask_tokens([TopEntropy(share=percent / 100), random], batch, ones)
         entropies, kept = batch.entropy[left].tolist(), batch.entropy[mask.bool()].tolist()
         assert sorted(kept) == sorted(entropies)[-math.ceil(Fraction(percent, 100) * len(entropies)) :]
         assert not (mask.bool() & ~left).any()
@@ -87,7 +87,7 @@ def test_the_share_is_of_the_tokens_that_another_method_leaves(rows, percent, se
 
 def test_where_the_others_leave_nothing_there_is_nothing_to_rank():
     batch = make_batch([row(0, 1.5, [0.1, 0.4]), row(0, 1.5, [0.3])])  # all right, so dler drops it
-    advantages, mask = weigh([TopEntropy(), Dler(target_length=2)], batch, torch.ones(2, 2))
+    advantages, mask = mask_tokens([TopEntropy(), Dler(target_length=2)], batch, torch.ones(2, 2))
     assert not advantages.any() and torch.equal(mask, batch.response_mask)
 
 
