@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -307,6 +308,22 @@ def test_overrides_of_the_command_line_win():
     assert config.data.train_files == str(Path.cwd() / "data" / "gsm8k" / "train.parquet")
     assert config.run_dir == str(Path.cwd() / "runs" / "iapo-qwen2.5-0.5b-instruct-gsm8k")
     assert config.trainer.default_local_dir == config.run_dir + "/checkpoints"
+
+
+def test_the_deviations_name_the_schedule_on_qwen_and_restore_the_papers():
+    page = (Path(__file__).parent.parent / "docs/deviations.md").read_text()
+    (row,) = [line for line in page.splitlines() if line.startswith("| schedule on Qwen2.5 |")]
+    _, _, _, ours, restored, _ = row.split("|")
+    run = ["model=qwen2.5-1.5b-instruct", "data=gsm8k", "platform=gpu", "trainer.n_gpus_per_node=8"]
+    config = resolve(*run)
+    batch, steps = config.data.train_batch_size, config.trainer.total_training_steps
+    assert f"{batch} prompts per update, {steps} updates" in ours and config.actor_rollout_ref.actor.optim.lr == 1e-6
+    command, _ = re.findall("`(.*?)`", restored)
+    paper = resolve(*run, *command.split())
+    check_with_verl(paper)
+    assert 12 <= paper.data.train_batch_size <= 16
+    assert paper.trainer.total_training_steps == 2 * 7473 // paper.data.train_batch_size
+    assert paper.actor_rollout_ref.actor.ppo_mini_batch_size == paper.data.train_batch_size
 
 
 def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
