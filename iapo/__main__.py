@@ -34,12 +34,15 @@ def main() -> None:
     elif name not in COMMANDS:
         print(f"iapo: command: {name!r} must be one of {', '.join(COMMANDS)}; see iapo --help.", file=sys.stderr)
         sys.exit(2)
-    else:  # imported only now, so that a command loads only what it needs
-        run(name, importlib.import_module(COMMANDS[name]).main, arguments)
+    else:
+        run(name, lambda given: importlib.import_module(COMMANDS[name]).main(given), arguments)
 
 
 def run(name: str, command: Callable[[list[str]], int], arguments: list[str]) -> None:
-    """End this process with the exit status of a command."""
+    """End this process with the exit status of a command.
+
+    A command is imported as it is called: it loads only what it needs, and may be interrupted meanwhile.
+    """
     try:
         status = command(arguments)
     except KeyboardInterrupt:

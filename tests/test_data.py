@@ -589,6 +589,22 @@ def test_own_data_by_its_columns(tmp_path, capsys, suffix):
     assert f"sums: train on it with data={tmp_path / 'data' / 'sums'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("source", ["data/mine", "data/mine/train.parquet", "data/../data/mine"])
+def test_own_data_is_never_overwritten(tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    halves = {"train": OWN[:5], "test": OWN[5:]}
+    originals = [write(tmp_path / f"data/mine/{split}.parquet", rows) for split, rows in halves.items()]
+    before = [original.read_bytes() for original in originals]
+    arguments = ["mine", "--source", source, "--question", "q", "--answer", "a"]
+    assert data.main([*arguments, "--out", "data"]) == 2
+    assert capsys.readouterr().err == (
+        f"iapo.data: source: {source!r} would be overwritten, because the set is written to data/mine; choose another "
+        "--out or name.\n"
+    )
+    assert [original.read_bytes() for original in originals] == before
+    assert data.main([*arguments, "--out", "made"]) == 0
+
+
 def test_own_data_with_several_right_answers_and_splits(tmp_path):
     write(tmp_path / "mine" / "train.jsonl", [{"q": "A root of 4?", "a": [2, "-2"]}, {"q": "A root of 0?", "a": 0}])
     write(tmp_path / "mine" / "test.csv", [{"q": "A root of 1, above 0?", "a": "1"}])

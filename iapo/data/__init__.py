@@ -83,6 +83,7 @@ def prepare(
         ImportError: a package that this data set needs is not installed.
     """
     _check_name(name, source, question, answer)
+    _check_not_overwritten(source, Path(out_dir) / name)
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} must be one of {', '.join(FORMATS)}.")
     for field, value in (("train_size", train_size), ("test_size", test_size)):
@@ -124,6 +125,16 @@ def _check_name(name: str, source: str | None, question: str | None, answer: str
     for field, value in (("question", question), ("answer", answer), ("source", source)):
         if not value:
             raise ValueError(f"{field}: missing; data of your own needs --source, --question and --answer.")
+
+
+def _check_not_overwritten(source: str | None, folder: Path) -> None:
+    """A user's own originals, and the set that is made of them, may both be data/NAME/train.parquet."""
+    for path in [folder.resolve() / f"{split}.parquet" for split in ("train", "test", "validation")]:
+        if source and path.exists() and Path(source).resolve() in (path, path.parent):
+            raise ValueError(
+                f"source: {source!r} would be overwritten, because the set is written to {folder}; choose another "
+                "--out or name."
+            )
 
 
 def _warn_if_set(name: str, **options: object) -> None:
