@@ -1308,7 +1308,7 @@ def test_a_dry_run_ends_with_what_the_checks_say():
     lines = shown.stdout.splitlines()
     assert shown.returncode == 0 and len(lines) > 1000
     assert lines[-3:-1] == [  # the last line is verl's, that its checks passed
-        "iapo: iapo.score=auto is first_token_entropy for this model",
+        "iapo: iapo.score=auto is first_token_entropy in this run",
         "warning: iapo.gate=correct has no effect with iapo.alpha=0.",
     ]
 
