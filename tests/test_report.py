@@ -103,6 +103,11 @@ def test_console_says_once_why_nothing_is_learned(capsys):
         "iapo: step 2: information is negative on average: after the reasoning the model is less"
     )
     assert "; try iapo.score=reference_answer, see" in lines[2]
+    assert "layout" in lines[2]
+    console = ProgressConsole(total_steps=12, score="answer_logprob")  # of all tokens
+    console.log({"iapo/information_rate": -0.01}, step=1)
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert "the model is less certain than before it; try iapo.score=reference_answer" in line
     console = ProgressConsole(total_steps=12, score="reference_answer")  # nothing to try that isn't chosen
     console.log({"iapo/information_rate": -0.01}, step=1)
     (line,) = capsys.readouterr().out.splitlines()[1:]

@@ -99,6 +99,6 @@ def warnings_of(data: dict, score: str) -> Iterator[str]:
             reason = "the right answer is less probable than before it, as where most answers are wrong"
             fix = "the rate counts in right ones alone; begin with iapo warmup if few are"
         else:
-            reason = "the model is less certain than before it, as where the first token after the probe is layout"
-            fix = "try iapo.score=reference_answer"
+            layout = ", as where the first token after the probe is layout" if score == "first_token_entropy" else ""
+            reason, fix = f"the model is less certain than before it{layout}", "try iapo.score=reference_answer"
         yield f"information is negative on average: after the reasoning {reason}; {fix}, see docs/metrics.md."

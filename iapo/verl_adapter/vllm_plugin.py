@@ -13,7 +13,7 @@ RUN_ID = "IAPO_RUN_ID"
 JOB_ID = "VERL_RAY_JOB_ID"
 # Rollout servers of this run on a machine; they share its cores.
 RANKS = "IAPO_RANKS"
-# From this hidden size on a decoding step has enough arithmetic for a second thread (benchmarks/README.md).
+# The least hidden size for more than one thread. Measured at 576 (benchmarks/README.md); the embedded models have 128.
 WIDE = 512
 
 
