@@ -1,6 +1,7 @@
 """What a record of the method table depends on, and that the committed records are those of today's runs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,23 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/table/results"
 
 
+def composed_once():
+    """`resolved_config` that composes the first of the jobs that differ in seed and folder alone."""
+    firsts = {}
+
+    def config_of(job):
+        given = dict(part.split("=", 1) for part in job.arguments)
+        seed = given.pop("seed")
+        given.pop("run_dir")
+        if (key := tuple(given.items())) not in firsts:
+            firsts[key] = job, seed, resolved_config(job)
+        first, first_seed, text = firsts[key]
+        text = re.sub(rf"(?m)^( *(?:seed|data_loader_seed): ){first_seed}$", rf"\g<1>{seed}", text)
+        return text.replace(str(first.folder), str(job.folder))
+
+    return config_of
+
+
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
     """The table over a copy of the committed records."""
@@ -28,7 +46,14 @@ def committed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IAPO_DATA_DIR", str(folder / "data"))
         rt.open_folder(plan)
-        yield Table(plan)
+        yield Table(plan, config_of=composed_once())
+
+
+def test_a_config_with_another_seed_is_the_resolved_one(committed):
+    config_of = composed_once()
+    first, second = (committed.plan.job("gfpo", 4, seed) for seed in (0, 1))
+    assert config_of(first) == resolved_config(first)
+    assert config_of(second) == resolved_config(second) != config_of(first)
 
 
 def test_every_needed_run_of_the_table_has_a_committed_record_or_is_to_be_run_again(committed):
