@@ -71,3 +71,20 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    from iapo.data import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    prepare("verbose_arithmetic", folder)
+    return folder
+
+
+@pytest.fixture
+def train(tmp_path, data_dir):
+    from tests.runs import runs
+
+    with runs(tmp_path, data_dir) as start:
+        yield start

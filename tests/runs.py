@@ -109,3 +109,16 @@ def finished(run: Run, timeout: float = 600) -> Run:
     assert run.wait(timeout) == 0, run.tail()
     assert not run.wait_until_gone(), "processes are left behind"
     return run
+
+
+def segments() -> set[Path]:
+    """All shared memory of Python's on the machine."""
+    return set(Path("/dev/shm").glob("psm_*"))
+
+
+def left_behind(before: set[Path], patience_s: float = 15) -> set[Path]:
+    """Shared memory that wasn't there `before` and that no process maps; other runs of the machine map theirs."""
+    deadline = time.monotonic() + patience_s
+    while (left := segments() - before - mapped_segments(psutil.pids())) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return left

@@ -6,6 +6,7 @@ from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 from iapo.launch.shared_memory import removes_own_segments
+from tests.runs import left_behind, segments
 
 # Makes a segment, says its name, and is killed before it can remove it; no resource tracker cleans up after it.
 LEAK = """
@@ -48,3 +49,14 @@ def test_waits_for_what_is_still_mapped_and_leaves_it_in_the_end():
     child.kill()
     child.wait()
     own.unlink()
+
+
+def test_what_a_dead_process_leaves_is_left_behind_and_what_a_living_one_maps_is_not():
+    before = segments()
+    process, segment = leak(dict(os.environ))
+    assert segment in segments() - before - left_behind(before, patience_s=0)
+    process.kill()
+    process.wait()
+    assert segment in left_behind(before, patience_s=0)
+    segment.unlink()
+    assert segment not in left_behind(before, patience_s=0)
