@@ -301,6 +301,25 @@ def test_variants_differ_where_they_should():
     assert (overlong.enable, overlong.len, dapo.reward.reward_kwargs.max_resp_len) == (True, 25, 128)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "updates", "size"),
+    [(512, 16, 32), (16, 8, 2), (16, 16, 1), (4, 16, 1), (20, 8, 2), (12, 8, 1), (7, 2, 1)],
+)
+def test_a_batch_makes_equal_updates_as_many_as_asked_for_or_one_per_prompt(prompts, updates, size):
+    assert compose.mini_batch(prompts, updates) == size
+    assert prompts % size == 0 and prompts // size >= min(updates, prompts)
+
+
+@pytest.mark.parametrize(
+    ("variant", "updates"), [("dapo", 16), ("top_entropy", 16), ("dler", 8), ("laser", 2), ("iapo", 1)]
+)
+def test_recipes_that_clip_make_as_many_updates_per_batch_as_their_sources(variant, updates):
+    config = resolve(f"variant={variant}", "model=qwen2.5-7b-instruct", "data=dapo_math_17k", "platform=gpu")
+    assert config.data.train_batch_size == updates * config.actor_rollout_ref.actor.ppo_mini_batch_size
+    by_hand = resolve(f"variant={variant}", "platform=cpu", "actor_rollout_ref.actor.ppo_mini_batch_size=3")
+    assert by_hand.actor_rollout_ref.actor.ppo_mini_batch_size == 3
+
+
 def test_overrides_of_the_command_line_win():
     config = resolve("variant=iapo", "model=qwen2.5-0.5b-instruct", "data=gsm8k", "platform=gpu", "iapo.alpha=0.05")
     assert config.iapo.alpha == 0.05
@@ -491,6 +510,14 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (
             ["actor_rollout_ref.actor.ppo_mini_batch_size=32"],
             "ppo_mini_batch_size: 32 must not exceed data.train_batch_size=16",
+        ),
+        (
+            [
+                "trainer.n_gpus_per_node=2",
+                "actor_rollout_ref.rollout.n=3",
+                "actor_rollout_ref.actor.ppo_mini_batch_size=1",
+            ],
+            "ppo_mini_batch_size: 1 prompts with rollout.n=3 completions can't be shared equally by 2 ranks; .* of 2.",
         ),
     ],
 )

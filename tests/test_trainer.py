@@ -135,7 +135,7 @@ def test_rows_are_ordered_by_prompt_and_rollout():
         (["variant=grpo"], False),
         (["variant=dr_grpo"], False),
         (["variant=length_penalty"], False),
-        (["variant=dapo"], False),
+        (["variant=dapo", "actor_rollout_ref.actor.ppo_mini_batch_size=16"], False),
         (["variant=iapo", "iapo.alpha=0", "iapo.beta=0"], False),
         # Terms, methods and probes that do.
         (["variant=iapo"], True),
@@ -145,6 +145,7 @@ def test_rows_are_ordered_by_prompt_and_rollout():
         (["variant=gtpo"], True),
         (["variant=top_entropy"], True),
         # Several updates, and verl's own readers.
+        (["variant=dapo"], True),
         (["variant=grpo", "actor_rollout_ref.actor.ppo_mini_batch_size=8"], True),
         (["variant=grpo", "actor_rollout_ref.actor.ppo_epochs=2"], True),
         (["variant=grpo", "actor_rollout_ref.rollout.calculate_log_probs=true"], True),

@@ -85,6 +85,8 @@ class Plan:
             "trainer.save_freq=10",
             "trainer.max_actor_ckpt_to_keep=1",
             "iapo.validation_information=false",
+            # One update per batch in every row, whatever the recipe; table.yaml says why.
+            "actor_rollout_ref.actor.ppo_mini_batch_size=${data.train_batch_size}",
             *(self.methods[name].overrides(value) if trained else ()),
             *self.overrides,
             f"trainer.val_before_train={str(not trained).lower()}",

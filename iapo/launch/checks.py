@@ -4,6 +4,7 @@ The options are checked here, alone and together; `iapo.launch.check_files` chec
 yields its problems, one line each: field, value, fix.
 """
 
+import math
 import os
 import sys
 import warnings
@@ -168,6 +169,12 @@ def _trainer(config: DictConfig) -> Iterator[str]:
     if mini_batch > batch:  # verl would pad the batch up to it
         yield (
             f"actor_rollout_ref.actor.ppo_mini_batch_size: {mini_batch} must not exceed data.train_batch_size={batch}."
+        )
+    ranks, rollouts = config.trainer.nnodes * config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout.n
+    if ranks and mini_batch * rollouts % ranks:  # a worker would fail on it, after the first rollouts
+        yield (
+            f"actor_rollout_ref.actor.ppo_mini_batch_size: {mini_batch} prompts with rollout.n={rollouts} completions "
+            f"can't be shared equally by {ranks} ranks; set it to a multiple of {ranks // math.gcd(ranks, rollouts)}."
         )
     known = Tracking.supported_backend
     chosen = config.trainer.logger

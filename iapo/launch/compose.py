@@ -242,11 +242,17 @@ def register_resolvers() -> None:
         "iapo.format": lambda name, field: getattr(FORMATS[name], field),
         "iapo.model": lambda name: str(data_dir() / "models" / name),
         "iapo.part": lambda length, share: int(Fraction(str(share)) * int(length)),
+        "iapo.mini_batch": mini_batch,
         "iapo.pack": lambda tokens, prompt, response: max(int(tokens), int(prompt) + int(response)),
         "iapo.gpu_count": gpu_count,
     }
     for name, function in resolvers.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
+
+
+def mini_batch(prompts: int, updates: int) -> int:
+    """Prompts per update, so that a batch makes at least that many equal updates, or one per prompt if it has fewer."""
+    return next(size for size in range(max(1, prompts // updates), 0, -1) if prompts % size == 0)
 
 
 def register_defaults() -> None:
