@@ -256,6 +256,12 @@ def failure(name, out_dir, source=None, **options) -> str:
     return str(error.value)
 
 
+def test_a_negative_seed_is_refused(tmp_path):
+    """Python's generator draws with -1 what it draws with 1."""
+    for name in ("verbose_arithmetic", "math500"):
+        assert failure(name, tmp_path, seed=-1) == "seed: -1 must be a whole number of at least 0."
+
+
 def test_unknown_name_and_sizes(tmp_path):
     line = failure("gsm9k", tmp_path)
     assert line.startswith("name: 'gsm9k' must be one of gsm8k, math500, dapo_math_17k, svamp, aime24, aime25, amc23,")
@@ -605,6 +611,12 @@ def test_own_data_is_never_overwritten(tmp_path, monkeypatch, capsys, source):
     assert data.main([*arguments, "--out", "made"]) == 0
 
 
+def test_the_command_that_trains_on_own_data_is_quoted_for_a_shell(tmp_path, capsys):
+    source = str(write(tmp_path / "mine.jsonl", OWN))
+    data.prepare("sums", tmp_path / "my data", source, question="q", answer="a")
+    assert capsys.readouterr().out.endswith(f"sums: train on it with 'data={tmp_path}/my data/sums'\n")
+
+
 def test_own_data_with_several_right_answers_and_splits(tmp_path):
     write(tmp_path / "mine" / "train.jsonl", [{"q": "A root of 4?", "a": [2, "-2"]}, {"q": "A root of 0?", "a": 0}])
     write(tmp_path / "mine" / "test.csv", [{"q": "A root of 1, above 0?", "a": "1"}])
@@ -818,6 +830,21 @@ def test_a_dapo_row_without_one_of_the_fixed_sentences_is_refused(tmp_path):
     source = str(write(tmp_path / "dapo.parquet", [row] * 3))
     with pytest.raises(ValueError, match="lacks the data set's fixed first and last sentence"):
         data.prepare("dapo_math_17k", tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    "options,line",
+    [
+        (["--out", ""], "--out: '' names no folder; give one, or leave it out."),
+        ([], "IAPO_DATA_DIR: '' names no folder; set the variable to one, or unset it."),
+    ],
+)
+def test_no_folder_is_not_the_current_one(tmp_path, monkeypatch, capsys, options, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IAPO_DATA_DIR", "")
+    assert data.main(["verbose_arithmetic", *options]) == 2
+    assert capsys.readouterr().err == f"iapo.data: {line}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path, capsys):

@@ -258,6 +258,13 @@ def test_an_unknown_name_gets_one_line(known, capsys):
     assert capsys.readouterr().err == "iapo.model: NAME: 'smollm3' must be one of smollm2-135m, small.\n"
 
 
+def test_an_empty_data_folder_gets_one_line(known, capsys, monkeypatch):
+    monkeypatch.setenv("IAPO_DATA_DIR", "")
+    assert main(["small", "--source", str(known)]) == 2
+    line = "iapo.model: IAPO_DATA_DIR: '' names no folder; set the variable to one, or unset it.\n"
+    assert capsys.readouterr().err == line
+
+
 def test_a_folder_that_exists_is_left_alone(known, capsys):
     Path("here").mkdir()
     assert main(["small", "--out", "here", "--source", str(known)]) == 2

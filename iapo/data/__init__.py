@@ -33,6 +33,7 @@ import argparse
 import os
 import random
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -45,11 +46,23 @@ from iapo.data.split import Example
 from iapo.data.write import to_rows, write_parquets
 from iapo.tasks.embedded import TASKS, Problem
 
-__all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "generate", "main", "prepare", "write_parquets"]
+__all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "default_dir", "generate", "main", "prepare", "write_parquets"]
 
 INSTRUCTION = FORMATS["tags"].instruction
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 4096, 256, 256
 MOST_GENERATED = 1_000_000  # of 99^4 problems or more, so that drawing distinct ones stays quick
+
+
+def default_dir() -> Path:
+    """Where data sets are, and models in its folder `models`: $IAPO_DATA_DIR, or data.
+
+    Raises:
+        ValueError: the variable is empty, which would be the current folder.
+    """
+    named = os.environ.get("IAPO_DATA_DIR", "data")
+    if not named:
+        raise ValueError("IAPO_DATA_DIR: '' names no folder; set the variable to one, or unset it.")
+    return Path(named)
 
 
 def prepare(
@@ -86,6 +99,8 @@ def prepare(
     _check_not_overwritten(source, Path(out_dir) / name)
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} must be one of {', '.join(FORMATS)}.")
+    if seed < 0:  # Python's generator would take its absolute value
+        raise ValueError(f"seed: {seed} must be a whole number of at least 0.")
     for field, value in (("train_size", train_size), ("test_size", test_size)):
         if value is not None and not 1 <= value <= MOST_GENERATED:
             raise ValueError(f"{field}: {value} must be from 1 to {MOST_GENERATED}.")
@@ -107,7 +122,7 @@ def prepare(
     for split, path in paths.items():
         print(f"{name}: wrote {len(splits[split])} rows to {path}")
     if name not in NAMES:
-        print(f"{name}: train on it with data={Path(out_dir, name)}")
+        print(f"{name}: train on it with {shlex.quote(f'data={Path(out_dir, name)}')}")
     return paths
 
 
@@ -200,8 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--drop-unverifiable", action="store_true", help="leave out rows whose answer the verifier can't read"
     )
     parser.add_argument("--format", default="tags", help=f"asked of answers: {', '.join(FORMATS)} (default tags)")
-    out = os.environ.get("IAPO_DATA_DIR", "data")  # where iapo.train looks
-    parser.add_argument("--out", default=out, help="directory in which NAME/ is made (default $IAPO_DATA_DIR, or data)")
+    # By default where iapo train looks.
+    parser.add_argument("--out", help="directory in which NAME/ is made (default $IAPO_DATA_DIR, or data)")
     parser.add_argument("--seed", type=int, default=0, help="of the 80/20 split or the generated problems (default 0)")
     parser.add_argument("--train-size", type=int, help=f"embedded tasks only (default {TRAIN_SIZE})")
     parser.add_argument("--test-size", type=int, help=f"embedded tasks only (default {TEST_SIZE})")
@@ -209,6 +224,9 @@ def main(arguments: list[str] | None = None) -> int:
     out_dir = options.pop("out")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of source code
     try:
+        if out_dir == "":
+            raise ValueError("--out: '' names no folder; give one, or leave it out.")
+        out_dir = out_dir or default_dir()
         prepare(out_dir=out_dir, **options)
         return 0
     except ValueError as error:
@@ -221,5 +239,5 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     except OSError as error:
-        print(f"iapo.data: --out: {out_dir!r} can't be written to ({error}); choose another folder.", file=sys.stderr)
+        print(f"iapo.data: --out: '{out_dir}' can't be written to ({error}); choose another folder.", file=sys.stderr)
     return 2

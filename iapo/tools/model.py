@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
+from iapo.data import default_dir
 from iapo.tools.folder import whole_folder
 
 
@@ -213,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.name not in MODELS:
             raise ValueError(f"NAME: {options.name!r} must be one of {', '.join(MODELS)}.")
         model = MODELS[options.name]
-        out = options.out or Path(os.environ.get("IAPO_DATA_DIR", "data")) / "models" / model.name
+        out = options.out or default_dir() / "models" / model.name
         if out.exists():
             raise ValueError(f"--out: {out} exists; choose another, or remove it.")
         if find_spec("gguf") is None:
