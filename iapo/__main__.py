@@ -16,6 +16,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from iapo.launch.signals import Terminated, raise_on_sigterm
+
 COMMANDS = {
     "train": "iapo.train",
     "data": "iapo.data",
@@ -43,11 +45,15 @@ def run(name: str, command: Callable[[list[str]], int], arguments: list[str]) ->
 
     A command is imported as it is called: it loads only what it needs, and may be interrupted meanwhile.
     """
+    raise_on_sigterm()
     try:
         status = command(arguments)
     except KeyboardInterrupt:
         print(f"iapo.{name}: interrupted", file=sys.stderr)
         status = 130
+    except Terminated:
+        print(f"iapo.{name}: stopped by SIGTERM", file=sys.stderr)
+        status = 143
     if status > 128:  # after a stop while Ray started, the interpreter may crash as it ends
         sys.stdout.flush()
         sys.stderr.flush()

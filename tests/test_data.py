@@ -256,6 +256,12 @@ def failure(name, out_dir, source=None, **options) -> str:
     return str(error.value)
 
 
+def test_a_negative_seed_is_refused(tmp_path):
+    """Python's generator draws with -1 what it draws with 1."""
+    for name in ("verbose_arithmetic", "math500"):
+        assert failure(name, tmp_path, seed=-1) == "seed: -1 must be a whole number of at least 0."
+
+
 def test_unknown_name_and_sizes(tmp_path):
     line = failure("gsm9k", tmp_path)
     assert line.startswith("name: 'gsm9k' must be one of gsm8k, math500, dapo_math_17k, svamp, aime24, aime25, amc23,")
@@ -271,7 +277,9 @@ def test_missing_or_unsuitable_files(tmp_path):
     line = failure("math500", out, tmp_path / "absent.jsonl")
     assert "absent.jsonl" in line and "does not exist; give a file, a directory or a hub id" in line
     assert "must be one file of type" in failure("math500", out, write(tmp_path / "math.txt", MATH500))
-    assert "must be one file of type" in failure("math500", out, tmp_path)
+    assert "has 0 files of type .parquet, .json, .jsonl, .csv; math500 needs one, give its path." in failure(
+        "math500", out, tmp_path
+    )
     line = failure("gsm8k", out, write(tmp_path / "both.jsonl", GSM8K_TRAIN))
     assert "both.jsonl' is a file; " in line and "gsm8k needs a directory with one train* and one test* file" in line
     gsm8k_directory(tmp_path / "twice")
@@ -359,12 +367,42 @@ def test_unparsable_gsm8k_answers(tmp_path, answer, reason):
 
 
 def test_data_too_small_for_both_splits(tmp_path):
-    source = write(tmp_path / "math.jsonl", [])
-    assert failure("math500", tmp_path / "out", source).endswith("leaves no rows for train; give a larger one.")
-    write(source, MATH500[:1])
+    source = write(tmp_path / "math.jsonl", MATH500[:1])
     assert failure("math500", tmp_path / "out", source).endswith("leaves no rows for test; give a larger one.")
-    original = gsm8k_directory(tmp_path / "original", train=[], test=GSM8K_TEST)
+    original = gsm8k_directory(tmp_path / "original", train=GSM8K_TEST, test=GSM8K_TEST)
     assert "leaves no rows for train" in failure("gsm8k", tmp_path / "out", original)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_file_without_rows_is_named(tmp_path, capsys, suffix):
+    source = tmp_path / f"math{suffix}"
+    source.touch()
+    line = f"source: '{source}' has no rows; give a file that has some."
+    assert failure("math500", tmp_path / "out", source) == line
+    contents = {".json": "[]", ".jsonl": "\n\n", ".csv": "problem,answer\n"}
+    if suffix in contents:
+        source.write_text(contents[suffix])
+        assert failure("math500", tmp_path / "out", source) == line
+    assert capsys.readouterr().out == ""
+    train = gsm8k_directory(tmp_path / "gsm8k", train=[]) + "/train-00000-of-00001.jsonl"
+    assert failure("gsm8k", tmp_path / "out", tmp_path / "gsm8k") == (
+        f"source: '{train}' has no rows; give a file that has some."
+    )
+
+
+def test_a_folder_may_hold_the_one_file(tmp_path):
+    expected = read(data.prepare("math500", tmp_path / "a", str(write(tmp_path / "math.jsonl", MATH500))), "test")
+    folder = tmp_path / "folder"
+    write(folder / "any.jsonl", MATH500)
+    (folder / "README.md").touch()
+    assert read(data.prepare("math500", tmp_path / "b", str(folder)), "test") == expected
+    (folder / "any.jsonl").rename(folder / "test-00000-of-00001.jsonl")
+    write(folder / "info.json", [{"splits": "test"}])
+    assert read(data.prepare("math500", tmp_path / "c", str(folder)), "test") == expected
+    write(folder / "test.json", MATH500)
+    assert failure("math500", tmp_path / "d", folder) == (
+        f"source: '{folder}' has 3 files of type .parquet, .json, .jsonl, .csv; math500 needs one, give its path."
+    )
 
 
 @pytest.fixture
@@ -605,6 +643,12 @@ def test_own_data_is_never_overwritten(tmp_path, monkeypatch, capsys, source):
     assert data.main([*arguments, "--out", "made"]) == 0
 
 
+def test_the_command_that_trains_on_own_data_is_quoted_for_a_shell(tmp_path, capsys):
+    source = str(write(tmp_path / "mine.jsonl", OWN))
+    data.prepare("sums", tmp_path / "my data", source, question="q", answer="a")
+    assert capsys.readouterr().out.endswith(f"sums: train on it with 'data={tmp_path}/my data/sums'\n")
+
+
 def test_own_data_with_several_right_answers_and_splits(tmp_path):
     write(tmp_path / "mine" / "train.jsonl", [{"q": "A root of 4?", "a": [2, "-2"]}, {"q": "A root of 0?", "a": 0}])
     write(tmp_path / "mine" / "test.csv", [{"q": "A root of 1, above 0?", "a": "1"}])
@@ -692,8 +736,44 @@ def test_unreadable_answers_are_listed_and_dropped_on_request(tmp_path, capsys):
     kept = pq.read_table(tmp_path / "minerva" / "test.parquet").to_pylist()
     assert [row["extra_info"]["index"] for row in kept] == [0, 2, 3, 5, 6]
     _, line, *again, wrote = capsys.readouterr().out.splitlines()
-    assert line == "minerva: dropped 2 of 7 rows, whose reference answers the verifier can't read:"
+    assert line == "minerva: dropped 2 of 7 rows, without a reference answer that the verifier can read:"
     assert again == listed and "wrote 5 rows" in wrote
+
+
+def test_rows_without_an_answer_are_dropped_on_request(tmp_path, capsys):
+    answers = [1, None, "2", "", 3, [], UNREADABLE[0], 4, 5]
+    rows = [{"q": f"Question {k}?", "a": answer} for k, answer in enumerate(answers)]
+    rows.append(rows[1] | {"a": 6})  # the same question, with an answer
+    source = str(write(tmp_path / "a.jsonl", rows))
+    own = {"question": "q", "answer": "a"}
+    line = failure("mine", tmp_path / "out", source, **own)
+    assert line == f"source: {source}, row 1 can't be parsed (answer: is null); correct or remove it."
+    paths = data.prepare("mine", tmp_path, source, drop_unverifiable=True, **own)
+    repeated, line, *listed, unreadable, _, _, _ = capsys.readouterr().out.splitlines()
+    assert repeated == "mine: dropped 0 repeated rows, and 0 train rows that are in test"
+    assert line == "mine: dropped 4 of 10 rows, without a reference answer that the verifier can read:"
+    assert listed == [
+        "  row 1, answer: is null",
+        "  row 3, answer: has 0 characters, not 1 to 1000",
+        "  row 5, answer: is an empty list",
+    ]
+    assert unreadable.endswith(", row 6: 'np.arcsin(10/13)'")
+    kept = read(paths, "train") + read(paths, "test")
+    assert sorted(row["extra_info"]["index"] for row in kept) == [0, 2, 4, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    "name,null,good",
+    [
+        ("amc23", {"problem": "1+1?", "solution": None}, {"question": "2+2?", "answer": "4"}),
+        ("gsm8k", {"question": "1+1?", "answer": None}, GSM8K_TRAIN[0]),
+    ],
+)
+def test_a_null_in_place_of_a_solution_is_no_answer(tmp_path, capsys, name, null, good):
+    source = str(write(tmp_path / "a.jsonl", [null, good]))
+    source = gsm8k_directory(tmp_path / "original", train=[null, good]) if name == "gsm8k" else source
+    data.prepare(name, tmp_path, source, drop_unverifiable=True)
+    assert "row 0, answer: is null\n" in capsys.readouterr().out
 
 
 def test_readable_answers_get_one_line(tmp_path, capsys):
@@ -818,6 +898,21 @@ def test_a_dapo_row_without_one_of_the_fixed_sentences_is_refused(tmp_path):
     source = str(write(tmp_path / "dapo.parquet", [row] * 3))
     with pytest.raises(ValueError, match="lacks the data set's fixed first and last sentence"):
         data.prepare("dapo_math_17k", tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    "options,line",
+    [
+        (["--out", ""], "--out: '' names no folder; give one, or leave it out."),
+        ([], "IAPO_DATA_DIR: '' names no folder; set the variable to one, or unset it."),
+    ],
+)
+def test_no_folder_is_not_the_current_one(tmp_path, monkeypatch, capsys, options, line):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IAPO_DATA_DIR", "")
+    assert data.main(["verbose_arithmetic", *options]) == 2
+    assert capsys.readouterr().err == f"iapo.data: {line}\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path, capsys):

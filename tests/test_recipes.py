@@ -350,6 +350,35 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
     assert resolve("model=mymodel", "platform=cpu").actor_rollout_ref.model.path == str(tmp_path / "mymodel")
 
 
+@pytest.mark.parametrize("name", ["a b", "a=b", "a, b", "it's", "[a](b)", "{a}<b>:", "a\\'b\\"])
+def test_a_path_may_hold_what_hydra_cannot_read(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    read = OverridesParser.create().parse_override
+    for value in (folder, f"'{folder}'", f'"{folder}"'):
+        choice, path = compose.expand(f"model={value}")
+        assert (choice, read(path).value()) == ("model=path", str(folder))
+        choice, *paths = compose.expand(f"data={value}")
+        assert choice == "data=parquet"
+        assert [read(path).value() for path in paths] == [f"{folder}/train.parquet", f"{folder}/test.parquet"]
+
+
+def test_the_advice_on_values_that_hydra_cannot_read_works(tmp_path):
+    (tmp_path / "a, b=c)").mkdir()
+    with pytest.raises(ConfigError, match=r"^run_dir: '/a, b=c\)' can't be read; .* is quoted twice: 'key=\"a, b\"'.$"):
+        resolve("platform=cpu", "run_dir=/a, b=c)")
+    config = resolve("platform=cpu", 'run_dir="/a, b=c)"', f"model={tmp_path}/a, b=c)")
+    assert (config.run_dir, config.actor_rollout_ref.model.path) == ("/a, b=c)", f"{tmp_path}/a, b=c)")
+
+
+def test_an_empty_data_folder_is_refused(monkeypatch):
+    monkeypatch.setenv("IAPO_DATA_DIR", "")
+    with pytest.raises(
+        ConfigError, match=r"^IAPO_DATA_DIR: '' names no folder; set the variable to one, or unset it.$"
+    ):
+        resolve("platform=cpu")
+
+
 @pytest.mark.parametrize(
     "overrides,message",
     [
@@ -375,7 +404,23 @@ def test_a_local_model_folder_with_a_plain_name_is_a_path(tmp_path):
         (["trainer.lr=1"], "^trainer.lr: unknown key; did you mean actor_rollout_ref.actor.optim.lr\\?$"),
         (["trainer.zzz=1"], "^trainer.zzz: unknown key; --dry-run lists all.$"),
         (["iapo.alpha"], "'iapo.alpha'.*an argument is key=value"),
-        (["iapo.alpha=1,2"], "iapo.alpha=1,2' 1. To use it as a list.*quote the value: key='value1,value2'$"),
+        (
+            ["iapo.alpha=1,2"],
+            "^iapo.alpha: '1,2' stands for several runs; give one, a list as 'iapo.alpha=\\[1,2\\]', or a text with",
+        ),
+        (
+            ["variant=iapo_rate,gfpo"],
+            "^variant: 'iapo_rate,gfpo' stands for several runs; give one, or several that act together as variant="
+            "\\[iapo_rate,gfpo\\].$",
+        ),
+        (["variant='iapo_rate,gfpo'"], "^variant: 'iapo_rate,gfpo' must be one of"),
+        (["model="], "^model: '' must be one of .*, or a folder that holds a model, or a hub name"),
+        (["data="], "^data: '' must be one of .*, or a folder that holds train.parquet and test.parquet.$"),
+        (["model=a b)"], "^model: 'a b\\)' must be one of"),
+        (
+            ["iapo.format=boxed", "data.max_response_length=3"],
+            "^iapo.format: 'boxed' sets neither markers nor probe; give format=boxed in its place, one of tags, boxe",
+        ),
         (["iapo.probe=a b)"], "^iapo.probe: 'a b\\)' can't be read.*quoted twice"),
         (["iapo.alpha=[1,2"], "^iapo.alpha: '\\[1,2' can't be read; "),
         (["data.max_response_length=abc"], "^data.max_response_length: 'abc' must be a whole number of at least 1.$"),
@@ -392,6 +437,12 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
     "overrides,message",
     [
         (["iapo.alpha=-1"], "iapo.alpha: -1 must be a number >= 0"),
+        (["seed=-1"], "^seed: -1 must be a whole number from 0 to 4294967295.$"),
+        (["seed=4294967296"], "^seed: 4294967296 must be a whole number from 0 to 4294967295.$"),
+        (["seed=0.5"], "^seed: 0.5 must be a whole number from 0"),
+        (["seed=null"], "^seed: None must be a whole number from 0"),
+        (["data.seed=-1"], "^data.seed: -1 must be a whole number from 0 to 4294967295.$"),
+        (["actor_rollout_ref.rollout.seed=true"], "^actor_rollout_ref.rollout.seed: True must be a whole number"),
         (["iapo.gate=some"], "iapo.gate: 'some' must be one of"),
         (["iapo.share_log_prob_forward=1"], "iapo.share_log_prob_forward: 1 must be true or false"),
         (
@@ -1077,7 +1128,7 @@ def test_without_a_generation_config_the_end_tokens_of_the_config_count(changes,
 
 def test_a_format_by_its_key_alone_and_an_unknown_one():
     with pytest.raises(ConfigError, match=r"^iapo.format: 'boxed' with the probe .* of another; set format=boxed.$"):
-        check(resolve("platform=cpu", "iapo.format=boxed"), files=False)
+        check(with_iapo(format="boxed"), files=False)
     with pytest.raises(ConfigError, match=r"^format: 'xml' must be one of tags, boxed, boxed_no_think.$"):
         resolve("platform=cpu", "format=xml")
     with pytest.raises(ConfigError, match=r"reward_kwargs.format: 'tags' is not iapo.format='boxed'; leave it out.$"):
@@ -1300,19 +1351,25 @@ def test_ctrl_c_before_ray_is_one_line(tmp_path):
     assert result.returncode == 130 and result.stderr == "iapo.train: interrupted\n"
 
 
-@pytest.mark.parametrize("name, module", [("data", "iapo.data"), ("warmup", "iapo.launch.warmup")])
-def test_ctrl_c_while_a_command_is_imported_is_one_line(tmp_path, name, module):
+@pytest.mark.parametrize(
+    "name,module,number,status,said",
+    [
+        ("data", "iapo.data", "SIGINT", 130, "interrupted"),
+        ("warmup", "iapo.launch.warmup", "SIGTERM", 143, "stopped by SIGTERM"),
+    ],
+)
+def test_a_stop_while_a_command_is_imported_is_one_line(tmp_path, name, module, number, status, said):
     (tmp_path / "sitecustomize.py").write_text(
         "import sys, signal\n"
         "class Finder:\n"
         "    def find_spec(self, name, *_):\n"
-        f"        if name == {module!r}: signal.raise_signal(signal.SIGINT)\n"
+        f"        if name == {module!r}: signal.raise_signal(signal.{number})\n"
         "sys.meta_path.insert(0, Finder())\n"
     )
-    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"}
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "iapo", name, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
-    assert (result.returncode, result.stderr) == (130, f"iapo.{name}: interrupted\n")
+    assert (result.returncode, result.stderr) == (status, f"iapo.{name}: {said}\n")
 
 
 def test_dry_run_prints_the_resolved_configuration(monkeypatch, capsys):

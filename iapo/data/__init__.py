@@ -15,8 +15,8 @@ writes `DIR/NAME/train.parquet` and `DIR/NAME/test.parquet`. The first form take
 - `verbose_arithmetic`, `worked_sums`: the embedded tasks, generated, see `iapo.tasks.embedded`; also
   `validation.parquet`, on which to choose settings
 
-`--source` names another hub id, or a local file with the original's columns (.parquet, .json, .jsonl, .csv); for gsm8k
-a directory with `train*` and `test*` files, which svamp takes too.
+`--source` names another hub id, or a local file with the original's columns (.parquet, .json, .jsonl, .csv), or a
+directory that holds it; for gsm8k a directory with `train*` and `test*` files, which svamp takes too.
 
 The second form reads data of your own under a NAME that you choose: any file of these types, split 80/20, or a
 directory with `train*` and `test*`. An answer is a number, a text, or a list of these, any of which is right.
@@ -26,13 +26,14 @@ space there is. The first occurrence is kept, and the test split keeps what both
 and have another answer are listed.
 
 Reference answers that the verifier can't read are listed: any other spelling of such an answer is judged wrong.
-`--drop-unverifiable` leaves these rows out.
+`--drop-unverifiable` leaves these rows out, and those without an answer, which are an error otherwise.
 """
 
 import argparse
 import os
 import random
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -45,11 +46,23 @@ from iapo.data.split import Example
 from iapo.data.write import to_rows, write_parquets
 from iapo.tasks.embedded import TASKS, Problem
 
-__all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "generate", "main", "prepare", "write_parquets"]
+__all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "default_dir", "generate", "main", "prepare", "write_parquets"]
 
 INSTRUCTION = FORMATS["tags"].instruction
 TRAIN_SIZE, TEST_SIZE, VALIDATION_SIZE = 4096, 256, 256
 MOST_GENERATED = 1_000_000  # of 99^4 problems or more, so that drawing distinct ones stays quick
+
+
+def default_dir() -> Path:
+    """Where data sets are, and models in its folder `models`: $IAPO_DATA_DIR, or data.
+
+    Raises:
+        ValueError: the variable is empty, which would be the current folder.
+    """
+    named = os.environ.get("IAPO_DATA_DIR", "data")
+    if not named:
+        raise ValueError("IAPO_DATA_DIR: '' names no folder; set the variable to one, or unset it.")
+    return Path(named)
 
 
 def prepare(
@@ -75,7 +88,7 @@ def prepare(
         test_size: of an embedded task, by default 256.
         question: the column of the questions, for data of the user's own.
         answer: the column of the answers, for data of the user's own.
-        drop_unverifiable: leave out the rows whose reference answer the verifier can't read.
+        drop_unverifiable: leave out the rows without a reference answer that the verifier can read.
         format: of `iapo.answer_format`; its instruction is added to each question, except in the embedded tasks.
 
     Raises:
@@ -86,6 +99,8 @@ def prepare(
     _check_not_overwritten(source, Path(out_dir) / name)
     if format not in FORMATS:
         raise ValueError(f"format: {format!r} must be one of {', '.join(FORMATS)}.")
+    if seed < 0:  # Python's generator would take its absolute value
+        raise ValueError(f"seed: {seed} must be a whole number of at least 0.")
     for field, value in (("train_size", train_size), ("test_size", test_size)):
         if value is not None and not 1 <= value <= MOST_GENERATED:
             raise ValueError(f"{field}: {value} must be from 1 to {MOST_GENERATED}.")
@@ -97,8 +112,9 @@ def prepare(
     else:
         _warn_if_set(name, train_size=train_size, test_size=test_size)
         instruction = FORMATS[format].instruction
-        splits = load_examples(name, ORIGINALS.get(name) or own(question, answer), source, seed)
-        splits = _judged(name, splits, drop_unverifiable)
+        unanswered: list[str] | None = [] if drop_unverifiable else None
+        splits = load_examples(name, ORIGINALS.get(name) or own(question, answer), source, seed, unanswered)
+        splits = _judged(name, splits, unanswered)
     for split, examples in splits.items():
         if not examples:
             raise ValueError(f"source: {source or name!r} leaves no rows for {split}; give a larger one.")
@@ -107,7 +123,7 @@ def prepare(
     for split, path in paths.items():
         print(f"{name}: wrote {len(splits[split])} rows to {path}")
     if name not in NAMES:
-        print(f"{name}: train on it with data={Path(out_dir, name)}")
+        print(f"{name}: train on it with {shlex.quote(f'data={Path(out_dir, name)}')}")
     return paths
 
 
@@ -143,8 +159,12 @@ def _warn_if_set(name: str, **options: object) -> None:
             warnings.warn(f"{option}={value!r} has no effect on {name}.", stacklevel=3)
 
 
-def _judged(name: str, splits: dict[str, list[Example]], drop: bool) -> dict[str, list[Example]]:
-    """The examples, without those whose answer can't be read if they are to be dropped; lists these."""
+def _judged(name: str, splits: dict[str, list[Example]], unanswered: list[str] | None) -> dict[str, list[Example]]:
+    """The examples, without those whose answer can't be read if they are to be dropped; lists these.
+
+    Args:
+        unanswered: a line for each row that was dropped already; None: nothing is to be dropped.
+    """
     found = {split: unreadable(examples) for split, examples in splits.items()}
     for split, bad in found.items():
         if bad and len(bad) == len(splits[split]):
@@ -152,20 +172,21 @@ def _judged(name: str, splits: dict[str, list[Example]], drop: bool) -> dict[str
                 f"answer: the verifier can read none of the {len(bad)} reference answers of {split}, the first is "
                 f"{bad[0].answer!r} of row {bad[0].index}; give numbers, LaTeX or words."
             )
-    listed = [(split, example) for split, bad in found.items() for example in bad]
-    total = sum(map(len, splits.values()))
+    listed = [f"{split}, row {example.index}: {example.answer!r}" for split, bad in found.items() for example in bad]
+    listed = [*(unanswered or ()), *listed]
+    total = sum(map(len, splits.values())) + len(unanswered or ())
     if not listed:
         print(f"{name}: the verifier can read all {total} reference answers")
         return splits
-    if drop:
-        print(f"{name}: dropped {len(listed)} of {total} rows, whose reference answers the verifier can't read:")
+    if unanswered is not None:
+        print(f"{name}: dropped {len(listed)} of {total} rows, without a reference answer that the verifier can read:")
     else:
         print(
             f"{name}: the verifier can't read {len(listed)} of {total} reference answers, so any other spelling of "
             "them is judged wrong; --drop-unverifiable leaves these rows out:"
         )
-    print_some([f"{split}, row {example.index}: {example.answer!r}" for split, example in listed])
-    if not drop:
+    print_some(listed)
+    if unanswered is None:
         return splits
     dropped = {split: {example.index for example in bad} for split, bad in found.items()}
     return {split: [e for e in examples if e.index not in dropped[split]] for split, examples in splits.items()}
@@ -197,11 +218,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--question", metavar="COLUMN", help="of your own data: the column of the questions")
     parser.add_argument("--answer", metavar="COLUMN", help="of your own data: the column of the answers")
     parser.add_argument(
-        "--drop-unverifiable", action="store_true", help="leave out rows whose answer the verifier can't read"
+        "--drop-unverifiable", action="store_true", help="leave out rows without an answer that the verifier can read"
     )
     parser.add_argument("--format", default="tags", help=f"asked of answers: {', '.join(FORMATS)} (default tags)")
-    out = os.environ.get("IAPO_DATA_DIR", "data")  # where iapo.train looks
-    parser.add_argument("--out", default=out, help="directory in which NAME/ is made (default $IAPO_DATA_DIR, or data)")
+    # By default where iapo train looks.
+    parser.add_argument("--out", help="directory in which NAME/ is made (default $IAPO_DATA_DIR, or data)")
     parser.add_argument("--seed", type=int, default=0, help="of the 80/20 split or the generated problems (default 0)")
     parser.add_argument("--train-size", type=int, help=f"embedded tasks only (default {TRAIN_SIZE})")
     parser.add_argument("--test-size", type=int, help=f"embedded tasks only (default {TEST_SIZE})")
@@ -209,6 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
     out_dir = options.pop("out")
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without the line of source code
     try:
+        if out_dir == "":
+            raise ValueError("--out: '' names no folder; give one, or leave it out.")
+        out_dir = out_dir or default_dir()
         prepare(out_dir=out_dir, **options)
         return 0
     except ValueError as error:
@@ -221,5 +245,5 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     except OSError as error:
-        print(f"iapo.data: --out: {out_dir!r} can't be written to ({error}); choose another folder.", file=sys.stderr)
+        print(f"iapo.data: --out: '{out_dir}' can't be written to ({error}); choose another folder.", file=sys.stderr)
     return 2

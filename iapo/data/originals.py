@@ -68,7 +68,7 @@ class Original:
 
 def columns(question: str, answer: str, read: Callable[[object], object] = lambda value: value) -> Schema:
     """A column with the question, and one from which `read` takes the answer."""
-    return Schema((question, answer), lambda row: (row[question], read(row[answer])))
+    return Schema((question, answer), lambda row: (row[question], row[answer] and read(row[answer])))
 
 
 def own(question: str, answer: str) -> Original:

@@ -16,20 +16,31 @@ WHOLE = "all"  # the split of a local file with all rows
 MOST_LISTED = 100  # rows with something to correct
 
 
-def load_examples(name: str, original: Original, source: str | None, seed: int) -> dict[str, list[Example]]:
-    """The examples by split, distinct and disjoint; prints how many rows were left out, and contradictions."""
+def load_examples(
+    name: str, original: Original, source: str | None, seed: int, unanswered: list[str] | None = None
+) -> dict[str, list[Example]]:
+    """The examples by split, distinct and disjoint; prints how many rows were left out, and contradictions.
+
+    Args:
+        unanswered: takes a line for each row that is left out because it has no answer that can be judged; without it
+            such a row is an error.
+    """
     splits, read, repeated, foreign = {}, 0, 0, 0
     contradictions: list[str] = []
     for split, rows in read_source(name, original, source).items():
         rows = _Counter(rows)
         where = source or original.hub_id
-        parsed = _Counter(parse_rows(rows, original, where if split == WHOLE else f"{where} ({split})"))
+        where = where if split == WHOLE else f"{where} ({split})"
+        lacking: list[tuple[int, str]] = []
+        parsed = _Counter(parse_rows(rows, original, where, None if unanswered is None else lacking))
         pairs: list[Pair] = []
         splits[split] = list(islice(unique(parsed, pairs), original.limit))
         contradictions += (f"{_place(split, a)}, but {_place(split, b)}" for a, b in pairs)
         read += rows.count
-        foreign += rows.count - parsed.count
+        foreign += rows.count - parsed.count - len(lacking)
         repeated += parsed.count - len(splits[split])
+        if unanswered is not None:
+            unanswered += (f"{_row(split, index)}, {reason}" for index, reason in lacking)
     overlap = 0
     if original.evaluation:
         (test,) = splits.values()
@@ -58,8 +69,11 @@ def load_examples(name: str, original: Original, source: str | None, seed: int) 
 
 
 def _place(split: str, example: Example) -> str:
-    where = "" if split == WHOLE else f"{split}, "
-    return f"{where}row {example.index}: {example.answer!r}"
+    return f"{_row(split, example.index)}: {example.answer!r}"
+
+
+def _row(split: str, index: int) -> str:
+    return f"row {index}" if split == WHOLE else f"{split}, row {index}"
 
 
 def print_some(lines: Sequence[str]) -> None:
@@ -95,6 +109,8 @@ def read_source(name: str, original: Original, source: str | None) -> dict[str, 
     whole = original.divide is not None or original.evaluation  # one file is enough
     if path.is_dir() and len(original.splits) == 2:
         return {split: read_file(_split_file(name, path, split)) for split in original.splits}
+    if path.is_dir():
+        return {WHOLE: read_file(_only_file(name, path, original.splits[0]))}
     if not whole:
         raise ValueError(f"source: {source!r} is a file; {name} needs a directory with one train* and one test* file.")
     if path.suffix not in SUFFIXES or not path.is_file():
@@ -154,19 +170,37 @@ def _split_file(name: str, directory: Path, split: str) -> Path:
     return files[0]
 
 
+def _only_file(name: str, directory: Path, split: str) -> Path:
+    """The one file in a directory, or of several the one that is named after the original's split."""
+    files = sorted(f for f in directory.glob("*") if f.suffix in SUFFIXES)
+    for found in (files, [f for f in files if f.name.startswith(split)]):
+        if len(found) == 1:
+            return found[0]
+    raise ValueError(
+        f"source: {str(directory)!r} has {len(files)} files of type {', '.join(SUFFIXES)}; {name} needs one, give its "
+        "path."
+    )
+
+
 def read_file(path: Path) -> Iterator[dict]:
     """The rows of a local file, lazily where the format allows it.
 
     Raises:
-        ValueError: the file can't be read, or is not what its name says.
+        ValueError: the file can't be read, has no rows, or is not what its name says.
     """
+    empty = True
     read = {".parquet": _read_parquet, ".json": _read_json, ".csv": _read_csv}.get(path.suffix, _read_lines)
     try:
-        yield from read(path)
+        if path.stat().st_size:  # nothing is neither JSON nor parquet
+            for row in read(path):
+                empty = False
+                yield row
     except UnicodeDecodeError as error:
         raise ValueError(f"source: {str(path)!r} is no UTF-8 text ({error.reason}); convert it.") from error
     except OSError as error:
         raise ValueError(f"source: {str(path)!r} can't be read ({error.strerror or error}); check it.") from error
+    if empty:
+        raise ValueError(f"source: {str(path)!r} has no rows; give a file that has some.")
 
 
 def _read_parquet(path: Path) -> Iterator[dict]:
@@ -219,8 +253,18 @@ def _read_csv(path: Path) -> Iterator[dict]:
 # --- examples ---
 
 
-def parse_rows(rows: Iterable[dict], original: Original, where: str) -> Iterator[Example]:
+class NoAnswer(ValueError):
+    """A row has no reference answer that can be judged."""
+
+
+def parse_rows(
+    rows: Iterable[dict], original: Original, where: str, unanswered: list[tuple[int, str]] | None = None
+) -> Iterator[Example]:
     """Examples in order, of the rows that belong to the data set.
+
+    Args:
+        unanswered: takes number and reason of each row that is left out because it has no answer that can be judged;
+            without it such a row is an error.
 
     Raises:
         ValueError: a value is missing or can't be used; it names the row, from 0.
@@ -234,6 +278,9 @@ def parse_rows(rows: Iterable[dict], original: Original, where: str) -> Iterator
             question, answer = _text(question), _answer(answer)
             id = _text(row[original.id]) if original.id else None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            if isinstance(error, NoAnswer) and unanswered is not None:
+                unanswered.append((index, str(error)))
+                continue
             reason = str(error) if isinstance(error, ValueError) else f"unexpected structure, {error!r}"
             raise ValueError(
                 f"source: {where}, row {index} can't be parsed ({reason}); correct or remove it."
@@ -267,5 +314,5 @@ def _answer(value: object) -> str | list[str]:
     try:
         texts = references(value)
     except ValueError as error:
-        raise ValueError(f"answer: {error}") from None
+        raise NoAnswer(f"answer: {error}") from None
     return texts[0] if len(texts) == 1 else texts

@@ -79,7 +79,6 @@ def check_with_verl(config) -> None:
 
 # verl finds these wrong only after Ray and vLLM have started, if at all: field, type, smallest value.
 NUMBERS = (
-    ("seed", int, 0),
     ("data.train_batch_size", int, 1),
     ("data.max_prompt_length", int, 1),
     ("data.max_response_length", int, 1),
@@ -96,7 +95,14 @@ NUMBERS = (
     ("trainer.nnodes", int, 1),
     ("trainer.n_gpus_per_node", int, 0),
 )
-
+LARGEST_SEED = 2**32 - 1  # that numpy's global generator takes
+# What takes `seed` unless it is set by itself.
+SEEDS = (
+    "data.seed",
+    "actor_rollout_ref.actor.data_loader_seed",
+    "actor_rollout_ref.actor.fsdp_config.seed",
+    "actor_rollout_ref.rollout.seed",
+)
 
 # Losses of verl that average in their own way, whatever loss_agg_mode says, by loss_mode: what they take the mean of.
 OWN_MEAN = {"sapo": "each completion's tokens first", "geo_mean": "completions"}
@@ -118,7 +124,7 @@ UNREAD_DATA_OPTIONS = {
 
 
 def check_numbers(config: DictConfig) -> Iterator[str]:
-    """One line for each of `NUMBERS` that has another type or is too small."""
+    """One line for each of `NUMBERS` that has another type or is too small, and for each seed that is none."""
     for field, kind, smallest in NUMBERS:
         value = OmegaConf.select(config, field)
         if value is None and field == "trainer.total_training_steps":
@@ -127,6 +133,11 @@ def check_numbers(config: DictConfig) -> Iterator[str]:
         if not right_type or value < smallest:
             name = "a whole number" if kind is int else "a number"
             yield f"{field}: {value!r} must be {name} of at least {smallest}."
+    others = {field: OmegaConf.select(config, field) for field in SEEDS}
+    own = {field: value for field, value in others.items() if value not in (None, config.seed)}
+    for field, value in ({"seed": config.seed} | own).items():
+        if type(value) is not int or not 0 <= value <= LARGEST_SEED:
+            yield f"{field}: {value!r} must be a whole number from 0 to {LARGEST_SEED}."
 
 
 def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:

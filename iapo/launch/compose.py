@@ -13,13 +13,14 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
-from iapo.data import prepare
+from iapo.data import default_dir, prepare
 from iapo.launch.check_prompts import OUR_REWARD, is_embedded
 from iapo.launch.checks import ConfigError, check, check_numbers, check_with_verl
 from iapo.launch.machine import ALL_CORES, check_machine, cpu_environment, gpu_count
@@ -63,6 +64,7 @@ def resolve(overrides: list[str]) -> DictConfig:
     Raises:
         ConfigError: an unknown recipe, an unknown key, a value of the wrong form.
     """
+    data_dir()  # which may be refused, and a resolver would wrap that
     register_resolvers()
     register_defaults()
     try:
@@ -125,18 +127,28 @@ def check_readable(overrides: list[str]) -> None:
         key, found, value = override.partition("=")
         if not found:
             raise ConfigError(f"{override!r}: an argument is key=value; see iapo train --help.")
+        if key in GROUPS and value not in (known := recipe_names(key)):
+            listed = ", ".join(name for name in known if name not in INNER_RECIPES)
+            raise ConfigError(f"{key}: {value!r} must be one of {listed}, or {GROUPS[key]}.")
         try:
-            parser.parse_override(override)
+            parsed = parser.parse_override(override)
         except HydraException:
             raise ConfigError(
                 f"{key}: {value!r} can't be read; a value with spaces or any of ,:=()[]{{}}<> is quoted twice: "
                 "'key=\"a, b\"'."
             ) from None
+        if parsed.is_sweep_override():  # Hydra could start several runs
+            several = f"a list as '{key}=[1,2]', or a text with commas quoted twice, '{key}=\"a, b\"'"
+            if key == "variant":
+                several = "or several that act together as variant=[iapo_rate,gfpo]"
+            raise ConfigError(f"{key}: {value!r} stands for several runs; give one, {several}.")
         if key == "format" and value not in FORMATS:
             raise ConfigError(f"format: {value!r} must be one of {', '.join(FORMATS)}.")
-        if key in GROUPS and value not in (known := recipe_names(key)):
-            listed = ", ".join(name for name in known if name not in INNER_RECIPES)
-            raise ConfigError(f"{key}: {value!r} must be one of {listed}, or {GROUPS[key]}.")
+        if key.lstrip("+") == "iapo.format":
+            raise ConfigError(
+                f"iapo.format: {value!r} sets neither markers nor probe; give format={value} in its place, one of "
+                f"{', '.join(FORMATS)}."
+            )
 
 
 # What else a group of recipes takes, and the recipes that are chosen by giving that or by other recipes.
@@ -175,8 +187,8 @@ def chosen_variants(overrides: list[str]) -> list[str]:
         listed = OmegaConf.to_container(OmegaConf.load(recipes_dir() / "run.yaml"))["defaults"]
         return [entry["variant"] for entry in listed if isinstance(entry, dict) and "variant" in entry]
     value = given[-1].strip("'\"")
-    listed = value[1:-1] if value.startswith("[") and value.endswith("]") else value
-    names = [name.strip() for name in listed.split(",")]
+    several = value.startswith("[") and value.endswith("]")
+    names = [name.strip() for name in value[1:-1].split(",")] if several else [value]
     known = recipe_names("variant")
     for name in names:
         if name not in known:
@@ -220,8 +232,8 @@ def explain(hydra_error: str) -> str:
             (key for key in known if key.endswith(f".{name}")), key=lambda key: not key.startswith("iapo.")
         )
         return f"{unknown[1]}: unknown key; " + (f"did you mean {likely[0]}?" if likely else "--dry-run lists all.")
-    # The rest says where Hydra looked, or that it could start several runs; that doesn't help.
-    return " ".join(re.split("Config search path|See https|3. To sweep", hydra_error)[0].split())
+    # The rest says where Hydra looked; that doesn't help.
+    return " ".join(re.split("Config search path|See https", hydra_error)[0].split())
 
 
 def flat(node, prefix: str = "") -> Iterator[str]:
@@ -261,7 +273,10 @@ def register_defaults() -> None:
 
 
 def data_dir() -> Path:
-    return Path(os.environ.get("IAPO_DATA_DIR", "data")).absolute()
+    try:
+        return default_dir().absolute()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def recipes_dir() -> Path:
@@ -271,18 +286,30 @@ def recipes_dir() -> Path:
 
 
 def expand(override: str) -> list[str]:
-    """model= and data= also take a path or a hub name: whatever is no recipe, and is a folder or holds a slash."""
+    """model= and data= also take a path or a hub name: whatever is no recipe, and is a folder or holds a slash.
+
+    Hydra reads no value with one of `,:=()[]{}<>` unless it is quoted. Here it may be, and need not be.
+    """
     key, _, value = override.partition("=")
-    if key not in ("model", "data") or (recipes_dir() / key / f"{value}.yaml").is_file():
+    if key not in ("model", "data"):
         return [override]
+    if value[:1] in ("'", '"') and value[-1:] == value[:1]:
+        value = value[1:-1]
     if key == "data" and Path(value).is_file():
         raise ConfigError(f"data: {value} is a file; give {GROUPS['data']}.")
-    if "/" not in value and not Path(value).is_dir():
-        return [override]
+    is_path = "/" in value or (value and Path(value).is_dir())
+    if not is_path or (recipes_dir() / key / f"{value}.yaml").is_file():
+        return [f"{key}={value}"]
     local = os.path.abspath(os.path.expanduser(value))
     if key == "data":
-        return ["data=parquet", f"data.train_files='{local}/train.parquet'", f"data.val_files='{local}/test.parquet'"]
-    return ["model=path", f"actor_rollout_ref.model.path='{local if os.path.isdir(local) else value}'"]
+        train, test = quoted(f"{local}/train.parquet"), quoted(f"{local}/test.parquet")
+        return ["data=parquet", f"data.train_files={train}", f"data.val_files={test}"]
+    return ["model=path", f"actor_rollout_ref.model.path={quoted(local if os.path.isdir(local) else value)}"]
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra's grammar reads it, whatever is in it."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def prepare_data(config) -> None:

@@ -1,9 +1,26 @@
-"""Which signals have arrived, whatever handlers are installed."""
+"""Stops: SIGTERM that unwinds as Ctrl-C does, and which signals have arrived, whatever handlers are installed."""
 
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+
+
+class Terminated(BaseException):
+    """SIGTERM, as KeyboardInterrupt is Ctrl-C."""
+
+
+def raise_on_sigterm() -> None:
+    """Let SIGTERM unwind this process, which removes its temporary files, instead of ending it on the spot.
+
+    A second one is ignored: it must not cut the clean-up short. Only for the main thread.
+    """
+
+    def terminate(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
 
 
 @contextmanager

