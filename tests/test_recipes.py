@@ -187,7 +187,8 @@ def test_reasoning_models_have_their_format_sampling_and_lengths(model):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_trains_the_small_real_model_in_small_steps_on_a_cpu(variant):
-    config = composes(variant, "smollm2-135m-instruct", "gsm8k", "cpu")
+    config = resolve(f"variant={variant}", "model=smollm2-135m-instruct", "data=gsm8k", "platform=cpu")
+    check_with_verl(config)
     check(config, files=False)
     sizes = (config.data.train_batch_size, config.actor_rollout_ref.rollout.n)
     assert (*sizes, config.data.max_response_length, config.data.val_max_samples) == (4, 4, 96, 16)
