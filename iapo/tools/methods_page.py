@@ -172,6 +172,7 @@ def shown(value: object) -> str:
     """A value of a recipe; an interpolation by the name of the key that it refers to."""
     text = value if isinstance(value, str) else json.dumps(value)
     text = re.sub(r"\$\{iapo\.part:\$\{([\w.]+)\},([\d./]+)\}", r"\2 of \1", text)
+    text = re.sub(r"\$\{iapo\.mini_batch:\$\{([\w.]+)\},(\d+)\}", r"1/\2 of \1", text)
     return re.sub(r"\$\{([\w.]+)\}", r"\1", text)
 
 
