@@ -761,18 +761,9 @@ def with_iapo(**values):
     return config
 
 
-@pytest.fixture(scope="module")
-def generated(tmp_path_factory):
-    from iapo.data import prepare
-
-    folder = tmp_path_factory.mktemp("data")
-    prepare("verbose_arithmetic", folder)
-    return folder
-
-
 @pytest.fixture
-def verbose_arithmetic(generated, monkeypatch):
-    monkeypatch.setenv("IAPO_DATA_DIR", str(generated))
+def verbose_arithmetic(data_dir, monkeypatch):
+    monkeypatch.setenv("IAPO_DATA_DIR", str(data_dir))
 
 
 def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path):
