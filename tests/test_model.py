@@ -272,6 +272,30 @@ def test_a_folder_that_exists_is_left_alone(known, capsys):
     assert list(Path("here").iterdir()) == []
 
 
+@pytest.mark.parametrize("out,existing", [("/proc/x/y", "/proc"), ("file/x", "{here}/file")])
+def test_a_place_that_cannot_be_written_is_refused_before_the_download(tmp_path, monkeypatch, capsys, out, existing):
+    from iapo.launch import warmup
+    from iapo.tools import export
+    from tests.test_export import one_rank
+
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("model").mkdir()
+    one_rank(Path("run"))
+    monkeypatch.setattr(tool, "fetch", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(warmup, "warm_up", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(export, "export", lambda *_: pytest.fail("too late"))
+    for name, command, given in (
+        ("model", main, "smollm2-135m"),
+        ("warmup", warmup.main, "model"),
+        ("export", export.main, "run"),
+    ):
+        assert command([given, "--out", out]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        start = f"iapo.{name}: --out: {out} can't be made, {existing.format(here=tmp_path)} can't be written to ("
+        assert line.startswith(start) and line.endswith("); choose another.")
+
+
 def test_a_conversion_that_goes_wrong_leaves_nothing(known, capsys, monkeypatch):
     monkeypatch.setitem(MODELS, "small", dataclasses.replace(MODELS["small"], sentence=("a", "no token")))
     assert main(["small", "--source", str(known)]) == 2

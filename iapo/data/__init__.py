@@ -245,5 +245,6 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
     except OSError as error:
-        print(f"iapo.data: --out: '{out_dir}' can't be written to ({error}); choose another folder.", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"iapo.data: --out: '{out_dir}' can't be written to ({reason}); choose another folder.", file=sys.stderr)
     return 2

@@ -6,7 +6,6 @@ Each check yields its problems, one line each: field, value, fix.
 import inspect
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from iapo.launch.provenance import differences, saved_config
 from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
 from iapo.tasks.reference import references, unjudgeable
+from iapo.tools.folder import obstacle
 from iapo.tools.model import MODELS
 
 # What a tokenizer is read from; a folder without any of these has none.
@@ -40,12 +40,8 @@ def file_problems(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
 
 
 def _paths(config: DictConfig) -> Iterator[str]:
-    run_dir = Path(config.run_dir)
-    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=existing).cleanup()  # permissions say little to root, and about /proc
-    except OSError as error:
-        yield f"run_dir: {run_dir} can't be made, {existing} can't be written to ({error.strerror}); choose another."
+    if reason := obstacle(Path(config.run_dir)):
+        yield f"run_dir: {config.run_dir} {reason}; choose another."
 
 
 def _reward(config: DictConfig) -> Iterator[str]:

@@ -28,6 +28,7 @@ from iapo.data.write import to_rows
 from iapo.launch.check_files import not_loaded
 from iapo.launch.machine import cpu_environment
 from iapo.tools.export import export
+from iapo.tools.folder import check_out
 
 
 def gsm8k(row: dict, answer: str) -> str:
@@ -193,8 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"MODEL_DIR: {options.model} is no folder; make it with iapo model, or give another.")
         if options.data not in REASONING:
             raise ValueError(f"--data: {options.data!r} must be one of {', '.join(REASONING)}.")
-        if out.exists():
-            raise ValueError(f"--out: {out} exists; choose another, or remove it.")
+        check_out(out)
         # Before verl is imported, which reads them. The process group needs no port, but verl reads one.
         os.environ.update(cpu_environment(os.environ))
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

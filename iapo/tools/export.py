@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from iapo.checkpoints import TRACKER, problem, steps
-from iapo.tools.folder import whole_folder
+from iapo.tools.folder import check_out, whole_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -147,8 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
         actor = chosen_step(options.run_dir, options.step)
         step = actor.parent.name.removeprefix("global_step_")
         out = options.out or options.run_dir / "export" / f"step_{step}"
-        if out.exists():
-            raise ValueError(f"--out: {out} exists; choose another, or remove it.")
+        check_out(out)
         dtype = export(shard_files(actor), out, DTYPES.get(options.dtype))
     except (ValueError, OSError) as error:
         print(f"iapo.export: {' '.join(str(error).split())}", file=sys.stderr)

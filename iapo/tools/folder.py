@@ -8,6 +8,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def obstacle(folder: Path) -> str | None:
+    """Why a folder can't be made or written into, in words that follow its name; None if it can."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=existing).cleanup()  # permissions say little to root, and about /proc
+    except OSError as error:
+        return f"can't be made, {existing} can't be written to ({error.strerror})"
+    return None
+
+
+def check_out(out: Path) -> None:
+    """Refuse an `--out` for `whole_folder`, before there is anything to write.
+
+    Raises:
+        ValueError: it exists, or can't be made.
+    """
+    if out.exists():
+        raise ValueError(f"--out: {out} exists; choose another, or remove it.")
+    if reason := obstacle(out.parent):
+        raise ValueError(f"--out: {out} {reason}; choose another.")
+
+
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to fill. It becomes `out` when the block ends, and is removed if the block raises.

@@ -23,7 +23,7 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 from iapo.data import default_dir
-from iapo.tools.folder import whole_folder
+from iapo.tools.folder import check_out, whole_folder
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"NAME: {options.name!r} must be one of {', '.join(MODELS)}.")
         model = MODELS[options.name]
         out = options.out or default_dir() / "models" / model.name
-        if out.exists():
-            raise ValueError(f"--out: {out} exists; choose another, or remove it.")
+        check_out(out)
         if find_spec("gguf") is None:
             raise ValueError("gguf: the package, which reads GGUF files, isn't installed; run pip install gguf.")
         fetch(model, out, options.source)
