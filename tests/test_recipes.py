@@ -906,11 +906,41 @@ def test_prompts_that_are_too_long_or_refused_by_the_template(verbose_arithmetic
     pq.write_table(pq.read_table("d/test.parquet").slice(0, 0), "d/test.parquet")
     with pytest.raises(ConfigError, match=r"^data.val_files: .*/d/test.parquet has no rows; make it again.$"):
         check(changed("data=d", *SHORT, "data.train_batch_size=15"))
-    template = "{{ raise_exception('no system prompt') }}"
+    template = "{% if messages[0].content != '1+1=' %}{{ raise_exception('no sums') }}{% endif %}"
     quoted = f'actor_rollout_ref.model.custom_chat_template="{template}"'
-    refused = r"^data.train_files: the chat template of .*/tiny refuses all of the \d+ prompts \(no system prompt\); ch"
+    refused = r"^data.train_files: the chat template of .*/tiny refuses all of the \d+ prompts \(no sums\); change them"
     with pytest.raises(ConfigError, match=refused):
         check(changed(quoted))
+
+
+@pytest.mark.parametrize(
+    "file,text,reason",
+    [
+        ("chat_template.jinja", "{{ raise_exception('no system\nprompt') }}", "TemplateError: no system prompt"),
+        ("chat_template.jinja", "{% for m in messages %}", "TemplateSyntaxError: Unexpected end of template"),
+        ("tokenizer_config.json", "{{ messages[9].content }}", "UndefinedError: "),
+    ],
+)
+def test_a_broken_chat_template_is_the_models(file, text, reason, verbose_arithmetic):
+    tiny = Path(train.__file__).parent / "assets/tiny"
+    shutil.copytree(tiny, "m", ignore=shutil.ignore_patterns("chat_template.jinja"))
+    settings = json.loads(Path("m/tokenizer_config.json").read_text())
+    if file == "tokenizer_config.json":
+        text = json.dumps(settings | {"chat_template": text})
+    Path("m", file).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        check(changed("model=m"))
+    (line,) = str(error.value).splitlines()
+    here = Path.cwd()
+    assert line.startswith(f"actor_rollout_ref.model.path: the chat template of {here}/m fails on any prompt ({reason}")
+    assert line.endswith(f"); correct {here}/m/{file}, or set actor_rollout_ref.model.custom_chat_template.")
+
+
+def test_a_broken_chat_template_of_the_configuration_is_named(verbose_arithmetic):
+    with pytest.raises(ConfigError) as error:
+        check(changed("actor_rollout_ref.model.custom_chat_template='{{ messages[9].content }}'"))
+    (line,) = str(error.value).splitlines()
+    assert line.startswith("actor_rollout_ref.model.custom_chat_template: '{{ messages[9].content }}' fails on any ")
 
 
 def asking(instruction):
@@ -1524,6 +1554,50 @@ def test_a_ray_cluster_that_does_not_answer_is_refused(free_port):
     server.stop(None)
     for elsewhere in ("", "auto", "ray://head:10001"):
         machine.check_ray_answers(elsewhere)
+
+
+@pytest.fixture
+def no_hub(free_port, monkeypatch, tmp_path):
+    """A hub that does not answer, and its empty cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    return constants
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_line(no_hub, capfd, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("a second try"))
+    with pytest.raises(ConfigError) as error:
+        compose.checked_config(["platform=cpu", "model=org/name"])
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(
+        "actor_rollout_ref.model.path: org/name is no folder here, and the hub can't be asked for it "
+        f"({no_hub.ENDPOINT} doesn't answer: "
+    )
+    assert line.endswith("); give a folder with a Hugging Face model (model=/a/folder), or check the network.")
+    assert capfd.readouterr() == ("", "") and not Path("data").exists()
+
+
+def test_a_model_in_the_hubs_cache_is_read_where_the_hub_does_not_answer(no_hub):
+    folder = Path(no_hub.HF_HUB_CACHE, "models--org--name")
+    for path, text in (("refs/main", "abc"), ("snapshots/abc/config.json", "{}")):
+        (folder / path).parent.mkdir(parents=True)
+        (folder / path).write_text(text)
+    with pytest.warns(UserWarning, match=r"^HF_HUB_OFFLINE=1 is set, because http://.*; org/name is read from the hub"):
+        machine.check_hub("org/name")
+    assert no_hub.HF_HUB_OFFLINE and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_only_a_model_of_the_hub_asks_it(no_hub, monkeypatch):
+    monkeypatch.setattr(machine, "hub_problem", lambda endpoint: pytest.fail("asked"))
+    Path("a/b").mkdir(parents=True)
+    for path in ("a/b", "/no/folder", "plain", "a/b/c"):
+        machine.check_hub(path)
+    monkeypatch.setattr(no_hub, "HF_HUB_OFFLINE", True)
+    machine.check_hub("org/name")
 
 
 @pytest.mark.parametrize("reply", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"-ERR unknown command\r\n", b"", None])

@@ -102,7 +102,7 @@ class _Counter:
 def read_source(name: str, original: Original, source: str | None) -> dict[str, Iterable[dict]]:
     """Rows by split, from the hub or from a local file or directory."""
     path = Path(source) if source is not None else None
-    if original.hub_id and (path is None or (not path.exists() and _is_hub_id(source))):
+    if original.hub_id and (path is None or (not path.exists() and is_hub_id(source))):
         return read_hub(source or original.hub_id, original)
     if path is None or not path.exists():
         raise ValueError(f"source: {source!r} does not exist; give a file, a directory or a hub id.")
@@ -156,7 +156,8 @@ def hub_problem(endpoint: str) -> str | None:
     return None
 
 
-def _is_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether a text has the form of a name on the hub, organisation/name."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) is not None and not source.endswith(SUFFIXES)
 
 

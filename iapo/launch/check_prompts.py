@@ -9,7 +9,7 @@ import numpy as np
 from omegaconf import DictConfig
 
 from iapo.answer_format import FORMATS
-from iapo.launch.check_template import chat_template, template_problems
+from iapo.launch.check_template import broken_template, chat_template, template_problems
 
 
 class Prompts(NamedTuple):
@@ -46,6 +46,9 @@ def prompt_problems(config: DictConfig) -> Iterator[str]:
     if data.custom_cls.path != OUR_DATASET:  # it may read anything
         return
     tokenizer, render = chat_template(config)
+    if line := broken_template(config, render):
+        yield line
+        return
     said: set[str] = set()
     texts: dict[str, list[str]] = {}
     for field, needed in (("train_files", data.train_batch_size), ("val_files", 1)):

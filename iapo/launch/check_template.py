@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,6 +18,24 @@ def chat_template(config: DictConfig) -> tuple[object, Callable[..., str]]:
     options = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create())
     options |= {"chat_template": model.custom_chat_template, "tokenize": False, "add_generation_prompt": True}
     return tokenizer, partial(tokenizer.apply_chat_template, **options)
+
+
+def broken_template(config: DictConfig, render: Callable[..., str]) -> str | None:
+    """One line about a template that fails on the simplest prompt, whatever the data are; None if it works."""
+    try:
+        render([{"role": "user", "content": "1+1="}])
+        return None
+    except Exception as error:  # whatever the template raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    model, key = config.actor_rollout_ref.model, "actor_rollout_ref.model.custom_chat_template"
+    if model.custom_chat_template:
+        return f"{key}: {model.custom_chat_template!r} fails on any prompt ({reason}); correct it."
+    files = (Path(model.path) / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    file = next((file for file in files if file.is_file()), f"that of {model.path}")
+    return (
+        f"actor_rollout_ref.model.path: the chat template of {model.path} fails on any prompt ({reason}); correct "
+        f"{file}, or set {key}."
+    )
 
 
 def template_problems(

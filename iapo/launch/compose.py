@@ -23,7 +23,7 @@ from iapo.config import IapoConfig
 from iapo.data import default_dir, prepare
 from iapo.launch.check_prompts import OUR_REWARD, is_embedded
 from iapo.launch.checks import ConfigError, check, check_numbers, check_with_verl
-from iapo.launch.machine import ALL_CORES, check_machine, cpu_environment, gpu_count
+from iapo.launch.machine import ALL_CORES, check_hub, check_machine, cpu_environment, gpu_count
 from iapo.launch.provenance import by_dotted_key
 from iapo.launch.weights import size_bucket
 from iapo.tasks.embedded import TASKS
@@ -48,6 +48,7 @@ def checked_config(overrides: list[str], files: bool = True) -> DictConfig:
     """
     config = resolve(overrides)
     if files:
+        check_hub(str(config.actor_rollout_ref.model.path))
         prepare_data(config)
         check_machine(config)
         size_bucket(config)

@@ -3,11 +3,13 @@
 import os
 import re
 import socket
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 import torch
 
+from iapo.data.read import hub_problem, is_hub_id
 from iapo.launch.checks import ConfigError
 from iapo.verl_adapter.vllm_plugin import ENTRY_POINT
 
@@ -121,6 +123,26 @@ def check_ray_answers(address: str) -> None:
         encrypted = os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true")  # nothing to read without a handshake
         if not encrypted and not speaks_http2(connection):
             raise ConfigError(f"RAY_ADDRESS: {address} is no head of a Ray cluster, but another server; {fix}")
+
+
+def check_hub(path: str) -> None:
+    """Refuse a model of the hub that can't be asked for; transformers would try for a minute and print every try.
+
+    If the hub doesn't answer but its cache here has the model, this process and those that it starts read the cache.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or os.path.isdir(path) or not is_hub_id(path):
+        return
+    if (reason := hub_problem(constants.ENDPOINT)) is None:
+        return
+    if not isinstance(try_to_load_from_cache(path, "config.json"), str):  # else a marker, or None
+        raise ConfigError(
+            f"actor_rollout_ref.model.path: {path} is no folder here, and the hub can't be asked for it ({reason}); "
+            "give a folder with a Hugging Face model (model=/a/folder), or check the network."
+        )
+    warnings.warn(f"HF_HUB_OFFLINE=1 is set, because {reason}; {path} is read from the hub's cache.", stacklevel=2)
+    constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
 
 
 def speaks_http2(connection: socket.socket, timeout_s: float = 10) -> bool:
