@@ -78,6 +78,10 @@ def print_config(arguments: list[str]) -> int:
         print(OmegaConf.to_yaml(config), flush=True)
     finally:
         sys.stderr.write(said.getvalue())
+    print(
+        "iapo: a dry run doesn't check machine, data, model and run folder; a run does, before it starts",
+        file=sys.stderr,
+    )
     return 0
 
 

@@ -539,7 +539,15 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["data.train_batch_size=99999"], "data.train_files: .* has 4096 rows, 99999 are needed; give more, or lower"),
         (["data=svamp"], "svamp/train.parquet is no file; make it with iapo data svamp --out /"),
         (["data=math500"], "math500/train.parquet is no file; make it with iapo data math500 --out /"),
-        (["data=/my/own"], "data.val_files: /my/own/test.parquet is no file; set the path of a parquet file."),
+        (
+            ["data=/my/own"],
+            "^data.train_files: /my/own/train.parquet is no file; set the path of a parquet file. The same holds for "
+            "data.val_files: /my/own/test.parquet.$",
+        ),
+        (
+            ["data.train_files=/d/x", "data.val_files=/d/x"],
+            "^data.train_files and data.val_files: /d/x is no file; set the path of a parquet file.$",
+        ),
         (["model=/no/such/model"], "actor_rollout_ref.model.path: /no/such/model is no folder"),
         (
             ["actor_rollout_ref.rollout.n=two"],
@@ -777,6 +785,13 @@ def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path)
         check(changed("data=d", *SHORT))
     first, second = str(error.value).splitlines()
     assert first.startswith("data.train_files: ") and "can't be read as parquet" in first
+    shutil.copy("d/test.parquet", "d/train.parquet")
+    with pytest.raises(ConfigError) as error:
+        check(changed("data=d", *SHORT))
+    assert str(error.value) == (
+        f"data.train_files: {tmp_path}/d/train.parquet lacks the columns data_source, reward_model; it has prompt. The "
+        f"same holds for data.val_files: {tmp_path}/d/test.parquet."
+    )
     assert second.endswith("test.parquet lacks the columns data_source, reward_model; it has prompt.")
 
 
@@ -1410,13 +1425,21 @@ def test_dry_run_prints_the_resolved_configuration(monkeypatch, capsys):
 
 def test_a_dry_run_ends_with_what_the_checks_say():
     command = [sys.executable, "-m", "iapo.train", "--dry-run", "platform=cpu", "iapo.gate=correct", "iapo.score=auto"]
+    command.append("run_dir=/proc/x")
     shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
     lines = shown.stdout.splitlines()
     assert shown.returncode == 0 and len(lines) > 1000
-    assert lines[-3:-1] == [  # the last line is verl's, that its checks passed
+    assert lines[-3:] == [  # without verl's line that all checks passed
         "iapo: iapo.score=auto is first_token_entropy in this run",
         "warning: iapo.gate=correct has no effect with iapo.alpha=0.",
+        "iapo: a dry run doesn't check machine, data, model and run folder; a run does, before it starts",
     ]
+
+
+def test_what_else_verl_says_of_a_configuration_stays(capsys):
+    both = ["algorithm.use_kl_in_reward=true", "actor_rollout_ref.actor.use_kl_loss=true"]
+    check_with_verl(changed("variant=grpo", *both))
+    assert capsys.readouterr() == ("", "NOTICE: You have both enabled in-reward kl and kl loss.\n")
 
 
 def test_a_running_ray_cluster_gets_no_resources(monkeypatch):

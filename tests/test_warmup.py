@@ -177,6 +177,11 @@ def test_a_step_is_one_on_the_mean_surprisal_of_the_answers_tokens(source, model
         (["{model}", "--max-tokens", "9"], "--examples: 0 of at most 9 tokens are fewer than data.train_batch_size=8;"),
         (["{model}", "optim.lrr=1"], "Could not override 'optim.lrr'."),
         (["{mute}"], "MODEL_DIR: {mute} has a tokenizer without a chat template; add chat_template.jinja."),
+        (
+            ["{raising}"],
+            "MODEL_DIR: the chat template of {raising} fails on any prompt (UndefinedError: list object has no element "
+            "9); correct {raising}/chat_template.jinja.",
+        ),
         (["{torn}"], "MODEL_DIR: the tokenizer of {torn} can't be loaded (JSONDecodeError: "),
         (["{strip}"], "MODEL_DIR: its chat template writes other text than the answer after the prompt, so the model"),
     ],
@@ -185,11 +190,12 @@ def test_what_cannot_be_taught_gets_one_line_and_leaves_nothing(
     source, model, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    names = {"source": source, "model": model} | {name: Path(name) for name in ("mute", "strip", "torn")}
+    names = {"source": source, "model": model} | {name: Path(name) for name in ("mute", "strip", "raising", "torn")}
     shutil.copytree(model, "torn")
     Path("torn/tokenizer.json").write_text("{")
     templates = {
         "mute": None,
+        "raising": "{{ messages[9].content }}",
         "strip": TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]"),
     }
     for name, template in templates.items():

@@ -71,13 +71,22 @@ def _reward(config: DictConfig) -> Iterator[str]:
 
 
 def _data(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
+    """A file is read once, and a complaint about several is one line."""
+    fields: dict[str | None, list[str]] = {}
     for field in ("train_files", "val_files"):
-        value = OmegaConf.select(config, f"data.{field}")
-        for name in [value] if isinstance(value, str) else value or [None]:
-            yield from _parquet(config, iapo, field, name)
+        for name in listed(OmegaConf.select(config, f"data.{field}")) or [None]:
+            fields.setdefault(name, []).append(f"data.{field}")
+    places: dict[str, list[str]] = {}
+    for name, given in fields.items():
+        where = f"{' and '.join(dict.fromkeys(given))}: {name}"
+        for complaint in _parquet(config, iapo, where, name):
+            places.setdefault(complaint, []).append(where)
+    for complaint, (first, *others) in places.items():
+        yield f"{first}{complaint}" + (f" The same holds for {', '.join(others)}." if others else "")
 
 
-def _parquet(config: DictConfig, iapo: IapoConfig, field: str, name: str | None) -> Iterator[str]:
+def _parquet(config: DictConfig, iapo: IapoConfig, where: str, name: str | None) -> Iterator[str]:
+    """Complaints, each in words that follow `where`, which names field and file."""
     import pyarrow
     import pyarrow.parquet
 
@@ -85,29 +94,28 @@ def _parquet(config: DictConfig, iapo: IapoConfig, field: str, name: str | None)
     if name is None or not path.is_file():
         known = path.parent.name in NAMES
         make = f"make it with iapo data {path.parent.name} --out {path.parent.parent}, or " if known else ""
-        yield f"data.{field}: {name} is no file; {make}set the path of a parquet file."
+        yield f" is no file; {make}set the path of a parquet file."
         return
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             rows = file.read(columns=[c for c in (prompt, "data_source", "reward_model") if c in schema.names])
     except (OSError, pyarrow.ArrowInvalid) as error:
-        yield f"data.{field}: {name} can't be read as parquet ({' '.join(str(error).split())}); make it again."
+        yield f" can't be read as parquet ({' '.join(str(error).split())}); make it again."
         return
     if len(rows) == 0:
-        yield f"data.{field}: {name} has no rows; make it again."
+        yield " has no rows; make it again."
         return
     missing = [column for column in (prompt, "data_source", "reward_model") if column not in schema.names]
     if missing:
-        yield f"data.{field}: {name} lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
+        yield f" lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
-        where = f"data.{field}: {name}, column"
         judged_by_us = config.reward.custom_reward_function.path == "pkg://iapo.reward" or iapo.needs_references
         problems = [*_columns(schema, rows, prompt)] or [
             *_questions(rows[prompt], prompt),
-            *_references(where, rows["reward_model"], judged_by_us),
+            *_references(f"{where}, column", rows["reward_model"], judged_by_us),
         ]
-        yield from (f"{where} {line}" for line in problems)
+        yield from (f", column {line}" for line in problems)
 
 
 def _columns(schema, rows, prompt_key: str) -> Iterator[str]:

@@ -22,20 +22,30 @@ def chat_template(config: DictConfig) -> tuple[object, Callable[..., str]]:
 
 def broken_template(config: DictConfig, render: Callable[..., str]) -> str | None:
     """One line about a template that fails on the simplest prompt, whatever the data are; None if it works."""
+    model, key = config.actor_rollout_ref.model, "actor_rollout_ref.model.custom_chat_template"
+    if (reason := failure(render)) is None:
+        return None
+    if model.custom_chat_template:
+        return f"{key}: {model.custom_chat_template!r} fails on any prompt ({reason}); correct it."
+    return (
+        f"actor_rollout_ref.model.path: the chat template of {model.path} fails on any prompt ({reason}); correct "
+        f"{template_file(model.path)}, or set {key}."
+    )
+
+
+def failure(render: Callable[..., str]) -> str | None:
+    """What a template raises on the simplest prompt."""
     try:
         render([{"role": "user", "content": "1+1="}])
         return None
     except Exception as error:  # whatever the template raises
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    model, key = config.actor_rollout_ref.model, "actor_rollout_ref.model.custom_chat_template"
-    if model.custom_chat_template:
-        return f"{key}: {model.custom_chat_template!r} fails on any prompt ({reason}); correct it."
-    files = (Path(model.path) / name for name in ("chat_template.jinja", "tokenizer_config.json"))
-    file = next((file for file in files if file.is_file()), f"that of {model.path}")
-    return (
-        f"actor_rollout_ref.model.path: the chat template of {model.path} fails on any prompt ({reason}); correct "
-        f"{file}, or set {key}."
-    )
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def template_file(model: str | Path) -> str:
+    """The file that holds a model's template; for a model of the hub, in words."""
+    files = (Path(model) / name for name in ("chat_template.jinja", "tokenizer_config.json"))
+    return next((str(file) for file in files if file.is_file()), f"that of {model}")
 
 
 def template_problems(

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.util import find_spec
+from io import StringIO
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -70,11 +71,15 @@ def check_with_verl(config) -> None:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
+    said = StringIO()
     try:
-        with redirect_stdout(sys.stderr):  # a dry run prints nothing but the configuration
+        with redirect_stdout(said):
             validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     except (AssertionError, ValueError, TypeError) as error:
         raise ConfigError(f"verl: {' '.join(str(error).split()) or type(error).__name__}") from None
+    for line in said.getvalue().splitlines():
+        if "checks passed" not in line:  # which would say more than is true: verl looks at no file
+            print(line, file=sys.stderr)  # a dry run prints nothing but the configuration
 
 
 # verl finds these wrong only after Ray and vLLM have started, if at all: field, type, smallest value.

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from iapo.data.originals import ORIGINALS
 from iapo.data.read import WHOLE, parse_rows, read_source
 from iapo.data.write import to_rows
 from iapo.launch.check_files import not_loaded
+from iapo.launch.check_template import failure, template_file
 from iapo.launch.machine import cpu_environment
 from iapo.tools.export import export
 from iapo.tools.folder import check_out
@@ -149,6 +151,10 @@ def warm_up(
         raise ValueError(not_loaded("MODEL_DIR", str(model), "tokenizer", error)) from None
     if not tokenizer.chat_template:
         raise ValueError(f"MODEL_DIR: {model} has a tokenizer without a chat template; add chat_template.jinja.")
+    if reason := failure(partial(tokenizer.apply_chat_template, tokenize=False)):
+        raise ValueError(
+            f"MODEL_DIR: the chat template of {model} fails on any prompt ({reason}); correct {template_file(model)}."
+        )
     chosen = list(islice(fitting(conversations(data, source), tokenizer, max_tokens), examples))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
