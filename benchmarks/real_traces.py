@@ -8,7 +8,8 @@ The solutions of GSM8K's test split are read as traces of a model that knows the
 
 both with the probe's own tokens and written as the tokenizer would (iapo.probe_tokens=natural). The first table says
 how much each falls, in how many traces, and in which quarter of the trace. The second says what natural tokens change:
-at all positions, where they differ, and at ends of steps. Without GSM8K_DIR the traces are those of the embedded task,
+at all positions, where they differ, and at ends of steps. The third says which tokens make a score fall: those of a
+result, that is of a number after an equals sign, or others. Without GSM8K_DIR the traces are those of the embedded task,
 for its models.
 
 --layout compares forms of the entropy that read through layout instead, see benchmarks/layout.py. They are measured at
@@ -17,12 +18,13 @@ the five ends of the quarters.
 
 import argparse
 import random
+import re
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pandas
@@ -44,6 +46,8 @@ from iapo.tasks import verbose_arithmetic
 
 SCORES = ("entropy", "surprisal")
 TOKENS = ("ids", "natural")
+RESULT = re.compile(r"=\s*\$?(\d[\d,]*(?:\.\d+)?)")
+KINDS = ("the answer as a result", "another result", "other")
 COLUMNS = ["start", "end", "falls in", "1st quarter", "2nd", "3rd", "4th", "rank corr."]
 LEGEND = "\nnats; the quarters are mean falls; the correlation is that of a trace's fall with the surprisal's."
 
@@ -155,6 +159,42 @@ def changes(ids: Sequence[torch.Tensor], natural: Sequence[torch.Tensor], chosen
     return [share, f"{moved.mean():+.3f}", *(f"{x:.3f}" for x in sizes), f"{correlation:.2f}"]
 
 
+def kinds(texts: Sequence[str], answer: str) -> list[str]:
+    """Of each token of a solution the kind: does it write a result, and is that the right answer?
+
+    Args:
+        texts: of the tokens, in order.
+        answer: a number without thousands separators.
+    """
+    ends = list(accumulate(map(len, texts)))
+    found = ["other"] * len(texts)
+    for match in RESULT.finditer("".join(texts)):
+        kind = "the answer as a result" if match[1].replace(",", "") == answer else "another result"
+        for i, (end, text) in enumerate(zip(ends, texts, strict=True)):
+            if match.start(1) < end and end - len(text) < match.end(1):
+                found[i] = kind
+    return found
+
+
+def falls(hs: Mapping[str, list[torch.Tensor]], of: Sequence[str]) -> list[list[str]]:
+    """A row per kind: its share of the tokens, and of each score the mean fall per token and per trace.
+
+    Args:
+        hs: h of every trace by score, (R_i + 1,) nats.
+        of: the kind of every token, of all traces in a row.
+    """
+    gains = {name: torch.cat([h[:-1] - h[1:] for h in some]) for name, some in hs.items()}
+    rows = []
+    for kind in KINDS:
+        here = torch.tensor([k == kind for k in of])
+        cells = [f"{here.float().mean():.1%}"]
+        for name, gain in gains.items():
+            per_token = f"{gain[here].mean():+.3f}" if here.any() else "-"
+            cells += [per_token, f"{gain[here].sum() / len(hs[name]):+.2f}"]
+        rows.append([kind, *cells])
+    return rows
+
+
 def draw(values: dict[tuple[str, str], list[torch.Tensor]], file: Path) -> None:
     """Mean and middle half of both scores over the share of the trace that is read."""
     import matplotlib
@@ -256,6 +296,13 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     print("\n" + table(header, lines))
     print("\nnats, of natural less ids; the gains are those of the tokens just before and after such a position.")
+    of = []
+    for completion, answer in rows:
+        right = decode(tokenizer, answer.tolist()).removesuffix(form.answer_end).replace(",", "")
+        of += kinds([decode(tokenizer, [token]) for token in completion.response.tolist()], right)
+    header = ["the token writes", "tokens", *(f"{score}, {per}" for score in SCORES for per in ("a token", "a trace"))]
+    print("\n" + table(header, falls({score: values[score, "ids"] for score in SCORES}, of)))
+    print("\nmean falls in nats, with the probe's own tokens.")
     if options.picture:
         draw(values, options.picture)
 

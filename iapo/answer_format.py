@@ -25,6 +25,7 @@ class AnswerFormat(ABC):
     Attributes:
         name: its recipe, recipes/format/<name>.yaml.
         markers: texts that may be special tokens of a vocabulary and must survive decoding.
+        opening: begins the reasoning, written by the model or, in `boxed`, by the chat template; "" if nothing does.
         exit_marker: ends the reasoning.
         probe: ends the reasoning and asks for the answer.
         answer_begin: begins the answer; an instruction that asks for the format names it.
@@ -34,6 +35,7 @@ class AnswerFormat(ABC):
 
     name: str
     markers: tuple[str, ...]
+    opening = THINK
     exit_marker = EXIT_MARKER
     probe: str
     answer_begin: str
@@ -113,6 +115,7 @@ class BoxedNoThink(Boxed):
 
     name = "boxed_no_think"
     markers = ()
+    opening = ""
     exit_marker = BOX
     probe = f"\n\n{BOX}"
 

@@ -311,6 +311,33 @@ def test_distributions_after_suffixes_are_those_of_plain_forwards(models):
             torch.testing.assert_close(p_V, plain.double().softmax(-1), atol=1e-5, rtol=1e-4)
 
 
+def test_tokens_of_results_by_hand():
+    texts = ["<think>", "24", "/", "2", " =", " $", "1", ",", "2", "00", " is", " = ", "7", ".", "5", ".", "=x"]
+    result, other = "another result", "other"
+    expected = [other] * 6 + ["the answer as a result"] * 4 + [other] * 2 + [result] * 3 + [other] * 2
+    assert real_traces.kinds(texts, "1200") == expected
+    assert real_traces.kinds(["=1", "2"], "12") == ["the answer as a result"] * 2
+    assert real_traces.kinds(["no result"], "12") == ["other"]
+
+
+def test_falls_by_kind_by_hand():
+    hs = {"entropy": [torch.tensor([3.0, 2.0, 2.5]), torch.tensor([1.0, 0.0])]}
+    first, *others = real_traces.falls(hs, ["the answer as a result", "other", "the answer as a result"])
+    assert first == ["the answer as a result", "66.7%", "+1.000", "+1.00"]
+    assert others == [["another result", "0.0%", "-", "+0.00"], ["other", "33.3%", "-0.500", "-0.25"]]
+
+
+def test_what_the_tokens_of_the_embedded_task_tell(capsys):
+    """Falls by kind sum to that of the traces, and results of additions have most of the surprisal's."""
+    real_traces.main([str(density.TINY), "--traces", "4"])
+    rows = [cells(line) for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    total = next(float(row[2]) - float(row[3]) for row in rows if row[:2] == ["surprisal", "ids"])
+    found = {row[0]: row[1:] for row in rows if row[0] in real_traces.KINDS}
+    assert list(found) == list(real_traces.KINDS)
+    assert sum(float(row[-1]) for row in found.values()) == pytest.approx(total, abs=0.05)
+    assert float(found["other"][-1]) < 0.5 * total
+
+
 def test_the_forms_on_the_embedded_model_make_a_table(capsys):
     """Its first token is a digit, so the forms agree with the paper's at the end of a trace."""
     real_traces.main([str(density.TINY), "--layout", "--traces", "3"])

@@ -56,6 +56,8 @@ MODELS = [
 ]
 DATA = ["verbose_arithmetic", "worked_sums", "gsm8k", "svamp", "math500", "dapo_math_17k", "/some/folder"]
 PLATFORMS = ["cpu", "gpu"]
+# Those of variants that do not measure the paper's.
+SCORES = {"iapo_ne": "next_token_entropy", "iapo_progress": "reference_answer"}
 # Lengths and batches that suit the embedded model.
 SHORT = [
     "data.max_prompt_length=32",
@@ -149,7 +151,9 @@ def test_every_variant_composes_and_passes_verl(variant, platform):
     """With the others in turn: each model with each data set, each of both with each platform."""
     number = 2 * VARIANTS.index(variant) + PLATFORMS.index(platform)
     model, data = MODELS[number % len(MODELS)], DATA[number // len(MODELS) % len(DATA)]
-    check(composes(variant, model, data, platform), files=False)
+    config = composes(variant, model, data, platform)
+    check(config, files=False)
+    assert config.iapo.score == SCORES.get(variant, "first_token_entropy")  # its own, whatever the model is
 
 
 @pytest.mark.parametrize("name", EVALUATION)
@@ -653,8 +657,7 @@ def test_the_score_auto_is_resolved_for_every_variant_and_model(variant, model, 
     compose.register_resolvers()
     settings = compose.settings_of(variant)
     own, progress = settings.get("iapo.score", IapoConfig.score), settings.get("iapo.progress", 0)
-    others = {"iapo_ne": "next_token_entropy", "iapo_progress": "reference_answer"}
-    assert own == others.get(variant, "first_token_entropy")
+    assert own == SCORES.get(variant, "first_token_entropy")
     config = OmegaConf.merge(recipe("model", model), {"iapo": {"score": own, "progress": progress}})
     if model == "path":
         config.actor_rollout_ref.model.path = "/a/folder"
@@ -681,12 +684,13 @@ def test_a_dry_run_resolves_the_score_auto_and_prints_it(variant, model, score, 
 
 
 def test_a_first_token_that_may_be_layout_is_warned_of():
-    for model, score, warned in (
+    for model, score, warned, *more in (
         ("qwen3-0.6b", "first_token_entropy", True),
         ("qwen3-0.6b", "reference_answer", False),
+        ("qwen3-0.6b", "first_token_entropy", False, "iapo.probe='\\n</think>\\n\\nIt is \\\\boxed{'"),
         ("tiny", "first_token_entropy", False),
     ):
-        config = resolve(f"model={model}", "data=gsm8k", "platform=cpu", f"iapo.score={score}")
+        config = resolve(f"model={model}", "data=gsm8k", "platform=cpu", f"iapo.score={score}", *more)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             check(config, files=False)
@@ -949,6 +953,21 @@ def test_a_broken_chat_template_is_the_models(file, text, reason, verbose_arithm
     here = Path.cwd()
     assert line.startswith(f"actor_rollout_ref.model.path: the chat template of {here}/m fails on any prompt ({reason}")
     assert line.endswith(f"); correct {here}/m/{file}, or set actor_rollout_ref.model.custom_chat_template.")
+
+
+@pytest.mark.parametrize(
+    "template,message",
+    [
+        ("opens_think", "^iapo.format: 'tags' asks the model for <think>, but the chat template of .*/m writes it"),
+        ("dated", "^actor_rollout_ref.model.path: the chat template of .*/m writes today's date, so a run that"),
+    ],
+)
+def test_a_template_that_contradicts_the_run_is_refused_before_ray(template, message, verbose_arithmetic):
+    """`test_template.py` has the other cases; here a start asks."""
+    shutil.copytree(Path(train.__file__).parent / "assets/tiny", "m")
+    shutil.copy(Path(__file__).parent / f"templates/{template}.jinja", "m/chat_template.jinja")
+    with pytest.raises(ConfigError, match=message):
+        check(changed("model=m"))
 
 
 def test_a_broken_chat_template_of_the_configuration_is_named(verbose_arithmetic):

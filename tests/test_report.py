@@ -79,7 +79,7 @@ def test_a_picture_that_cannot_be_written_gets_one_line(tmp_path, name, capsys):
 def test_console_shows_progress_and_time_left(capsys, monkeypatch):
     now = iter([100.0, 130.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    console = ProgressConsole(total_steps=12, score="first_token_entropy")
+    console = ProgressConsole(total_steps=12, score="first_token_entropy", format="tags")
     console.log({"training/global_step": 3, "timing_s/step": 60.0}, step=3)  # the first after a resume
     assert capsys.readouterr().out == "iapo: step 3/12 | s/step 60.0\n"
     console.log({"training/global_step": 5, "iapo/reward/acc": 0.5, "response_length/mean": 40.25}, step=5)
@@ -90,7 +90,7 @@ def test_console_shows_progress_and_time_left(capsys, monkeypatch):
 
 
 def test_console_says_once_why_nothing_is_learned(capsys):
-    console = ProgressConsole(total_steps=12, score="first_token_entropy")
+    console = ProgressConsole(total_steps=12, score="first_token_entropy", format="tags")
     infos = [{"acc": 0.0, "failure_reason": "no_answer"}] * 3
     console.log(reward_metrics([*infos, {"acc": 1.0, "failure_reason": ""}]), step=1)
     assert len(capsys.readouterr().out.splitlines()) == 1
@@ -102,21 +102,22 @@ def test_console_says_once_why_nothing_is_learned(capsys):
     assert lines[2].startswith(
         "iapo: step 2: information is negative on average: after the reasoning the model is less"
     )
-    assert "; try iapo.score=reference_answer, see" in lines[2]
+    assert "; try iapo.score=reference_answer. See" in lines[2]
     assert "layout" in lines[2]
-    console = ProgressConsole(total_steps=12, score="answer_logprob")  # of all tokens
+    console = ProgressConsole(total_steps=12, score="answer_logprob", format="tags")  # of all tokens
     console.log({"iapo/information_rate": -0.01}, step=1)
     (line,) = capsys.readouterr().out.splitlines()[1:]
     assert "the model is less certain than before it; try iapo.score=reference_answer" in line
-    console = ProgressConsole(total_steps=12, score="reference_answer")  # nothing to try that isn't chosen
+    console = ProgressConsole(total_steps=12, score="reference_answer", format="tags")  # nothing to try that isn't chosen
     console.log({"iapo/information_rate": -0.01}, step=1)
     (line,) = capsys.readouterr().out.splitlines()[1:]
     assert "the right answer is less probable than before" in line and "iapo.score" not in line
+    assert line.endswith("the rate counts in right ones alone; begin with iapo warmup if few are. See docs/metrics.md.")
 
 
 def test_console_says_that_no_completion_has_the_format(capsys):
     """Also where the reasons differ, so that no single one is all of them; once, and not where one has it."""
-    console = ProgressConsole(total_steps=12, score="first_token_entropy")
+    console = ProgressConsole(total_steps=12, score="first_token_entropy", format="tags")
     reasons = ["no_answer", "several_answers"]
     mixed = [{"acc": 0.0, "format": 0.0, "failure_reason": reason} for reason in reasons]
     console.log(reward_metrics([*mixed, {"acc": 1.0, "format": 1.0, "failure_reason": ""}]), step=1)
@@ -126,6 +127,15 @@ def test_console_says_that_no_completion_has_the_format(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("iapo: step 2: no completion has the format; begin with iapo warmup, or choose")
+
+
+def test_iapo_warmup_is_the_way_out_of_its_own_format_alone(capsys):
+    data = {"iapo/reward/no_answer": 1.0, "iapo/reward/format": 0.0, "iapo/information_rate": -0.1}
+    for format, named in (("tags", 2), ("boxed", 0), ("boxed_no_think", 0)):
+        ProgressConsole(total_steps=1, score="reference_answer", format=format).log(data, step=1)
+        said = capsys.readouterr().out
+        assert said.count("iapo warmup") == named
+        assert said.count("choose the format= that the model knows.") == 1
 
 
 def test_shares_of_failures_are_metrics():

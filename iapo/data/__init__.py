@@ -1,6 +1,6 @@
 """Training and test data as verl reads it.
 
-    iapo data NAME [--source FILE_OR_HUB_ID] [--format tags|boxed] [--drop-unverifiable] [--out DIR] [--seed S]
+    iapo data NAME [--source FILE_OR_HUB_ID] [--format NAME] [--drop-unverifiable] [--out DIR] [--seed S]
     iapo data NAME --source FILE --question COLUMN --answer COLUMN
 
 writes `DIR/NAME/train.parquet` and `DIR/NAME/test.parquet`. The first form takes one of

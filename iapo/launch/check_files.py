@@ -14,7 +14,7 @@ from textwrap import shorten
 from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
-from iapo.answer_format import FORMATS, THINK
+from iapo.answer_format import FORMATS
 from iapo.checkpoints import local_ranks, problem, resume_point, steps, tracker_file
 from iapo.config import IapoConfig
 from iapo.data import NAMES
@@ -388,7 +388,7 @@ def _shortest_answer(config: DictConfig, tokenizer) -> Iterator[str]:
     if (reward.path, reward.name) != OUR_REWARD:
         return
     text = f"{answer_format.probe}0{answer_format.answer_end}"
-    text = text if answer_format.well_formed(text) else THINK + text
+    text = text if answer_format.well_formed(text) else answer_format.opening + text
     needed = len(tokenizer.encode(text, add_special_tokens=False))
     if config.data.max_response_length < needed:
         yield (

@@ -89,7 +89,7 @@ def contents(messages: list) -> list[str]:
 def _format(config: DictConfig, begins: str, text: str) -> Iterator[str]:
     """What the template writes after the last message must be what the format leaves to it."""
     name, path = config.iapo.format, config.actor_rollout_ref.model.path
-    thinks = THINK in FORMATS[name].markers
+    thinks = FORMATS[name].opening != ""
     if EXIT_MARKER in begins:
         if thinks:
             yield (

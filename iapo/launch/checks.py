@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from omegaconf import DictConfig, OmegaConf
 
-from iapo.answer_format import FORMATS, THINK
+from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
 from iapo.data import EVALUATION
 from iapo.launch.check_files import file_problems
@@ -367,7 +367,7 @@ def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     if iapo.probe in [other.probe for other in FORMATS.values() if other is not answer_format]:
         yield f"iapo.format: {iapo.format!r} with the probe {iapo.probe!r} of another; set format={iapo.format}."
         return
-    opening = THINK if THINK in answer_format.markers else ""
+    opening = answer_format.opening
     if not answer_format.well_formed(text := f"{opening}{iapo.probe}0{answer_format.answer_end}"):
         yield (
             f"iapo.probe: {iapo.probe!r} asks for a format that iapo.reward does not pay for, such as {text!r}; set "
@@ -387,7 +387,8 @@ def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
 
 
 def _layout(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
-    if iapo.probes and iapo.score == "first_token_entropy" and not is_embedded(config):
+    own = iapo.probe != FORMATS[iapo.format].probe  # such as one that pins the beginning of the answer
+    if iapo.probes and iapo.score == "first_token_entropy" and not is_embedded(config) and not own:
         yield (
             "iapo.score: 'first_token_entropy' on a model of natural text, where the first token after the probe is "
             "often layout, such as a blank, and says little about the answer; iapo.score=auto, "

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 
 from iapo.metrics.validation import validation
 
+KNOWN = "choose the format= that the model knows"
+# What teaches a model its format; iapo warmup writes the format `tags` alone.
+TEACH = {"tags": f"begin with iapo warmup, or {KNOWN}"}
 # Why completions get no verdict, by the metric of their share, and what a user can do where it is all of them.
 WITHOUT_VERDICT = {
-    "no_answer": "none has an answer in the format; begin with iapo warmup, or choose the format= that the model knows",
-    "several_answers": "each has several answers; begin with iapo warmup, or choose the format= that the model knows",
+    "no_answer": "none has an answer in the format; {teach}",
+    "several_answers": "each has several answers; {teach}",
     "unparsable": "math-verify finds no expression in the answers; look at them in validation/*.jsonl",
     "timeout": "math-verify takes too long; raise reward.custom_reward_function.reward_kwargs.timeout_s",
     "error": "the verifier failed on each; its log above says why",
@@ -46,11 +49,11 @@ class ProgressConsole:
 
     Args:
         total_steps: training steps of the whole run.
-        score: the run's iapo.score; what to do about negative information depends on it.
+        score, format: the run's `iapo.score` and `iapo.format`; the way out of a warning depends on them.
     """
 
-    def __init__(self, total_steps: int, score: str):
-        self._total, self._score = total_steps, score
+    def __init__(self, total_steps: int, score: str, format: str):
+        self._total, self._score, self._format = total_steps, score, format
         self._said: set[str] = set()
         self._first: tuple[int, float] | None = None  # step and when it ended; it takes long, so it isn't counted
 
@@ -78,7 +81,7 @@ class ProgressConsole:
         if held_out:
             parts.append(f"held-out: accuracy {held_out.accuracy:.3f} tokens {held_out.tokens:.1f}")
         print("iapo: " + " | ".join(parts), flush=True, file=sys.stdout)
-        for line in warnings_of(data, self._score):
+        for line in warnings_of(data, self._score, self._format):
             if line not in self._said:
                 print(f"iapo: step {step}: {line}", flush=True, file=sys.stdout)
             self._said.add(line)
@@ -87,18 +90,20 @@ class ProgressConsole:
         pass
 
 
-def warnings_of(data: dict, score: str) -> Iterator[str]:
+def warnings_of(data: dict, score: str, format: str) -> Iterator[str]:
     """What a step's metrics say about why nothing is learned."""
+    teach = TEACH.get(format, KNOWN)
     for reason, fix in WITHOUT_VERDICT.items():
         if data.get(f"iapo/reward/{reason}") == 1:
-            yield f"no completion was judged, all are {reason!r}: {fix}."
+            yield f"no completion was judged, all are {reason!r}: {fix.format(teach=teach)}."
     if data.get("iapo/reward/format") == 0 and data.get("iapo/reward/no_answer") != 1:
-        yield "no completion has the format; begin with iapo warmup, or choose the format= that the model knows."
+        yield f"no completion has the format; {teach}."
     if data.get("iapo/information_rate", 0) < 0:
         if score == "reference_answer":
             reason = "the right answer is less probable than before it, as where most answers are wrong"
-            fix = "the rate counts in right ones alone; begin with iapo warmup if few are"
+            warmup = "; begin with iapo warmup if few are" if format in TEACH else ""
+            fix = f"the rate counts in right ones alone{warmup}"
         else:
             layout = ", as where the first token after the probe is layout" if score == "first_token_entropy" else ""
             reason, fix = f"the model is less certain than before it{layout}", "try iapo.score=reference_answer"
-        yield f"information is negative on average: after the reasoning {reason}; {fix}, see docs/metrics.md."
+        yield f"information is negative on average: after the reasoning {reason}; {fix}. See docs/metrics.md."

@@ -135,7 +135,7 @@ class IapoTrainer(PPOTrainerSync):
             return
         self.logger.logger["file"] = MetricsFile(Path(self.config.run_dir) / "metrics.jsonl", self._resumed_step)
         if "console" in self.logger.logger:
-            self.logger.logger["console"] = ProgressConsole(self.total_training_steps, self.config.iapo.score)
+            self.logger.logger["console"] = ProgressConsole(self.total_training_steps, self.iapo.score, self.iapo.format)
 
     # -- the step -----------------------------------------------------------------------------------------------
 
