@@ -9,8 +9,8 @@ The solutions of GSM8K's test split are read as traces of a model that knows the
 both with the probe's own tokens and written as the tokenizer would (iapo.probe_tokens=natural). The first table says
 how much each falls, in how many traces, and in which quarter of the trace. The second says what natural tokens change:
 at all positions, where they differ, and at ends of steps. The third says which tokens make a score fall: those of a
-result, that is of a number after an equals sign, or others. Without GSM8K_DIR the traces are those of the embedded task,
-for its models.
+result, that is of a number after an equals sign, or others. Without GSM8K_DIR the traces are those of the embedded
+task, for its models.
 
 --layout compares forms of the entropy that read through layout instead, see benchmarks/layout.py. They are measured at
 the five ends of the quarters.

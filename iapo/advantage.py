@@ -208,8 +208,8 @@ def relative_progress(
 def of_another(values: torch.Tensor, region_mask: torch.Tensor, index: Sequence) -> torch.Tensor:
     """(B, T + 1) each row's values replaced by those of the next row of its group, stretched to its own reasoning.
 
-    The first of a group follows its last. Start and end of the reasoning keep to start and end, and the values between
-    are those of the nearest position. A completion that is alone in its group keeps its own.
+    The first of a group follows its last. The first and last positions map to each other; those between take the value
+    of the nearest position. A completion that is alone in its group keeps its own.
     """
     length_B = region_mask.bool().sum(1)
     t_T1 = torch.arange(values.shape[1], device=values.device)

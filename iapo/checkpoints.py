@@ -116,7 +116,7 @@ def remove_surplus(
         spare: steps that stay.
 
     Returns:
-        The steps that were removed. None is, where fewer than `keep` are whole. One that can't be removed stays.
+        The removed steps; empty if fewer than `keep` are whole. Steps that can't be deleted stay.
     """
     if keep < 1:
         return []

@@ -42,8 +42,8 @@ class IapoConfig:
         gate: completions that get the informativeness term: "all" (paper) or "correct".
         region: tokens that are probed. "reasoning": those before the first `exit_marker` in the completion, because a
             probe after it is off-distribution. "response": all of them (paper).
-        format: how completions are laid out: "tags" (paper), "boxed" or "boxed_no_think", see `iapo.answer_format`. `format=...` on the
-            command line sets it with the markers and the probe, which can be set alone too.
+        format: how completions are laid out: "tags" (paper), "boxed" or "boxed_no_think", see `iapo.answer_format`.
+            `format=...` on the command line sets it with the markers and the probe, which can be set alone too.
         exit_marker: text that ends the reasoning.
         probe: text of the exit probe, appended to a prefix to make the model answer now.
         probe_tokens: "ids": the probe's own tokens after any prefix. "natural": where the tokenizer would write the

@@ -11,6 +11,7 @@ import yaml
 pytest.importorskip("verl")
 
 from benchmarks.table import reproduce_table as rt
+from benchmarks.table import restamp
 from benchmarks.table.fingerprint import changes_result, fingerprint
 from benchmarks.table.plan import resolved_config
 from benchmarks.table.table import Table
@@ -150,3 +151,54 @@ def test_only_differences_from_the_defaults_are_named(config):
     names = changes_result(config)
     assert {"methods.gfpo._target_", "actor_rollout_ref.rollout.n", "data.train_batch_size"} <= names.keys()
     assert len(names) < 100
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Two records with an old fingerprint, and what a checkout and today's build make of them."""
+    folder = tmp_path / "records"
+    folder.mkdir()
+    for run in ("grpo-seed0", "grpo-seed1"):
+        (folder / f"{run}.json").write_text(json.dumps({"fingerprint": "old", "outcome": {"run": run}}))
+    (tmp_path / "settings.json").write_text("{}")
+    return folder
+
+
+def stamped(records, monkeypatch, before, now):
+    found = iter([before, now])
+    monkeypatch.setattr(restamp, "examine", lambda *_: next(found))
+    status = restamp.main([str(ROOT), str(records)])
+    return status, [json.loads(path.read_text()) for path in sorted(records.iterdir())]
+
+
+def test_restamp_gives_every_record_the_fingerprint_of_today(records, monkeypatch):
+    made = {
+        run: {"accepted": True, "config": {"seed": number}} for number, run in enumerate(["grpo-seed0", "grpo-seed1"])
+    }
+    status, after = stamped(records, monkeypatch, made, made)
+    assert status == 0
+    assert [record["fingerprint"] for record in after] == [
+        fingerprint(entry["config"], {}, {}) for entry in made.values()
+    ]
+    assert [record["outcome"]["run"] for record in after] == list(made)
+
+
+@pytest.mark.parametrize(
+    "run,before,now,problem",
+    [
+        ("grpo-seed1", {"accepted": False}, {}, "grpo-seed1: {root} doesn't accept its record"),
+        ("grpo-seed1", {"config": {"seed": 2}}, {}, "grpo-seed1: seed was 2, now 0"),
+        ("grpo-seed1", None, {}, "grpo-seed1: no run of the table"),
+        ("grpo-seed0", {}, None, "grpo-seed0: no run of the table"),
+    ],
+)
+def test_restamp_writes_nothing_if_one_record_differs(records, monkeypatch, capsys, run, before, now, problem):
+    whole = {"accepted": True, "config": {"seed": 0}}
+    sides = [dict.fromkeys(("grpo-seed0", "grpo-seed1"), whole) for _ in range(2)]
+    for side, change in zip(sides, (before, now), strict=True):
+        side.pop(run)
+        if change is not None:
+            side[run] = whole | change
+    status, after = stamped(records, monkeypatch, *sides)
+    assert status == 2 and {record["fingerprint"] for record in after} == {"old"}
+    assert capsys.readouterr().err == f"restamp: {problem.format(root=ROOT)}\n"

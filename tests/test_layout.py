@@ -12,6 +12,7 @@ ROOT = Path(iapo.__file__).parent
 
 # From the lowest to the highest: module or folder, and what it is. A module may import its own layer and lower ones.
 LAYERS = (
+    ("iapo.arguments", "how the commands read theirs"),
     ("iapo.answer_format", "the format of an answer"),
     ("iapo.config", "the section iapo of the configuration"),
     ("iapo.probe", "how information is measured in one forward pass"),

@@ -78,8 +78,8 @@ def test_the_trainer_takes_them_from_verl_without_a_pass(region, lengths):
     trainer.tokenizer = SimpleNamespace(
         eos_token_id=5, decode=lambda ids, **_: "".join(LETTERS[int(token)] for token in ids)
     )
-    assert trainer._advantage_fields == ["entropy", "response_mask", "responses"]
-    inputs = trainer._step_inputs(rows)
+    assert trainer.advantage_fields == ["entropy", "response_mask", "responses"]
+    inputs = trainer.step_inputs(rows)
     assert inputs.region_mask.sum(1).tolist() == lengths
     expected = [[2.0, 0.5, 1.0, 0.2, 0.1, 0.1], [0.3, 0.2, 0.1, 0.1, 0.1, 0.1], [7.0] * 6]
     torch.testing.assert_close(inputs.exit_entropy, torch.tensor(expected))

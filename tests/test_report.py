@@ -108,7 +108,9 @@ def test_console_says_once_why_nothing_is_learned(capsys):
     console.log({"iapo/information_rate": -0.01}, step=1)
     (line,) = capsys.readouterr().out.splitlines()[1:]
     assert "the model is less certain than before it; try iapo.score=reference_answer" in line
-    console = ProgressConsole(total_steps=12, score="reference_answer", format="tags")  # nothing to try that isn't chosen
+    console = ProgressConsole(
+        total_steps=12, score="reference_answer", format="tags"
+    )  # nothing to try that isn't chosen
     console.log({"iapo/information_rate": -0.01}, step=1)
     (line,) = capsys.readouterr().out.splitlines()[1:]
     assert "the right answer is less probable than before" in line and "iapo.score" not in line

@@ -316,7 +316,7 @@ def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
 
     table = Table(make_plan(tmp_path), config_of)
     assert table.done() == table.planned() == 11
-    table._outcomes["gfpo-6-seed1"] = table._outcomes["gfpo-6-seed0"]  # of a value that is not chosen
+    table.outcomes["gfpo-6-seed1"] = table.outcomes["gfpo-6-seed0"]  # of a value that is not chosen
     assert table.done() == 11
 
 
@@ -656,7 +656,7 @@ def test_time_left_follows_the_runs_so_far(tmp_path):
     trained = START_S + 4 * 7.0 + 2 * 512 * COMPLETION_S
     untrained = trained - 4 * 7.0
     assert table.seconds_left([], 2) == pytest.approx((9 * trained + 2 * untrained) / 2)
-    table._ratios += [2.0, 4.0]
+    table.ratios += [2.0, 4.0]
     assert table.seconds_left([SimpleNamespace(seconds=30)], 1) == pytest.approx(3 * (9 * trained + 2 * untrained) - 30)
 
 

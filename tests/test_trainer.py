@@ -36,7 +36,7 @@ def test_dynamic_sampling_that_finds_no_mixed_group_stops_with_the_reason(monkey
     monkeypatch.setattr(PPOTrainerSync, "_add_prompts_to_generate", lambda self, n: drawn.append(n) or n)
     trainer = object.__new__(IapoTrainer)
     trainer.config = OmegaConf.create({"data": {"train_batch_size": 4}})
-    trainer.global_steps, trainer._refilled = 7, 0
+    trainer.global_steps, trainer.refilled = 7, 0
     for _ in range(MAX_REFILLS * 2):
         assert trainer._add_prompts_to_generate(2) == 2
     with pytest.raises(RuntimeError, match=r"^algorithm\.filter_groups: 400 extra prompts of step 7 .*enable=false"):
@@ -103,8 +103,8 @@ def test_exit_entropies_come_with_old_log_probs_if_verl_computes_any(monkeypatch
     trainer = object.__new__(IapoTrainer)
     correction = {} if bypass is None else {"rollout_correction": {"bypass_mode": bypass}}
     trainer.config = OmegaConf.create({"algorithm": {"adv_estimator": "iapo", **correction}})
-    trainer._skips_old_log_prob = False
-    monkeypatch.setattr(IapoTrainer, "_reads", lambda *_: nullcontext())
+    trainer.skips_old_log_prob = False
+    monkeypatch.setattr(IapoTrainer, "reads", lambda *_: nullcontext())
     trainer.iapo, trainer.timing_raw = IapoConfig(share_log_prob_forward=True, **weights), {}
     batch = SimpleNamespace(extra_info={})
     assert trainer._compute_old_log_prob(batch, {}) is batch
@@ -112,7 +112,7 @@ def test_exit_entropies_come_with_old_log_probs_if_verl_computes_any(monkeypatch
     assert requests == ([{"iapo": asdict(asked)}] if shares else [{}])
     assert batch.extra_info == {}  # reference log-probs may be the same worker's
     trainer.iapo = IapoConfig(share_log_prob_forward=False, **weights)
-    assert not trainer._shares_forward
+    assert not trainer.shares_forward
 
 
 def test_jagged_rows_are_filled_up_with_their_last_value():
@@ -205,7 +205,7 @@ def test_workers_fetch_all_where_more_than_text_is_read(processor, replays, teac
     rollout = {"enable_rollout_routing_replay": replays}
     trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
     batch = KVBatchMeta(keys=["a_0_0"], tags=[{}], partition_id="train")
-    with trainer._reads(batch, ["responses"]):
+    with trainer.reads(batch, ["responses"]):
         assert batch.fields == (["responses"] if limited else None)
     assert batch.fields is None
 
@@ -249,7 +249,7 @@ def test_a_resumed_run_does_not_validate_again(monkeypatch, tmp_path, resumed, s
         lines = [json.dumps({"step": step, "data": numbers}) + "\n" for step in steps]
         (tmp_path / "metrics.jsonl").write_text("".join(lines))
     trainer = object.__new__(IapoTrainer)
-    trainer._resumed_step = resumed
+    trainer.resumed_step = resumed
     options = {"val_only": val_only, "val_before_train": True}
     trainer.config = OmegaConf.create({"run_dir": str(tmp_path), "trainer": options})
     monkeypatch.setattr(PPOTrainerSync, "fit", lambda self, manager: None)
@@ -285,7 +285,7 @@ def test_right_answers_reach_the_workers_in_the_order_of_the_rows(monkeypatch):
     for score in ("first_token_entropy", "reference_answer"):
         trainer.iapo = IapoConfig(rho=1.0, score=score, probe=">", answer_end="<")
         batch = KVBatchMeta(keys=list(truths), tags=[{}] * 4, partition_id="train")
-        trainer._on_batch(batch, {}, 2)
+        trainer.on_batch(batch, {}, 2)
         assert ("reward_model" in asked[-1]) == bool(stored) == (score == "reference_answer")
     assert batch.keys == ["a_0_0", "a_1_0", "b_0_0", "b_1_0"]
     rows = [[answer.tolist() for answer in separated(row)] for row in stored["reference_tokens"].unbind()]
@@ -301,4 +301,6 @@ def test_a_right_answer_ends_as_its_format_ends_answers(name, text):
         format=name,
         **{key: getattr(given, key) for key in ("exit_marker", "probe", "answer_end")},
     )
-    assert [answer.tolist() for answer in separated(trainer._references({"ground_truth": "72"}))] == [[*map(ord, text)]]
+    assert [answer.tolist() for answer in separated(trainer.reference_ids({"ground_truth": "72"}))] == [
+        [*map(ord, text)]
+    ]

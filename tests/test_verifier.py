@@ -496,7 +496,7 @@ def spin(cpu_s: float) -> str:
 
 
 def in_worker(function, argument, timeout_s):
-    return asyncio.run(verifier._in_worker(function, [argument], timeout_s))
+    return asyncio.run(verifier.in_worker(function, [argument], timeout_s))
 
 
 def test_the_limit_is_cpu_time():

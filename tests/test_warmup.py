@@ -114,7 +114,9 @@ def test_only_the_model_is_required(capsys):
     for arguments in ([], ["--data", "svamp"]):
         with pytest.raises(SystemExit):
             main(arguments)
-        assert capsys.readouterr().err.endswith("error: the following arguments are required: MODEL_DIR\n")
+        assert capsys.readouterr().err == (
+            "iapo.warmup: the following arguments are required: MODEL_DIR; see iapo warmup --help.\n"
+        )
 
 
 def test_only_answers_that_fit_are_taught(source, model):

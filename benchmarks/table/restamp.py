@@ -36,7 +36,7 @@ for name in sorted([UNTRAINED, *plan.methods], key=len):
         value, seed = file.stem.removeprefix(f"{name}-").rpartition("seed")[::2]
         job = plan.job(name, yaml.safe_load(value.rstrip("-")), int(seed))
         if job.name == file.stem:
-            found[job.name] = {"accepted": table._recorded(job) is not None, "config": table.config(job)}
+            found[job.name] = {"accepted": table.recorded(job) is not None, "config": table.config(job)}
 print(json.dumps(found))
 """
 

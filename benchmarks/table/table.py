@@ -72,8 +72,8 @@ class Table:
     config_of: Callable[[Job], str] = resolved_config
     _configs: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    _outcomes: dict[str, Outcome] = field(default_factory=dict)
-    _ratios: list[float] = field(default_factory=list)  # of the time that a run took to what was expected
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    ratios: list[float] = field(default_factory=list)  # of the time that a run took to what was expected
 
     def __post_init__(self):
         self.prompts = {split: read_prompts(self.plan.data_file(split)) for split in self.plan.splits}
@@ -86,17 +86,17 @@ class Table:
         job = self.plan.job(name, value, seed)
         if job.name in self.failed:
             return None
-        if job.name not in self._outcomes:
-            if (outcome := self._recorded(job)) is not None:
-                self._outcomes[job.name] = outcome
+        if job.name not in self.outcomes:
+            if (outcome := self.recorded(job)) is not None:
+                self.outcomes[job.name] = outcome
             elif (samples := self._last_validation(job, name)) is not None and self._made_as_now(job):
-                self._outcomes[job.name] = self._evaluate(job, samples)
-        return self._outcomes.get(job.name)
+                self.outcomes[job.name] = self._evaluate(job, samples)
+        return self.outcomes.get(job.name)
 
     def _record_file(self, job: Job) -> Path:
         return self.plan.out / "records" / f"{job.name}.json"
 
-    def _recorded(self, job: Job) -> Outcome | None:
+    def recorded(self, job: Job) -> Outcome | None:
         if not (file := self._record_file(job)).is_file():
             return None
         expected = self._fingerprint(self.config(job))
@@ -109,13 +109,13 @@ class Table:
 
     def record(self, job: Job) -> None:
         """Keep what a complete run showed; not while it may still be alive."""
-        record = {"fingerprint": self._fingerprint(self.config(job)), "outcome": self._outcomes[job.name]._asdict()}
+        record = {"fingerprint": self._fingerprint(self.config(job)), "outcome": self.outcomes[job.name]._asdict()}
         write_whole(self._record_file(job), json.dumps(record, indent=1) + "\n")
 
     def record_earlier(self) -> None:
         """Record runs that were complete when an earlier table was stopped."""
         for job in [self.plan.job(*run) for run in self.known()]:
-            if job.name in self._outcomes and not self._record_file(job).is_file():
+            if job.name in self.outcomes and not self._record_file(job).is_file():
                 with contextlib.suppress(FolderInUse), lock(job.folder / "lock"):
                     self.record(job)
 
@@ -247,16 +247,16 @@ class Table:
     def finished(self, run: Running) -> None:
         """Note what became of a run that ended."""
         status = run.process.returncode
-        self._outcomes.pop(run.job.name, None)  # of before its end
+        self.outcomes.pop(run.job.name, None)  # of before its end
         complete = run.job.name not in {job.name for job in self.wanted()}
         if status == 0 and complete:
             self.record(run.job)
-            self._ratios.append(run.seconds / self.expected_s(trained=not run.job.name.startswith(UNTRAINED)))
+            self.ratios.append(run.seconds / self.expected_s(trained=not run.job.name.startswith(UNTRAINED)))
             say(f"{run.job.name} is done in {clock(run.seconds)}")
         else:
             reason = run.reason() if status else "it ended without all completions of its last validation"
             self.failed[run.job.name] = reason
-            self._outcomes.pop(run.job.name, None)
+            self.outcomes.pop(run.job.name, None)
             say(f"{run.job.name} FAILED: {reason}; its log: {run.job.log}")
 
     # -- progress -----------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class Table:
 
     def seconds_left(self, running: Sequence[Running], slots: int) -> float:
         """From the measured costs, corrected by how long the runs so far took."""
-        ratio = statistics.mean(self._ratios) if self._ratios else 1.0
+        ratio = statistics.mean(self.ratios) if self.ratios else 1.0
         open_jobs = self.planned() - self.done() - len(self.failed)
         untrained = sum(self.outcome(UNTRAINED, None, seed) is None for seed in self.plan.seeds)
         trained = max(open_jobs - untrained, 0)

@@ -29,7 +29,6 @@ Reference answers that the verifier can't read are listed: any other spelling of
 `--drop-unverifiable` leaves these rows out, and those without an answer, which are an error otherwise.
 """
 
-import argparse
 import os
 import random
 import re
@@ -39,6 +38,7 @@ import warnings
 from pathlib import Path
 
 from iapo.answer_format import FORMATS
+from iapo.arguments import Parser
 from iapo.data.judge import unreadable
 from iapo.data.originals import EVALUATION, NAMES, ORIGINALS, own
 from iapo.data.read import load_examples, print_some
@@ -212,7 +212,7 @@ def generate(name: str, train_size: int, test_size: int, seed: int) -> dict[str,
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 written, 2 nothing written, with the reason in one line."""
-    parser = argparse.ArgumentParser(prog="iapo data", description="Write train.parquet and test.parquet for verl.")
+    parser = Parser(prog="iapo data", description="Write train.parquet and test.parquet for verl.")
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(NAMES)}; or a name for data of your own")
     parser.add_argument("--source", help="local file or directory, or hub id (default: the original on the hub)")
     parser.add_argument("--question", metavar="COLUMN", help="of your own data: the column of the questions")

@@ -110,7 +110,7 @@ def _parquet(config: DictConfig, iapo: IapoConfig, where: str, name: str | None)
     if missing:
         yield f" lacks the columns {', '.join(missing)}; it has {', '.join(schema.names)}."
     else:
-        judged_by_us = config.reward.custom_reward_function.path == "pkg://iapo.reward" or iapo.needs_references
+        judged_by_us = config.reward.custom_reward_function.path == OUR_REWARD[0] or iapo.needs_references
         problems = [*_columns(schema, rows, prompt)] or [
             *_questions(rows[prompt], prompt),
             *_references(f"{where}, column", rows["reward_model"], judged_by_us),

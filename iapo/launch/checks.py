@@ -24,6 +24,7 @@ from iapo.data import EVALUATION
 from iapo.launch.check_files import file_problems
 from iapo.launch.check_prompts import OUR_REWARD, is_embedded
 from iapo.methods import Method, acts_by, conflicts, make_methods
+from iapo.probe.supported_models import TURN_OFF
 
 
 class ConfigError(ValueError):
@@ -346,7 +347,7 @@ def _engine(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         yield f"actor_rollout_ref.rollout.tensor_model_parallel_size: {size!r} must be 1 with platform=cpu."
     if not iapo.probes:
         return
-    off = "or set iapo.alpha=0 iapo.rho=0 iapo.progress=0 iapo.validation_information=false."
+    off = f"or {TURN_OFF}."
     if model.use_fused_kernels:
         yield f"actor_rollout_ref.model.use_fused_kernels: true returns no logits to measure; set it to false {off}"
     if actor.ulysses_sequence_parallel_size > 1:

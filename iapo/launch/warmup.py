@@ -23,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 from iapo.answer_format import FORMATS, written
+from iapo.arguments import Parser
 from iapo.data.originals import ORIGINALS
 from iapo.data.read import WHOLE, parse_rows, read_source
 from iapo.data.write import to_rows
@@ -182,9 +183,7 @@ def warm_up(
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 written, 2 nothing written, with the reason in one line."""
-    parser = argparse.ArgumentParser(
-        prog="iapo warmup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="iapo warmup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="a Hugging Face folder, as iapo model writes it")
     parser.add_argument("--data", default="svamp", help=f"{', '.join(REASONING)} (default svamp)")
     parser.add_argument("--source", help="of the data, as iapo data takes it (default: the original on the hub)")

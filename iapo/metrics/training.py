@@ -18,7 +18,7 @@ def information_metrics(
 ) -> dict[str, float]:
     """Exit entropies, gains, rate and each term's share of the advantage, over completions with at least one token.
 
-    Of next-token entropies only the gains: verl has their mean, and there is no rate.
+    With next-token entropies only the gains are reported: verl reports the mean, and no rate exists.
 
     Args:
         response_mask: (B, T); rows of zeros are verl's padding.

@@ -150,8 +150,8 @@ def _by_prompt(completions: Sequence[Completion]) -> list[list[int]]:
 def _owners(completions: Sequence[Completion], rows: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Rows, each with the row whose stored trajectory it reads.
 
-    That is the row itself, or an earlier one with the same response, of which it needs no more than that one. A
-    response that is measured several times, with other answers or probes, is the same tensor.
+    That is the row itself, or an earlier row with the same response and at least as long a trajectory. A response that
+    is measured several times, with other answers or probes, is the same tensor.
     """
     owner = None
     for i in rows:

@@ -9,11 +9,9 @@ from torch.nn import Embedding
 # `torch.nn.Module`, which declares none of the attributes that are read here.
 CausalLM = Any
 
-# How a message about a model that can't be served ends.
-USE_ANOTHER = (
-    "use another causal LM with full attention, or set iapo.alpha=0 iapo.rho=0 iapo.progress=0 "
-    "iapo.validation_information=false."
-)
+# How messages about what the pass can't serve end.
+TURN_OFF = "set iapo.alpha=0 iapo.rho=0 iapo.progress=0 iapo.validation_information=false"
+USE_ANOTHER = f"use another causal LM with full attention, or {TURN_OFF}."
 
 
 def check_model(model: CausalLM, length: int) -> None:

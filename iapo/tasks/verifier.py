@@ -109,10 +109,10 @@ async def verdict(answer: str, gold: str, timeout_s: float) -> str:
     if found is not None:
         return found
     texts = [for_math_verify(quantity(text).text) for text in (answer, gold)]
-    return await _in_worker(_judge, texts, timeout_s)
+    return await in_worker(_judge, texts, timeout_s)
 
 
-async def _in_worker(function: Callable, arguments: Sequence, timeout_s: float) -> str:
+async def in_worker(function: Callable, arguments: Sequence, timeout_s: float) -> str:
     """What a worker's `function` returns; "timeout" or "error: <what>" if it returns nothing."""
     wall_s = WALL_FACTOR * timeout_s + WALL_EXTRA_S
     future = _running_pool().schedule(_limited, args=(function, arguments, timeout_s, wall_s), timeout=wall_s)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from iapo.arguments import Parser
 from iapo.tasks import sums
 from iapo.tasks.reference import references
 
@@ -246,9 +247,7 @@ def table(samples: Sequence[Sample], ks: Sequence[int], resamples: int = 1000, s
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 printed, 2 nothing to evaluate, with the reason in one line."""
-    parser = argparse.ArgumentParser(
-        prog="iapo evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="iapo evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_DIR_OR_JSONL")
     parser.add_argument("--k", nargs="+", type=int, default=[1], help="default 1")
     parser.add_argument("--step", type=int, help="of the validation; default: the last")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
+from iapo.arguments import Parser
 from iapo.checkpoints import TRACKER, problem, steps
 from iapo.tools.folder import check_out, whole_folder
 
@@ -133,9 +134,7 @@ def _actor(checkpoints: Path, step: int) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 written, 2 nothing written, with the reason in one line."""
-    parser = argparse.ArgumentParser(
-        prog="iapo export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="iapo export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--step", type=int, help="default: the last checkpoint")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of training")

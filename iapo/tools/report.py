@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from iapo.arguments import Parser
 from iapo.metrics.validation import Validation, validations
 
 
@@ -92,9 +93,7 @@ def draw(runs: dict[str, list[Validation]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 printed, 2 nothing to report, with the reason in one line."""
-    parser = argparse.ArgumentParser(
-        prog="iapo report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="iapo report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("--picture", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)

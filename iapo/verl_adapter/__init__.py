@@ -3,7 +3,8 @@
 1. `runner`: the Ray task that verl's `run_ppo` starts; it registers what follows.
 2. `trainer`: verl's synchronous trainer, with a stage of ours between its own.
 3. `replay_buffer`, `rows`: every sampled batch is checked and ordered; what TransferQueue holds of it.
-4. `estimator`: carries `iapo.step.step_advantage`, which is pure, to verl's registry of estimators.
+4. `old_log_probs`: when verl's stage of old log-probs can be left out. `estimator`: carries
+   `iapo.step.step_advantage`, which is pure, to verl's registry of estimators.
 5. `worker`: the remote methods of the actor's processes.
 6. `engine`: the exit-entropy pass on the FSDP shards, within verl's forwards or by its own.
 7. `reward_manager`: verl's, with lengths, and with errors handed to the trainer.

@@ -149,7 +149,7 @@ class IapoEngine(FSDPEngineWithLMHead):
         return RankWork(rows, completions, torch.tensor(probe_ids), max_tokens, length, joins)
 
     def _joins(self, config: IapoConfig) -> Joins | None:
-        """None where every probe is the same tokens and no answer follows it."""
+        """None if the probe has the same tokens after every prefix and no answer follows."""
         tokenizer, key = self.model_config.tokenizer, (config.probe, config.probe_tokens == "natural")
         if config.probe_tokens == "ids" and config.score not in ("answer_logprob", "reference_answer"):
             return None
@@ -161,7 +161,7 @@ class IapoEngine(FSDPEngineWithLMHead):
     def completion(
         self, prompt: torch.Tensor, response: torch.Tensor, mask: torch.Tensor, config: IapoConfig
     ) -> Completion:
-        """Where a completion is probed, and what for, unless that is the data's right answer."""
+        """The positions to probe and the answer to score, except a reference answer."""
         tokenizer = self.model_config.tokenizer
         length = region_length(response, mask, config, tokenizer, self._end_tokens)
         if config.probe_at == "boundaries":

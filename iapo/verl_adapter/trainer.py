@@ -55,7 +55,7 @@ class IapoTrainer(PPOTrainerSync):
     """What is added to verl's trainer, in the order in which verl calls it:
 
     - once: `_init_resource_pool_mgr`, `_build_replay_buffer`, `_load_checkpoint`, `fit`;
-    - for every batch, of training or validation: `on_validate_begin` or `on_sample_begin`, then `_on_batch`;
+    - for every batch, of training or validation: `on_validate_begin` or `on_sample_begin`, then `on_batch`;
     - in a step: `_compute_old_log_prob`, `_compute_ref_log_prob`, `_compute_advantage`, `_update_actor`,
       `_save_checkpoint` where one is due, `_compute_metrics`.
 
@@ -72,9 +72,9 @@ class IapoTrainer(PPOTrainerSync):
         self.iapo = IapoConfig.from_mapping(OmegaConf.to_container(config.iapo, resolve=True))
         self.methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
         self._result: StepAdvantage | None = None  # of the current step, from its advantage to its update
-        self._refilled = 0  # prompts that dynamic sampling drew for the current step
+        self.refilled = 0  # prompts that dynamic sampling drew for the current step
         self._validation_began = self._validation_seconds = 0.0  # when the last one began and how long it took
-        self._resumed_step = 0  # last step of the checkpoint that this run resumes from; 0: it begins
+        self.resumed_step = 0  # last step of the checkpoint that this run resumes from; 0: it begins
         super().__init__(config)
 
     # -- wiring -------------------------------------------------------------------------------------------------
@@ -87,17 +87,17 @@ class IapoTrainer(PPOTrainerSync):
 
     def _build_replay_buffer(self) -> IapoReplayBuffer:
         poll_interval = self.config.trainer.v1.sampler.sampler_kwargs.get("poll_interval")
-        return IapoReplayBuffer(super()._build_replay_buffer(), self._on_batch, poll_interval)
+        return IapoReplayBuffer(super()._build_replay_buffer(), self.on_batch, poll_interval)
 
     def on_sample_begin(self):
         super().on_sample_begin()
-        self._refilled = 0
+        self.refilled = 0
 
     def _add_prompts_to_generate(self, num_prompts: int) -> int:
         """verl's refill of groups that dynamic sampling dropped; it would never end if none is ever mixed."""
-        self._refilled += num_prompts
+        self.refilled += num_prompts
         limit = MAX_REFILLS * self.config.data.train_batch_size
-        if self._refilled > limit:
+        if self.refilled > limit:
             raise RuntimeError(
                 f"algorithm.filter_groups: {limit} extra prompts of step {self.global_steps} gave too few groups with "
                 "different values of the metric, so there is nothing to learn from; use other data or enable=false."
@@ -107,7 +107,7 @@ class IapoTrainer(PPOTrainerSync):
     def fit(self, agent_loop_manager):
         run_dir = Path(self.config.run_dir)
         validated = [v.step for v in validations(run_dir)] if (run_dir / "metrics.jsonl").is_file() else []
-        if self._resumed_step > 0 and self._resumed_step in validated and not self.config.trainer.val_only:
+        if self.resumed_step > 0 and self.resumed_step in validated and not self.config.trainer.val_only:
             self.config.trainer.val_before_train = False  # it was done before the stop
         super().fit(agent_loop_manager)
 
@@ -133,19 +133,21 @@ class IapoTrainer(PPOTrainerSync):
         history, and its console logger prints a hundred numbers a step."""
         if isinstance(self.logger.logger.get("file"), MetricsFile):
             return
-        self.logger.logger["file"] = MetricsFile(Path(self.config.run_dir) / "metrics.jsonl", self._resumed_step)
+        self.logger.logger["file"] = MetricsFile(Path(self.config.run_dir) / "metrics.jsonl", self.resumed_step)
         if "console" in self.logger.logger:
-            self.logger.logger["console"] = ProgressConsole(self.total_training_steps, self.iapo.score, self.iapo.format)
+            self.logger.logger["console"] = ProgressConsole(
+                self.total_training_steps, self.iapo.score, self.iapo.format
+            )
 
     # -- the step -----------------------------------------------------------------------------------------------
 
     @property
-    def _shares_forward(self) -> bool:
+    def shares_forward(self) -> bool:
         """Whether the exit entropies come with old log-probs; in bypass mode verl computes none."""
         bypass = OmegaConf.select(self.config, "algorithm.rollout_correction.bypass_mode")
         return self.iapo.share_log_prob_forward and self.iapo.needs_exit_entropy and not bypass
 
-    def _on_batch(self, batch: KVBatchMeta, metrics: dict, prompts: int) -> None:
+    def on_batch(self, batch: KVBatchMeta, metrics: dict, prompts: int) -> None:
         """Every sampled batch, for training or validation, in order and checked."""
         training = batch.partition_id == "train"
         probes = self.iapo.needs_exit_entropy if training else self.iapo.validation_information
@@ -163,33 +165,33 @@ class IapoTrainer(PPOTrainerSync):
             metrics["iapo/rollout_failures"] = expected - len(batch)
         order = order_rows(batch, data["index"])
         if scores_references:
-            put(batch, **{REFERENCES: jagged([self._references(data["reward_model"][i]) for i in order])})
+            put(batch, **{REFERENCES: jagged([self.reference_ids(data["reward_model"][i]) for i in order])})
         if not training and self.iapo.validation_information:
             self._record_validation_information(batch, [data["extra_fields"][i] for i in order])
 
-    def _references(self, reward_model) -> torch.Tensor:
+    def reference_ids(self, reward_model) -> torch.Tensor:
         """The tokens of a row's right answers, each with what ends it."""
         texts = references(getattr(reward_model, "data", reward_model)["ground_truth"])
         return joined([answer_ids(self.tokenizer, text + self.iapo.answer_end) for text in texts])
 
     @cached_property
-    def _skips_old_log_prob(self) -> bool:
+    def skips_old_log_prob(self) -> bool:
         """Whether the update's own log-probs can stand in for old ones: see `needs_old_log_probs`."""
         return not needs_old_log_probs(self.config)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        if self._skips_old_log_prob:
+        if self.skips_old_log_prob:
             return batch
-        if self._shares_forward:
+        if self.shares_forward:
             batch.extra_info["iapo"] = asdict(self.iapo.in_training)
-        more = [REFERENCES] if self._shares_forward and self.iapo.needs_references else []
-        with self._reads(batch, LOG_PROB_FIELDS + more):
+        more = [REFERENCES] if self.shares_forward and self.iapo.needs_references else []
+        with self.reads(batch, LOG_PROB_FIELDS + more):
             result = super()._compute_old_log_prob(batch, metrics)
         result.extra_info.pop("iapo", None)  # reference log-probs may be computed by the same worker
         return result
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        with self._reads(batch, LOG_PROB_FIELDS):
+        with self.reads(batch, LOG_PROB_FIELDS):
             return super()._compute_ref_log_prob(batch, metrics)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -200,14 +202,14 @@ class IapoTrainer(PPOTrainerSync):
             )
         if self.config.algorithm.adv_estimator != "iapo":
             return super()._compute_advantage(batch, metrics)
-        if self.iapo.needs_exit_entropy and not self._shares_forward:
+        if self.iapo.needs_exit_entropy and not self.shares_forward:
             with marked_timer("exit_entropy", self.timing_raw, color="purple"):
                 self._run_exit_entropy(batch, self.iapo.in_training)
-        data = fetch(batch, self._advantage_fields)
+        data = fetch(batch, self.advantage_fields)
         if "exit_entropy_seconds" in data:
             seconds = data["exit_entropy_seconds"].max().item()
             self.timing_raw["exit_entropy"] = self.timing_raw.get("exit_entropy", 0.0) + seconds
-        inputs = self._step_inputs(data)
+        inputs = self.step_inputs(data)
         with bind(inputs) as carrier:
             batch = super()._compute_advantage(batch, metrics)
         self._result = carrier.result
@@ -220,22 +222,29 @@ class IapoTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """verl's, with the loss over the tokens that the methods leave; its metrics still count all of them."""
-        narrow = any("loss_mask" in acts_by(method) for method in self.methods.values())
-        if narrow:
-            before = fetch(batch, ["response_mask", "loss_mask"])
-            rows = zip(self._result.loss_mask, before["response_mask"].unbind(), strict=True)
-            mask = jagged([new[: len(old)].to(old.dtype) for new, old in rows])
-            put(batch, response_mask=mask, loss_mask=mask)
-        with self._reads(batch, UPDATE_FIELDS):
+        with self._narrow_loss(batch), self.reads(batch, UPDATE_FIELDS):
             batch = super()._update_actor(batch, metrics)
-        if narrow:
-            put(batch, **before)
-        if self._skips_old_log_prob and "actor/entropy_loss" in metrics:
+        if self.skips_old_log_prob and "actor/entropy_loss" in metrics:
             metrics["actor/entropy"] = metrics["actor/entropy_loss"]
         return batch
 
     @contextmanager
-    def _reads(self, batch: KVBatchMeta, fields: list[str]) -> Iterator[None]:
+    def _narrow_loss(self, batch: KVBatchMeta) -> Iterator[None]:
+        """Let the masks in TransferQueue be those of the methods, where a method has one; then verl's again."""
+        if not any("loss_mask" in acts_by(method) for method in self.methods.values()):
+            yield
+            return
+        before = fetch(batch, ["response_mask", "loss_mask"])
+        rows = zip(self._result.loss_mask, before["response_mask"].unbind(), strict=True)
+        mask = jagged([new[: len(old)].to(old.dtype) for new, old in rows])
+        put(batch, response_mask=mask, loss_mask=mask)
+        try:
+            yield
+        finally:
+            put(batch, **before)
+
+    @contextmanager
+    def reads(self, batch: KVBatchMeta, fields: list[str]) -> Iterator[None]:
         """Let the workers fetch these fields only: the others, texts and dictionaries, cost more than the tensors.
 
         Everything is fetched where more is read: of inputs other than text, of routes to replay, of teachers.
@@ -266,7 +275,7 @@ class IapoTrainer(PPOTrainerSync):
     def _load_checkpoint(self):
         self._choose_checkpoint()
         result = super()._load_checkpoint()
-        self._resumed_step = self.global_steps
+        self.resumed_step = self.global_steps
         if self.global_steps and self.methods:
             mode = self.config.trainer.resume_mode
             folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
@@ -302,12 +311,12 @@ class IapoTrainer(PPOTrainerSync):
         self.actor_rollout_wg.compute_exit_entropy(request)
 
     @cached_property
-    def _advantage_fields(self) -> list[str]:
+    def advantage_fields(self) -> list[str]:
         """What the advantage stage reads from TransferQueue, besides what verl's own part of it does."""
         needs = {name for method in self.methods.values() for name in method.needs}
         fields = {"response_mask"}
         if self.iapo.needs_exit_entropy:
-            fields |= {*OUTPUT_FIELDS, *(["exit_entropy_seconds"] if self._shares_forward else [])}
+            fields |= {*OUTPUT_FIELDS, *(["exit_entropy_seconds"] if self.shares_forward else [])}
         if self.iapo.needs_next_token_entropy:
             fields |= {"responses", "entropy"}
         if self.iapo.beta > 0:
@@ -317,7 +326,7 @@ class IapoTrainer(PPOTrainerSync):
             fields.add("extra_fields")
         return sorted(fields)
 
-    def _step_inputs(self, data: TensorDict) -> StepInputs:
+    def step_inputs(self, data: TensorDict) -> StepInputs:
         """From the fields that were fetched, which are those that something needs."""
         fields: dict[str, torch.Tensor] = {}
         if "exit_entropy" in data:

@@ -74,7 +74,8 @@ def _give_wide_models_all_cores() -> None:
     """Let vLLM decode a model of at least `WIDE` with its share of the cores: training waits meanwhile.
 
     vLLM's worker fixes the number of threads when it starts: with VLLM_CPU_OMP_THREADS_BIND=nobind what
-    OMP_NUM_THREADS says, which is one for all processes of a run on a CPU.
+    OMP_NUM_THREADS says, which is one for all processes of a run on a CPU. Remove when vLLM takes the number of threads
+    of one engine as an option.
     """
     from vllm.v1.worker.cpu_worker import CPUWorker
 
