@@ -221,9 +221,11 @@ def of_another(values: torch.Tensor, region_mask: torch.Tensor, index: Sequence)
     return result
 
 
-def rows_by_group(index: Sequence[Hashable]) -> list[list[int]]:
+def rows_by_group(index: Sequence[Hashable] | torch.Tensor) -> list[list[int]]:
+    """The row numbers of each group, in the order in which the groups appear."""
     members: dict[Hashable, list[int]] = {}
-    for i, group in enumerate(index):
+    # The elements of a tensor are hashed by identity: each would be a group of its own.
+    for i, group in enumerate(index.tolist() if isinstance(index, torch.Tensor) else index):
         members.setdefault(group, []).append(i)
     return list(members.values())
 
@@ -258,33 +260,38 @@ def iapo_advantage(
         wrong one whose region is all it wrote. With all weights 0, `outcome` itself: GRPO bit for bit.
 
     Raises:
-        ValueError: an input that a non-zero weight needs is missing.
+        ValueError: an input that a non-zero weight needs is missing, or `index` has another length.
     """
 
-    def needed(name: str, value: torch.Tensor | None) -> torch.Tensor:
+    def needed(name: str, value: torch.Tensor | None, by: str) -> torch.Tensor:
         if value is None:
-            weights = dict(
-                alpha=config.alpha, beta=config.beta, rho=config.rho, progress=config.progress, gate=config.gate
+            off = "all" if by == "gate" else 0
+            raise ValueError(
+                f"{name}: None, but iapo.{by}={getattr(config, by)} needs it; pass it or set iapo.{by}={off}."
             )
-            raise ValueError(f"{name}: None, but the weights {weights} need it; pass it or set the weight to 0.")
         return value
 
+    if len(index) != len(outcome):
+        raise ValueError(f"index: {len(index)} entries must be {len(outcome)}, one for each completion.")
     terms = {"outcome": outcome}
     if config.alpha > 0:
-        term = informativeness(needed("exit_entropy", exit_entropy), needed("region_mask", region_mask))
+        term = informativeness(
+            needed("exit_entropy", exit_entropy, "alpha"), needed("region_mask", region_mask, "alpha")
+        )
         everywhere = config.gate == "all"
-        gate_B1 = torch.ones(len(outcome), 1) if everywhere else needed("correct", correct).float()[:, None]
+        gate_B1 = torch.ones(len(outcome), 1) if everywhere else needed("correct", correct, "gate").float()[:, None]
         terms["informativeness"] = config.alpha * gate_B1.to(outcome.device) * term
     if config.beta > 0:
-        old_BT, correct_B = needed("old_log_probs", old_log_probs), needed("correct", correct)
+        old_BT, correct_B = needed("old_log_probs", old_log_probs, "beta"), needed("correct", correct, "beta")
         term = exploration(old_BT, correct_B, response_mask, config.exploration)
         terms["exploration"] = config.beta * term
     if config.rho > 0:
-        h_BT1 = needed("exit_entropy", exit_entropy)
-        rate_B = relative_information_rate(h_BT1, needed("correct", correct), response_mask, index)
+        h_BT1, correct_B = needed("exit_entropy", exit_entropy, "rho"), needed("correct", correct, "rho")
+        rate_B = relative_information_rate(h_BT1, correct_B, response_mask, index)
         terms["information_rate"] = config.rho * rate_B[:, None] * response_mask
     if config.progress > 0:
-        h_BT1, region_BT = needed("exit_entropy", exit_entropy), needed("region_mask", region_mask)
+        h_BT1 = needed("exit_entropy", exit_entropy, "progress")
+        region_BT = needed("region_mask", region_mask, "progress")
         terms["progress"] = config.progress * relative_progress(h_BT1, region_BT, response_mask, index, config)
     if len(terms) == 1:
         return outcome, terms

@@ -30,6 +30,11 @@ class Resume(NamedTuple):
     problems: list[str]
 
 
+def step_folder(folder: Path, step: int) -> Path:
+    """Where verl keeps the checkpoint of a step."""
+    return Path(folder) / f"global_step_{step}"
+
+
 def steps(folder: Path) -> list[int]:
     """The numbers of the `global_step_<N>` folders, in order."""
     names = [path.name.removeprefix("global_step_") for path in Path(folder).glob("global_step_*") if path.is_dir()]
@@ -82,7 +87,7 @@ def resume(folder: Path, contents: Sequence[str], ranks: int) -> Resume:
         problems.append(f"{TRACKER} names step {text}, which isn't there")
     allowed = [step for step in found if not text.isdecimal() or step <= int(text)]
     for step in reversed(allowed):
-        if (reason := problem(Path(folder) / f"global_step_{step}", contents, ranks)) is None:
+        if (reason := problem(step_folder(folder, step), contents, ranks)) is None:
             return Resume(step, problems)
         problems.append(reason)
     return Resume(None, problems)
@@ -122,10 +127,10 @@ def remove_surplus(
         return []
     folder = Path(folder)
     until = [step for step in steps(folder) if step <= last]
-    whole = [step for step in until if problem(folder / f"global_step_{step}", contents, ranks) is None]
+    whole = [step for step in until if problem(step_folder(folder, step), contents, ranks) is None]
     if len(whole) < keep:
         return []
     surplus = [step for step in until if step < whole[-keep] and step not in spare]
     for step in surplus:
-        shutil.rmtree(folder / f"global_step_{step}", ignore_errors=True)
+        shutil.rmtree(step_folder(folder, step), ignore_errors=True)
     return surplus

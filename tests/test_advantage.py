@@ -73,8 +73,8 @@ def test_relative_information_rate_by_hand():
     h[:, 0] = 2.0
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
     correct = torch.tensor([1, 1, 0, 1, 0, 1])
-    groups = ["a", "a", "a", "b", "b", "b"]
-    assert relative_information_rate(h, correct, mask, groups).tolist() == [1, -1, 0, 0, 0, 0]
+    for groups in (list("aaabbb"), torch.tensor([0, 0, 0, 1, 1, 1])):
+        assert relative_information_rate(h, correct, mask, groups).tolist() == [1, -1, 0, 0, 0, 0]
 
 
 def batch():
@@ -100,6 +100,11 @@ def test_terms_add_up_with_their_weights():
     assert terms["information_rate"].abs().max() == 0  # one correct completion: no comparison
     torch.testing.assert_close(advantages, sum(terms.values()))
     assert (advantages[inputs["response_mask"] == 0] == 0).all()
+
+
+def test_an_index_of_another_length_is_refused():
+    with pytest.raises(ValueError, match=r"^index: 1 entries must be 2, one for each completion.$"):
+        iapo_advantage(config=IapoConfig(rho=2.0), **batch() | {"index": ["g"]})
 
 
 def zscores(values):

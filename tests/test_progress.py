@@ -141,7 +141,7 @@ def test_it_is_a_weighted_term_of_the_advantage():
     assert list(terms) == ["outcome", "progress"]
     assert torch.equal(terms["progress"], 2 * relative_progress(h, region, response, ["a"] * 3, config()))
     assert torch.allclose(advantages, outcome + terms["progress"])
-    with pytest.raises(ValueError, match=r"^region_mask: None, but the weights .*'progress': 2.0"):
+    with pytest.raises(ValueError, match=r"^region_mask: None, but iapo.progress=2.0 needs it; pass"):
         iapo_advantage(outcome, response, config(progress=2.0), index=["a"] * 3, exit_entropy=h)
 
 

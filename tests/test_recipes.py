@@ -1322,8 +1322,16 @@ def test_a_path_to_resume_from_must_be_a_whole_step(verbose_arithmetic):
         ConfigError, match=r"^trainer.resume_from_path: .*/checkpoints must be a folder global_step_<N>"
     ):
         check(changed(*resume, f"trainer.resume_from_path={folder.parent}"))
+    for path in (f"{folder}/", "null", folder.parent / "10"):
+        with pytest.raises(
+            ConfigError, match=rf"^trainer.resume_from_path: {path}.* must be a folder".replace("null", "None")
+        ):
+            check(changed(*resume, f"trainer.resume_from_path={path}"))
     (folder / "actor/optim_world_size_1_rank_0.pt").unlink()
     with pytest.raises(ConfigError, match=r"^trainer.resume_from_path: .*optim_world_size_1_rank_0.pt is missing; cho"):
+        check(changed(*resume, f"trainer.resume_from_path={folder}"))
+    checkpoint(changed("run_dir=other"), 8)
+    with pytest.raises(ConfigError, match=r"; choose another step \(whole: global_step_8\).$"):
         check(changed(*resume, f"trainer.resume_from_path={folder}"))
 
 

@@ -6,7 +6,7 @@ import pytest
 from iapo.metrics.console import Progress, ProgressConsole
 from iapo.metrics.file import MetricsFile
 from iapo.metrics.training import reward_metrics
-from iapo.metrics.validation import Validation, validation, validations
+from iapo.metrics.validation import Validation, mean_of, validation, validations
 from iapo.tools.report import draw, main, table
 
 
@@ -39,6 +39,15 @@ def test_validations_and_table_by_hand(tmp_path):
 def test_several_data_sources_count_equally():
     data = held_out(0.8, 50.0) | {"val-core/math/acc/mean@1": 0.4, "val-aux/math/response_length/mean@1": 100.0}
     assert validation(3, data) == Validation(3, 0.6000000000000001, 75.0, None)
+
+
+def test_prompts_that_lost_completions_are_no_source_of_their_own():
+    """verl averages them apart: 300 tokens over the prompts with all 8, 1000 over those that kept 7."""
+    lost = {f"val-aux/a/response_length/mean@{n}": tokens for n, tokens in ((8, 300.0), (7, 1000.0))}
+    other = {"val-aux/b/response_length/mean@4": 100.0, "val-aux/b/response_length/mean@10": 200.0}
+    assert mean_of(lost, "response_length") == 300
+    assert mean_of(lost | other, "response_length") == 250
+    assert mean_of({}, "acc") is None
 
 
 def test_picture_and_command(tmp_path, capsys):

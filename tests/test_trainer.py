@@ -304,3 +304,21 @@ def test_a_right_answer_ends_as_its_format_ends_answers(name, text):
     assert [answer.tolist() for answer in separated(trainer.reference_ids({"ground_truth": "72"}))] == [
         [*map(ord, text)]
     ]
+
+
+def test_completions_that_a_validation_lacks_are_counted(monkeypatch):
+    """verl counts them as wrong in its accuracy, and drops what sampling reports of them."""
+    trainer = object.__new__(IapoTrainer)
+    trainer.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"n": 8, "val_kwargs": {"n": 2}}}})
+    trainer.iapo, trainer.validation_failures = IapoConfig(), 5
+    values = {"index": [1, 1, 2], "extra_fields": [{}] * 3}
+    monkeypatch.setattr("iapo.verl_adapter.trainer.fetch", lambda batch, fields: {f: values[f] for f in fields})
+
+    def validate(self):
+        for _ in range(2):
+            batch = KVBatchMeta(keys=["a_0_0", "a_1_0", "b_0_0"], tags=[{}] * 3, partition_id="val")
+            self.on_batch(batch, {}, 2)
+        return {"val-core/a/acc/mean@2": 0.5}
+
+    monkeypatch.setattr(PPOTrainerSync, "_validate", validate)
+    assert trainer._validate() == {"val-core/a/acc/mean@2": 0.5, "iapo/validation_rollout_failures": 2}

@@ -43,6 +43,7 @@ OVERRIDES = {
         "_load_checkpoint",
         "_save_checkpoint",
         "_update_actor",
+        "_validate",
         "fit",
         "on_sample_begin",
         "on_train_begin",

@@ -6,8 +6,9 @@ Each check yields its problems, one line each: field, value, fix.
 import inspect
 import json
 import os
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from iapo.answer_format import FORMATS
-from iapo.checkpoints import local_ranks, problem, resume_point, steps, tracker_file
+from iapo.checkpoints import local_ranks, problem, resume_point, step_folder, steps, tracker_file
 from iapo.config import IapoConfig
 from iapo.data import NAMES
 from iapo.data.judge import unreadable_rows
@@ -408,23 +409,14 @@ def _resume(config: DictConfig) -> Iterator[str]:
         )
     contents = config.actor_rollout_ref.actor.checkpoint.load_contents
     if mode == "auto" and not tracker.is_file():
-        folders = [tracker.parent / f"global_step_{step}" for step in steps(tracker.parent)]
+        folders = [step_folder(tracker.parent, step) for step in steps(tracker.parent)]
         if whole := [folder.name for folder in folders if problem(folder, contents, local_ranks(config)) is None]:
             yield (
                 f"run_dir: {tracker.parent} holds {whole[-1]} but no {tracker.name}, so the run would start from the "
                 "beginning; write its number into that file, or choose another run_dir."
             )
-    if mode == "resume_path" and config.trainer.resume_from_path:
-        folder = Path(config.trainer.resume_from_path)
-        if not folder.name.removeprefix("global_step_").isdecimal():
-            yield f"trainer.resume_from_path: {folder} must be a folder global_step_<N>."
-        elif reason := problem(folder, contents, local_ranks(config)):
-            yield f"trainer.resume_from_path: {reason}; choose another step."
-        try:
-            methods = make_methods(OmegaConf.to_container(config, resolve=True)["methods"])
-            load_states(methods, Path(config.trainer.resume_from_path))
-        except ValueError as error:
-            yield str(error)
+    if mode == "resume_path":
+        yield from _resume_path(config, contents)
     if mode != "auto" or not tracker.is_file():
         return
     if not saved_config(config).is_file():
@@ -435,6 +427,24 @@ def _resume(config: DictConfig) -> Iterator[str]:
         return
     yield from _step_reached(config, tracker)
     yield from _changed(config)
+
+
+def _resume_path(config: DictConfig, contents: Sequence[str]) -> Iterator[str]:
+    """verl reads the step from the end of the path as it is written."""
+    field, path = "trainer.resume_from_path", config.trainer.resume_from_path
+    if not re.fullmatch(r"(.*/)?global_step_[0-9]+", str(path)):
+        yield f"{field}: {path} must be a folder global_step_<N>, without a slash at its end."
+        return
+    folder, ranks = Path(path), local_ranks(config)
+    if reason := problem(folder, contents, ranks):
+        found = [step_folder(folder.parent, step) for step in steps(folder.parent)]
+        whole = [other.name for other in found if problem(other, contents, ranks) is None]
+        yield f"{field}: {reason}; choose another step (whole: {', '.join(whole) or 'none'})."
+        return
+    try:
+        load_states(make_methods(OmegaConf.to_container(config, resolve=True)["methods"]), folder)
+    except ValueError as error:
+        yield str(error)
 
 
 def _changed(config: DictConfig) -> Iterator[str]:

@@ -35,6 +35,13 @@ def validation(step: int, data: dict) -> Validation | None:
 
 
 def mean_of(data: dict, variable: str) -> float | None:
-    """The mean over data sources of a number that the reward returns, such as "acc"; None if it isn't there."""
-    values = [v for k, v in data.items() if re.fullmatch(rf"val-(core|aux)/.+/{variable}/mean@\d+", k)]
-    return sum(values) / len(values) if values else None
+    """The mean over data sources of a number that the reward returns, such as "acc"; None if it isn't there.
+
+    verl averages prompts that lost completions apart, under a smaller N. The largest N of a source counts.
+    """
+    largest: dict[str, tuple[int, float]] = {}
+    for key, value in data.items():
+        if match := re.fullmatch(rf"val-(?:core|aux)/(.+)/{variable}/mean@(\d+)", key):
+            source, n = match[1], int(match[2])
+            largest[source] = max(largest.get(source, (0, 0.0)), (n, value))
+    return sum(value for _, value in largest.values()) / len(largest) if largest else None

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from iapo.arguments import Parser
-from iapo.checkpoints import TRACKER, problem, steps
+from iapo.checkpoints import TRACKER, problem, step_folder, steps
 from iapo.tools.folder import check_out, whole_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,7 +129,7 @@ def chosen_step(run_dir: Path, step: int | None) -> Path:
 
 
 def _actor(checkpoints: Path, step: int) -> Path:
-    return checkpoints / f"global_step_{step}" / "actor"
+    return step_folder(checkpoints, step) / "actor"
 
 
 def main(arguments: list[str] | None = None) -> int:

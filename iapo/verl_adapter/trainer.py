@@ -20,7 +20,7 @@ from verl.trainer.ppo.v1 import PPOTrainerSync
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.utils.debug import marked_timer
 
-from iapo.checkpoints import local_ranks, remove_surplus, resume_point
+from iapo.checkpoints import local_ranks, remove_surplus, resume_point, step_folder
 from iapo.config import IapoConfig
 from iapo.information import information_rate, next_token_entropies
 from iapo.methods import acts_by, load_states, make_methods, save_states
@@ -55,6 +55,7 @@ class IapoTrainer(PPOTrainerSync):
     """What is added to verl's trainer, in the order in which verl calls it:
 
     - once: `_init_resource_pool_mgr`, `_build_replay_buffer`, `_load_checkpoint`, `fit`;
+    - in a validation: `_validate`;
     - for every batch, of training or validation: `on_validate_begin` or `on_sample_begin`, then `on_batch`;
     - in a step: `_compute_old_log_prob`, `_compute_ref_log_prob`, `_compute_advantage`, `_update_actor`,
       `_save_checkpoint` where one is due, `_compute_metrics`.
@@ -73,6 +74,7 @@ class IapoTrainer(PPOTrainerSync):
         self.methods = make_methods(OmegaConf.to_container(config.methods, resolve=True))
         self._result: StepAdvantage | None = None  # of the current step, from its advantage to its update
         self.refilled = 0  # prompts that dynamic sampling drew for the current step
+        self.validation_failures = 0  # completions that the current validation lacks
         self._validation_began = self._validation_seconds = 0.0  # when the last one began and how long it took
         self.resumed_step = 0  # last step of the checkpoint that this run resumes from; 0: it begins
         super().__init__(config)
@@ -120,6 +122,11 @@ class IapoTrainer(PPOTrainerSync):
         print(f"iapo: validation: {size} ({limit}){expected}", flush=True)
         self._validation_began = time.monotonic()
 
+    def _validate(self) -> dict[str, float]:
+        """verl's, with the number of completions that are missing: its accuracy counts them as wrong."""
+        self.validation_failures = 0
+        return super()._validate() | {"iapo/validation_rollout_failures": self.validation_failures}
+
     def on_validate_end(self):
         super().on_validate_end()
         self._validation_seconds = time.monotonic() - self._validation_began
@@ -160,9 +167,11 @@ class IapoTrainer(PPOTrainerSync):
                 f"reward: the reward function raised on {len(errors)} of {len(batch)} completions of step "
                 f"{self.global_steps}, first: {errors[0]}. Fix the function; its traceback is in the log above."
             )
+        rollout = self.config.actor_rollout_ref.rollout
         if training:
-            expected = prompts * self.config.actor_rollout_ref.rollout.n
-            metrics["iapo/rollout_failures"] = expected - len(batch)
+            metrics["iapo/rollout_failures"] = prompts * rollout.n - len(batch)
+        else:  # verl drops these metrics
+            self.validation_failures += prompts * rollout.val_kwargs.n - len(batch)
         order = order_rows(batch, data["index"])
         if scores_references:
             put(batch, **{REFERENCES: jagged([self.reference_ids(data["reward_model"][i]) for i in order])})
@@ -261,7 +270,7 @@ class IapoTrainer(PPOTrainerSync):
 
     def _save_checkpoint(self):
         # Before verl's, which ends by naming this checkpoint the last.
-        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+        folder = step_folder(self.config.trainer.default_local_dir, self.global_steps)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "data.pt").unlink(missing_ok=True)  # of a broken step: until verl writes it, the new one isn't whole
         save_states(self.methods, folder)
@@ -278,7 +287,7 @@ class IapoTrainer(PPOTrainerSync):
         self.resumed_step = self.global_steps
         if self.global_steps and self.methods:
             mode = self.config.trainer.resume_mode
-            folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+            folder = step_folder(self.config.trainer.default_local_dir, self.global_steps)
             folder = Path(self.config.trainer.resume_from_path) if mode == "resume_path" else folder
             load_states(self.methods, folder)
         return result
@@ -288,7 +297,7 @@ class IapoTrainer(PPOTrainerSync):
         found = resume_point(self.config)
         if found is not None and found.problems and found.step is not None:
             trainer = self.config.trainer
-            folder = Path(trainer.default_local_dir) / f"global_step_{found.step}"
+            folder = step_folder(trainer.default_local_dir, found.step)
             trainer.resume_mode, trainer.resume_from_path = "resume_path", str(folder)
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics, timing_raw, global_steps, epoch):
