@@ -120,18 +120,20 @@ def one_line(text: str) -> str:
 
 
 def draw(records: Sequence[dict], file: Path) -> None:
-    """Accuracy, format and tokens of the validations over the steps; one line per run."""
+    """Accuracy, format and tokens of the validations over the steps; one colour per method, one dash per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     colours = dict(zip(sorted({method(entry) for entry in records}), ("#0072b2", "#d55e00", "#009e73"), strict=False))
+    dashes = dict(zip(sorted({seed(entry) for entry in records}), ("-", "--", ":"), strict=False))
     figure, axes = plt.subplots(1, len(PANELS), figsize=(10, 3.2), layout="constrained")
     for ax, (name, title) in zip(axes, PANELS.items(), strict=True):
         for entry in records:
             steps, values = zip(*((found["step"], found[name]) for found in entry["validations"]), strict=True)
-            ax.plot(steps, values, marker="o", ms=3, color=colours[method(entry)], label=entry["run"])
+            look = dict(color=colours[method(entry)], linestyle=dashes[seed(entry)])
+            ax.plot(steps, values, marker="o", ms=3, label=entry["run"], **look)
         ax.set(title=title, xlabel="step")
         ax.set_ylim(0, 1.1 * ax.dataLim.ymax)  # from 0, or noise would look like a trend
         ax.title.set_size(10)
@@ -143,6 +145,11 @@ def draw(records: Sequence[dict], file: Path) -> None:
 def method(entry: dict) -> str:
     """`grpo` of the run `grpo-0`."""
     return entry["run"].rpartition("-")[0]
+
+
+def seed(entry: dict) -> str:
+    """`0` of the run `grpo-0`."""
+    return entry["run"].rpartition("-")[2]
 
 
 def main(arguments: list[str] | None = None) -> None:
