@@ -545,7 +545,7 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["data=math500"], "math500/train.parquet is no file; make it with iapo data math500 --out /"),
         (
             ["data=/my/own"],
-            "^data.train_files: /my/own/train.parquet is no file; set the path of a parquet file. The same holds for "
+            "(?m)^data.train_files: /my/own/train.parquet is no file; set the path of a parquet file. The same holds for "
             "data.val_files: /my/own/test.parquet.$",
         ),
         (
