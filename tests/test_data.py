@@ -498,6 +498,8 @@ def test_svamp_is_divided_700_300_by_id_alone(tmp_path):
     number = first["extra_info"]["index"] + 1
     assert questions([first]) == [f"Ann has {number} pens and buys 2 more. How many pens does she have?"]
     assert first["reward_model"]["ground_truth"] == str(number + 2)
+    folder = write(tmp_path / "folder" / "all.jsonl", rows).parent
+    assert sides(data.prepare("svamp", tmp_path / "c", str(folder))) == sides(whole)
     part = data.prepare("svamp", tmp_path / "b", str(write(tmp_path / "part.jsonl", rows[900:400:-3])), seed=7)
     assert all(sides(part)[split] < sides(whole)[split] for split in ("train", "test"))
 

@@ -545,8 +545,8 @@ def test_what_does_not_compose_gets_one_line(overrides, message):
         (["data=math500"], "math500/train.parquet is no file; make it with iapo data math500 --out /"),
         (
             ["data=/my/own"],
-            "(?m)^data.train_files: /my/own/train.parquet is no file; set the path of a parquet file. The same holds for "
-            "data.val_files: /my/own/test.parquet.$",
+            "(?m)^data.train_files: /my/own/train.parquet is no file; set the path of a parquet file. The same holds "
+            "for data.val_files: /my/own/test.parquet.$",
         ),
         (
             ["data.train_files=/d/x", "data.val_files=/d/x"],
@@ -624,7 +624,7 @@ def test_a_probe_that_does_not_fit_the_rewarded_format_is_refused(probe):
             "boxed",
             "probe",
             "</think>\n<answer>",
-            "iapo.format: 'boxed' with the probe .* of another; set format=boxed.",
+            "iapo.format: 'boxed' with the probe .* of 'tags'; set format=boxed without iapo.probe, or format=tags.",
         ),
         ("boxed", "probe", "\n</think>\n\n", r"iapo.probe: .* asks for a format that iapo.reward does not pay for"),
         ("boxed", "probe", "\n\\boxed{", r"iapo.probe: .* asks for a format that iapo.reward does not pay for"),
@@ -1183,7 +1183,7 @@ def test_without_a_generation_config_the_end_tokens_of_the_config_count(changes,
 
 
 def test_a_format_by_its_key_alone_and_an_unknown_one():
-    with pytest.raises(ConfigError, match=r"^iapo.format: 'boxed' with the probe .* of another; set format=boxed.$"):
+    with pytest.raises(ConfigError, match=r"^iapo.format: 'boxed' with the probe .* of 'tags'; set format=boxed w"):
         check(with_iapo(format="boxed"), files=False)
     with pytest.raises(ConfigError, match=r"^format: 'xml' must be one of tags, boxed, boxed_no_think.$"):
         resolve("platform=cpu", "format=xml")
@@ -1327,6 +1327,10 @@ def test_a_path_to_resume_from_must_be_a_whole_step(verbose_arithmetic):
             ConfigError, match=rf"^trainer.resume_from_path: {path}.* must be a folder".replace("null", "None")
         ):
             check(changed(*resume, f"trainer.resume_from_path={path}"))
+    with pytest.raises(
+        ConfigError, match=r"global_step_10 has no effect with trainer.resume_mode=auto; set trainer.res"
+    ):
+        check(changed("run_dir=r", f"trainer.resume_from_path={folder}"))
     (folder / "actor/optim_world_size_1_rank_0.pt").unlink()
     with pytest.raises(ConfigError, match=r"^trainer.resume_from_path: .*optim_world_size_1_rank_0.pt is missing; cho"):
         check(changed(*resume, f"trainer.resume_from_path={folder}"))

@@ -185,6 +185,9 @@ def test_a_step_is_one_on_the_mean_surprisal_of_the_answers_tokens(source, model
             "9); correct {raising}/chat_template.jinja.",
         ),
         (["{torn}"], "MODEL_DIR: the tokenizer of {torn} can't be loaded (JSONDecodeError: "),
+        (["{endless}"], "MODEL_DIR: {endless} has a tokenizer without eos_token; add it to its configuration."),
+        (["{empty}"], "MODEL_DIR: {empty} holds no weights (*.safetensors or *.bin); put them there."),
+        (["{cut}"], "MODEL_DIR: {cut}/model.safetensors is cut short; get it again."),
         (["{strip}"], "MODEL_DIR: its chat template writes other text than the answer after the prompt, so the model"),
     ],
 )
@@ -192,9 +195,14 @@ def test_what_cannot_be_taught_gets_one_line_and_leaves_nothing(
     source, model, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    names = {"source": source, "model": model} | {name: Path(name) for name in ("mute", "strip", "raising", "torn")}
+    names = {"source": source, "model": model} | {
+        name: Path(name) for name in ("mute", "strip", "raising", "torn", "endless", "empty", "cut")
+    }
     shutil.copytree(model, "torn")
     Path("torn/tokenizer.json").write_text("{")
+    shutil.copytree(model, "cut")
+    Path("cut/model.safetensors").write_text("x")
+    shutil.copytree(model, "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     templates = {
         "mute": None,
         "raising": "{{ messages[9].content }}",
@@ -204,6 +212,8 @@ def test_what_cannot_be_taught_gets_one_line_and_leaves_nothing(
         tokenizer = AutoTokenizer.from_pretrained(model)
         tokenizer.chat_template = template
         tokenizer.save_pretrained(name)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained("endless")
     given = [argument.format(**names) for argument in arguments]
     options = [] if "--source" in given else ["--source", str(source)]
     options += [] if "--data" in given else ["--data", "gsm8k"]

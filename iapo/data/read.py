@@ -107,7 +107,7 @@ def read_source(name: str, original: Original, source: str | None) -> dict[str, 
     if path is None or not path.exists():
         raise ValueError(f"source: {source!r} does not exist; give a file, a directory or a hub id.")
     whole = original.divide is not None or original.evaluation  # one file is enough
-    if path.is_dir() and len(original.splits) == 2:
+    if path.is_dir() and len(original.splits) == 2 and not (whole and len(_files(path)) == 1):
         return {split: read_file(_split_file(name, path, split)) for split in original.splits}
     if path.is_dir():
         return {WHOLE: read_file(_only_file(name, path, original.splits[0]))}
@@ -171,9 +171,13 @@ def _split_file(name: str, directory: Path, split: str) -> Path:
     return files[0]
 
 
+def _files(directory: Path) -> list[Path]:
+    return sorted(f for f in directory.glob("*") if f.suffix in SUFFIXES)
+
+
 def _only_file(name: str, directory: Path, split: str) -> Path:
     """The one file in a directory, or of several the one that is named after the original's split."""
-    files = sorted(f for f in directory.glob("*") if f.suffix in SUFFIXES)
+    files = _files(directory)
     for found in (files, [f for f in files if f.name.startswith(split)]):
         if len(found) == 1:
             return found[0]

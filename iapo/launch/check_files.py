@@ -285,11 +285,8 @@ def listed(files) -> list[str]:
 
 def _model_files(config: DictConfig, model_config, tokenizer) -> Iterator[str]:
     path = config.actor_rollout_ref.model.path
-    if os.path.isdir(path) and not [*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]:
-        yield f"actor_rollout_ref.model.path: {path} holds no weights (*.safetensors or *.bin); put them there."
-    for file in sorted(Path(path).glob("*.safetensors")) if os.path.isdir(path) else ():
-        if not is_whole(file):
-            yield f"actor_rollout_ref.model.path: {file} is cut short; get it again."
+    if os.path.isdir(path):
+        yield from weight_problems("actor_rollout_ref.model.path", Path(path))
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up where there are no files
         yield f"actor_rollout_ref.model.path: {path} holds no tokenizer (tokenizer.json and the like); put it there."
     elif tokenizer.eos_token_id is None:
@@ -301,6 +298,15 @@ def _model_files(config: DictConfig, model_config, tokenizer) -> Iterator[str]:
             f"actor_rollout_ref.model.path: {path} has a tokenizer without a chat template; add chat_template.jinja, "
             "or set actor_rollout_ref.model.custom_chat_template."
         )
+
+
+def weight_problems(field: str, folder: Path) -> Iterator[str]:
+    """What is wrong with the weights of a model's folder."""
+    if not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        yield f"{field}: {folder} holds no weights (*.safetensors or *.bin); put them there."
+    for file in sorted(folder.glob("*.safetensors")):
+        if not is_whole(file):
+            yield f"{field}: {file} is cut short; get it again."
 
 
 def is_whole(file: Path) -> bool:
@@ -406,6 +412,11 @@ def _resume(config: DictConfig) -> Iterator[str]:
         yield (
             f"trainer.resume_mode: 'disable' would write over the run with checkpoints in {tracker.parent}; choose "
             "another run_dir, or remove that one."
+        )
+    if config.trainer.resume_from_path and mode != "resume_path":
+        yield (
+            f"trainer.resume_from_path: {config.trainer.resume_from_path} has no effect with "
+            f"trainer.resume_mode={mode}; set trainer.resume_mode=resume_path, or leave it out."
         )
     contents = config.actor_rollout_ref.actor.checkpoint.load_contents
     if mode == "auto" and not tracker.is_file():

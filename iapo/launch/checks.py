@@ -365,9 +365,13 @@ def _format(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
         return
     answer_format = FORMATS[iapo.format]
     own = "or set a reward function of your own"
-    if iapo.probe in [other.probe for other in FORMATS.values() if other is not answer_format]:
-        yield f"iapo.format: {iapo.format!r} with the probe {iapo.probe!r} of another; set format={iapo.format}."
-        return
+    for other in FORMATS.values():
+        if other is not answer_format and iapo.probe == other.probe:
+            yield (
+                f"iapo.format: {iapo.format!r} with the probe {iapo.probe!r} of {other.name!r}; set "
+                f"format={iapo.format} without iapo.probe, or format={other.name}."
+            )
+            return
     opening = answer_format.opening
     if not answer_format.well_formed(text := f"{opening}{iapo.probe}0{answer_format.answer_end}"):
         yield (

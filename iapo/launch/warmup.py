@@ -27,7 +27,7 @@ from iapo.arguments import Parser
 from iapo.data.originals import ORIGINALS
 from iapo.data.read import WHOLE, parse_rows, read_source
 from iapo.data.write import to_rows
-from iapo.launch.check_files import not_loaded
+from iapo.launch.check_files import not_loaded, weight_problems
 from iapo.launch.check_template import failure, template_file
 from iapo.launch.machine import cpu_environment
 from iapo.tools.export import export
@@ -150,6 +150,8 @@ def warm_up(
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # of transformers or of its libraries
         raise ValueError(not_loaded("MODEL_DIR", str(model), "tokenizer", error)) from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"MODEL_DIR: {model} has a tokenizer without eos_token; add it to its configuration.")
     if not tokenizer.chat_template:
         raise ValueError(f"MODEL_DIR: {model} has a tokenizer without a chat template; add chat_template.jinja.")
     if reason := failure(partial(tokenizer.apply_chat_template, tokenize=False)):
@@ -157,6 +159,8 @@ def warm_up(
             f"MODEL_DIR: the chat template of {model} fails on any prompt ({reason}); correct {template_file(model)}."
         )
     chosen = list(islice(fitting(conversations(data, source), tokenizer, max_tokens), examples))
+    for problem in weight_problems("MODEL_DIR", model):
+        raise ValueError(problem)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
         work = Path(name)
