@@ -922,4 +922,4 @@ def test_a_folder_that_cannot_be_written_gets_one_line(tmp_path, capsys):
     arguments = ["verbose_arithmetic", "--out", str(tmp_path / "file"), "--train-size", "4", "--test-size", "2"]
     assert data.main(arguments) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"iapo.data: --out: '{tmp_path}/file' can't be written to (")
+    assert line.startswith(f"iapo.data: --out: {tmp_path}/file can't be made, ")

@@ -177,7 +177,7 @@ def test_a_step_is_one_on_the_mean_surprisal_of_the_answers_tokens(source, model
         (["{model}"], "--examples: 3 of at most 96 tokens are fewer than data.train_batch_size=8; raise --max-tokens"),
         (["{model}", "--data", "math"], "--data: 'math' must be one of gsm8k, svamp."),
         (["{model}", "--max-tokens", "9"], "--examples: 0 of at most 9 tokens are fewer than data.train_batch_size=8;"),
-        (["{model}", "optim.lrr=1"], "Could not override 'optim.lrr'."),
+        (["{model}", "optim.lrr=1"], "optim.lrr: unknown key; did you mean optim.lr?"),
         (["{mute}"], "MODEL_DIR: {mute} has a tokenizer without a chat template; add chat_template.jinja."),
         (
             ["{raising}"],

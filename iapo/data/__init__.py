@@ -45,6 +45,7 @@ from iapo.data.read import load_examples, print_some
 from iapo.data.split import Example
 from iapo.data.write import to_rows, write_parquets
 from iapo.tasks.embedded import TASKS, Problem
+from iapo.tools.folder import obstacle
 
 __all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "default_dir", "generate", "main", "prepare", "write_parquets"]
 
@@ -233,6 +234,8 @@ def main(arguments: list[str] | None = None) -> int:
         if out_dir == "":
             raise ValueError("--out: '' names no folder; give one, or leave it out.")
         out_dir = out_dir or default_dir()
+        if reason := obstacle(Path(out_dir)):  # before the data is read, which may take minutes
+            raise ValueError(f"--out: {out_dir} {reason}; choose another folder.")
         prepare(out_dir=out_dir, **options)
         return 0
     except ValueError as error:

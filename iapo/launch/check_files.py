@@ -444,7 +444,7 @@ def _resume_path(config: DictConfig, contents: Sequence[str]) -> Iterator[str]:
     """verl reads the step from the end of the path as it is written."""
     field, path = "trainer.resume_from_path", config.trainer.resume_from_path
     if not re.fullmatch(r"(.*/)?global_step_[0-9]+", str(path)):
-        yield f"{field}: {path} must be a folder global_step_<N>, without a slash at its end."
+        yield f"{field}: {path} must end in global_step_<N>; give a step's folder, without a slash at its end."
         return
     folder, ranks = Path(path), local_ranks(config)
     if reason := problem(folder, contents, ranks):

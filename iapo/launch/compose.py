@@ -221,18 +221,18 @@ def settings_of(variant: str) -> dict[str, object]:
     return settings | by_dotted_key(recipe)
 
 
-def explain(hydra_error: str) -> str:
-    """One line with field, value and fix, from Hydra's error."""
+def explain(hydra_error: str, recipe: str = "run", lists_all: str = "--dry-run lists all.") -> str:
+    """One line with field, value and fix, from Hydra's error about the keys of a recipe."""
     if unknown := re.match("Could not override '(.*)'", hydra_error):
         with initialize_config_dir(str(recipes_dir()), version_base=None):
-            known = list(flat(compose("run")))
+            known = list(flat(compose(recipe)))
         section, _, name = unknown[1].rpartition(".")
         siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
         likely = [f"{section}.{key}".lstrip(".") for key in difflib.get_close_matches(name, siblings, n=1)]
         likely += sorted(
             (key for key in known if key.endswith(f".{name}")), key=lambda key: not key.startswith("iapo.")
         )
-        return f"{unknown[1]}: unknown key; " + (f"did you mean {likely[0]}?" if likely else "--dry-run lists all.")
+        return f"{unknown[1]}: unknown key; " + (f"did you mean {likely[0]}?" if likely else lists_all)
     # The rest says where Hydra looked; that doesn't help.
     return " ".join(re.split("Config search path|See https", hydra_error)[0].split())
 

@@ -96,13 +96,14 @@ def configuration(overrides: list[str]):
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
-    from iapo.launch.compose import recipes_dir
+    from iapo.launch.compose import explain, recipes_dir
 
     try:
         with initialize_config_dir(str(recipes_dir()), version_base=None):
             return compose("warmup", overrides=overrides)
     except HydraException as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        where = "see recipes/warmup.yaml and verl's sft_trainer_engine.yaml."
+        raise ValueError(explain(str(error), "warmup", where)) from None
 
 
 def train(config) -> None:
