@@ -1,10 +1,11 @@
 """Token-level, information-aware advantages. Pure torch; `iapo.step` calls them once per training step.
 
-    A[i,t] = GRPO(r_i)                                    group-normalised outcome
+    A[i,t] = outcome * GRPO(r_i)                          group-normalised outcome
            + alpha * norm(s[i,t]; s[i,:])                 informativeness
            + beta  * norm(c[i,t]; c[i,:])                 exploration adjustment
            + rho   * norm(rate_i; rates of the correct)   information rate (ours)
-           + progress * norm(G[i,t]; G of the batch)      progress to go (ours)
+           + progress * norm(G[i,t]; G of the batch)      progress to go (ours), or
+             progress * F[i,t]                            the outcome less a fitted baseline (ours)
 
 The first three terms are the paper's (arXiv 2602.19049, section on the advantage); norm(x; v) = (x - mean v) / std v.
 docs/algorithm.md shows each equation with its code. Shape suffixes as in `iapo.information`.
@@ -170,39 +171,107 @@ def progress_to_go(
 
 
 def relative_progress(
-    exit_entropy: torch.Tensor,
-    region_mask: torch.Tensor,
-    response_mask: torch.Tensor,
-    index: Sequence,
-    config: IapoConfig,
+    values: torch.Tensor, region_mask: torch.Tensor, response_mask: torch.Tensor, config: IapoConfig
 ) -> torch.Tensor:
-    """norm(G[i,t]; G of the batch) of `progress_to_go`, on the reasoning and on the token that ends it (ours).
+    """norm(G[i,t]; G of the batch) of `progress_to_go`, on the tokens that are `decided` (ours).
 
     The mean and the standard deviation are over these tokens of all completions. Over one completion, or over the right
     ones alone, they would be statistics of its length or of its outcome. The token that ends the reasoning has G = 0.
-    It is among them, because a policy gives up reasoning by choosing it.
 
     Args:
-        exit_entropy: (B, T + 1) surprisals of the right answer in nats, so that v_t = exp(-h_t).
+        values: (B, T + 1) v_0 .. v_T.
         region_mask: (B, T) the reasoning. A completion that was cut has nothing but reasoning, and v says what it would
             have gained by answering.
         response_mask: (B, T).
-        index: (B,) group of each completion.
-        config: `gamma`, `price` and `progress_value`.
+        config: `gamma` and `price`.
 
     Returns:
         (B, T) float32; 0 on the answer, and everywhere where all G are equal.
     """
-    v_BT1 = torch.exp(-exit_entropy)
-    if config.progress_value == "shuffled":
-        v_BT1 = of_another(v_BT1, region_mask, index)
-    elif config.progress_value == "none":
-        v_BT1 = torch.zeros_like(v_BT1)
     region_BT = region_mask.bool() & response_mask.bool()
+    G_BT = progress_to_go(values, region_BT, config.gamma, config.price)
+    return masked_zscore(G_BT.flatten(), decided(region_BT, response_mask).flatten()).view_as(G_BT)
+
+
+def fitted_progress(
+    values: torch.Tensor,
+    correct: torch.Tensor,
+    region_mask: torch.Tensor,
+    response_mask: torch.Tensor,
+    index: Sequence,
+    price: float = IapoConfig.price,
+) -> torch.Tensor:
+    """F_t = r - price (R - t + 1) - [a + c v_{t-1} - mean cost to go of the others at t], on `decided` tokens (ours).
+
+    The outcome and the price of the reasoning still to come, less a baseline that is fitted. r is 1 for a right answer.
+    (a, c) are the least squares of r on v_{t-1} over the tokens of all other prompts' completions, and the mean is over
+    the other completions of the prompt that reason at t or end there. Neither depends on what completion i writes from
+    t on, so for any v, also a wrong one, the gradient is that of E[r - price R] without bias. Nothing is divided by a
+    standard deviation, which would weigh a prompt by how often it is answered.
+
+    Args:
+        values: (B, T + 1) v_0 .. v_T, probabilities of the right answer.
+        correct: (B,) 1 if the completion's answer is right.
+        region_mask, response_mask: (B, T); see `relative_progress`.
+        index: (B,) group of each completion.
+        price: >= 0, of a token, in right answers.
+
+    Returns:
+        (B, T) float32, 0 on the answer. With a single prompt a = 0 and c = 1, v itself. With equal v elsewhere c = 0
+        and a is the mean outcome. At a token at which no other completion reasons or ends the mean cost is 0.
+    """
+    region_BT = region_mask.bool() & response_mask.bool()
+    decided_BT = decided(region_BT, response_mask)
+    cost_BT = price * region_BT.float().flip(1).cumsum(1).flip(1)
+    before_BT = values[:, :-1].float()
+    outcome_BT = correct.float()[:, None].expand_as(before_BT)
+    F_BT = torch.zeros_like(before_BT)
+    for rows in rows_by_group(index):
+        elsewhere_BT = decided_BT.clone()
+        elsewhere_BT[rows] = False
+        a, c = least_squares(before_BT[elsewhere_BT], outcome_BT[elsewhere_BT])
+        there_GT, cost_GT = decided_BT[rows].float(), cost_BT[rows] * decided_BT[rows]
+        others_GT = (cost_GT.sum(0) - cost_GT) / (there_GT.sum(0) - there_GT).clamp(min=1)
+        F_BT[rows] = outcome_BT[rows] - cost_GT - (a + c * before_BT[rows] - others_GT)
+    return torch.where(decided_BT, F_BT, 0.0)
+
+
+def least_squares(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """(a, c) that minimise sum (y - a - c x)^2; c = 0 where x are equal up to `ROUNDING`, (0, 1) without a point."""
+    if not len(x):
+        return 0.0, 1.0
+    x, y = x.double(), y.double()
+    if x.max() - x.min() <= ROUNDING:
+        return y.mean().item(), 0.0
+    centred_x = x - x.mean()
+    c = (centred_x * y).sum() / centred_x.square().sum()
+    return (y.mean() - c * x.mean()).item(), c.item()
+
+
+def decided(region_BT: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: the tokens of the reasoning and the one that ends it.
+
+    It is among them because a policy gives up reasoning by choosing it.
+    """
     began_BT = torch.cat([torch.ones_like(region_BT[:, :1]), region_BT[:, :-1]], 1)  # before the token: all reasoning
-    decided_BT = began_BT & response_mask.bool()
-    G_BT = progress_to_go(v_BT1, region_BT, config.gamma, config.price)
-    return masked_zscore(G_BT.flatten(), decided_BT.flatten()).view_as(G_BT)
+    return began_BT & response_mask.bool()
+
+
+def progress_values(
+    exit_entropy: torch.Tensor, region_mask: torch.Tensor, index: Sequence, form: str = IapoConfig.progress_value
+) -> torch.Tensor:
+    """(B, T + 1) v_t = exp(-h_t) of surprisals h_t of the right answer in nats, or a falsifier's.
+
+    Args:
+        exit_entropy: (B, T + 1).
+        region_mask: (B, T) the reasoning.
+        index: (B,) group of each completion.
+        form: "measured", "shuffled" (see `of_another`) or "none", 0 everywhere.
+    """
+    v_BT1 = torch.exp(-exit_entropy)
+    if form == "shuffled":
+        return of_another(v_BT1, region_mask, index)
+    return torch.zeros_like(v_BT1) if form == "none" else v_BT1
 
 
 def of_another(values: torch.Tensor, region_mask: torch.Tensor, index: Sequence) -> torch.Tensor:
@@ -246,18 +315,19 @@ def iapo_advantage(
     Args:
         outcome: (B, T) group-normalised outcome advantage, GRPO's, 0 on padding.
         response_mask: (B, T).
-        config: weights alpha, beta, rho, progress >= 0 and what their terms read. With `gate` "correct" the
+        config: weights outcome, alpha, beta, rho, progress >= 0 and what their terms read. With `gate` "correct" the
             informativeness term is added to correct completions only, with "all" (the paper) to all.
         index: (B,) group of each completion.
         exit_entropy: (B, T + 1) in nats, or `iapo.information.next_token_entropies`; needed by alpha,
             rho and progress.
         region_mask: (B, T) tokens whose information was measured; needed by alpha and progress.
         old_log_probs: (B, T); needed by beta.
-        correct: (B,); needed by beta, rho and the gate.
+        correct: (B,); needed by beta, rho, the gate and the fitted form of progress.
 
     Returns:
         advantages (B, T) and the weighted terms by name, each (B, T), which sum to it. A truncated completion is a
-        wrong one whose region is all it wrote. With all weights 0, `outcome` itself: GRPO bit for bit.
+        wrong one whose region is all it wrote. With all other weights 0 and outcome 1, `outcome` itself: GRPO bit for
+        bit.
 
     Raises:
         ValueError: an input that a non-zero weight needs is missing, or `index` has another length.
@@ -265,7 +335,7 @@ def iapo_advantage(
 
     def needed(name: str, value: torch.Tensor | None, by: str) -> torch.Tensor:
         if value is None:
-            off = "all" if by == "gate" else 0
+            off = {"gate": "all", "progress_form": "to_go"}.get(by, 0)
             raise ValueError(
                 f"{name}: None, but iapo.{by}={getattr(config, by)} needs it; pass it or set iapo.{by}={off}."
             )
@@ -273,7 +343,7 @@ def iapo_advantage(
 
     if len(index) != len(outcome):
         raise ValueError(f"index: {len(index)} entries must be {len(outcome)}, one for each completion.")
-    terms = {"outcome": outcome}
+    terms = {"outcome": outcome if config.outcome == 1 else config.outcome * outcome}
     if config.alpha > 0:
         term = informativeness(
             needed("exit_entropy", exit_entropy, "alpha"), needed("region_mask", region_mask, "alpha")
@@ -292,9 +362,15 @@ def iapo_advantage(
     if config.progress > 0:
         h_BT1 = needed("exit_entropy", exit_entropy, "progress")
         region_BT = needed("region_mask", region_mask, "progress")
-        terms["progress"] = config.progress * relative_progress(h_BT1, region_BT, response_mask, index, config)
+        v_BT1 = progress_values(h_BT1, region_BT, index, config.progress_value)
+        if config.progress_form == "fitted":
+            correct_B = needed("correct", correct, "progress_form")
+            term = fitted_progress(v_BT1, correct_B, region_BT, response_mask, index, config.price)
+        else:
+            term = relative_progress(v_BT1, region_BT, response_mask, config)
+        terms["progress"] = config.progress * term
     if len(terms) == 1:
-        return outcome, terms
+        return terms["outcome"], terms
     return torch.stack(list(terms.values())).sum(0), terms
 
 

@@ -19,6 +19,7 @@ CHOICES = {
     "probe_at": ("stride", "boundaries", "ends"),
     "probe_tokens": ("ids", "natural"),
     "exploration": ("paper", "unpraised"),
+    "progress_form": ("to_go", "fitted"),
     "progress_value": ("measured", "shuffled", "none"),
 }
 
@@ -28,11 +29,14 @@ class IapoConfig:
     """Weights of the advantage's terms and how the exit entropies are measured.
 
     Attributes:
+        outcome: weight of GRPO's outcome advantage (>= 0). 0 where another term holds the outcome already.
         alpha: weight of the informativeness term (paper, >= 0).
         beta: weight of the exploration adjustment (paper, >= 0).
         rho: weight of the information-rate term (ours, >= 0).
         progress: weight of the progress-to-go term (ours, >= 0). It reads v_t = exp(-h_t), the probability of the right
             answer if the model answered after t tokens, so `score` must be "reference_answer".
+        progress_form: "to_go", the progress that is still to come, beside the outcome; or "fitted", the outcome itself
+            less a baseline that is fitted to v, which takes the place of GRPO's (`outcome` 0).
         gamma: discount of progress per token, in (0, 1]. 1: a token is credited with all that is still gained after
             it; 0.95: mostly with what the next 20 tokens gain.
         price: what a token of reasoning costs, in right answers: at 0.001 it costs a thousandth of one.
@@ -70,10 +74,12 @@ class IapoConfig:
         ValueError: naming the field, its value and the fix.
     """
 
+    outcome: float = 1.0
     alpha: float = 0.0
     beta: float = 0.0
     rho: float = 0.0
     progress: float = 0.0
+    progress_form: str = "to_go"
     gamma: float = 1.0
     price: float = 0.0
     progress_value: str = "measured"
@@ -94,7 +100,7 @@ class IapoConfig:
     validation_information: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "beta", "rho", "progress", "price"):
+        for name in ("outcome", "alpha", "beta", "rho", "progress", "price"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"iapo.{name}: {value!r} must be a number >= 0.")
@@ -119,13 +125,18 @@ class IapoConfig:
                 f"iapo.score: 'next_token_entropy' says nothing about the answer, so there is no information rate for "
                 f"iapo.rho={self.rho}; set iapo.rho=0 or choose another score."
             )
-        for weight, names in (("progress", ("gamma", "price", "progress_value")), ("beta", ("exploration",))):
+        read_by = {"progress": ("progress_form", "gamma", "price", "progress_value"), "beta": ("exploration",)}
+        for weight, names in read_by.items():
             for name in names:
                 value, default = getattr(self, name), getattr(type(self), name)
                 if getattr(self, weight) == 0 and value != default:
                     raise ValueError(
                         f"iapo.{name}: {value!r} has no effect with iapo.{weight}=0; leave it {default!r}."
                     )
+        if self.progress_form == "fitted" and self.gamma != 1:
+            raise ValueError(f"iapo.gamma: {self.gamma!r} has no effect with iapo.progress_form=fitted; leave it 1.0.")
+        if self.outcome == self.alpha == self.beta == self.rho == self.progress == 0:
+            raise ValueError("iapo.outcome: 0 leaves no term to train with; set it to 1 or give another term a weight.")
         if self.progress > 0 and self.score != "reference_answer":
             raise ValueError(
                 f"iapo.score: {self.score!r} is no surprisal of the right answer, which iapo.progress={self.progress} "
@@ -173,11 +184,12 @@ class IapoConfig:
 
     @property
     def needs_correctness(self) -> bool:
-        return self.beta > 0 or self.rho > 0 or (self.alpha > 0 and self.gate == "correct")
+        fitted = self.progress > 0 and self.progress_form == "fitted"
+        return self.beta > 0 or self.rho > 0 or (self.alpha > 0 and self.gate == "correct") or fitted
 
     @property
     def is_grpo(self) -> bool:
-        return self.alpha == self.beta == self.rho == self.progress == 0
+        return self.outcome == 1 and self.alpha == self.beta == self.rho == self.progress == 0
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "IapoConfig":

@@ -254,7 +254,7 @@ def test_advantage_shares_by_hand():
         (dict(probe_at="newlines"), "iapo.probe_at: 'newlines' must be one of stride, boundaries"),
         (dict(probe_at="ends", alpha=0.5), "iapo.probe_at: 'ends' measures no token's gain, which iapo.alpha=0.5 need"),
         (dict(probe=""), "iapo.probe"),
-        (dict(alfa=1.0), "iapo.alfa: unknown key; known are alpha"),
+        (dict(alfa=1.0), "iapo.alfa: unknown key; known are outcome, alpha"),
     ],
 )
 def test_config_errors_name_field_value_and_fix(change, message):

@@ -1,4 +1,4 @@
-"""Progress to go: hand numbers, a twin in plain Python, and its properties."""
+"""Progress to go and the fitted baseline: hand numbers, twins in plain Python, and properties."""
 
 import math
 import random
@@ -7,7 +7,16 @@ import statistics
 import pytest
 import torch
 
-from iapo.advantage import exploration, iapo_advantage, of_another, progress_to_go, relative_progress
+from iapo.advantage import (
+    exploration,
+    fitted_progress,
+    iapo_advantage,
+    least_squares,
+    of_another,
+    progress_to_go,
+    progress_values,
+    relative_progress,
+)
 from iapo.config import IapoConfig
 
 PROGRESS = dict(score="reference_answer", progress=1.0)
@@ -37,9 +46,9 @@ def test_hand_numbers():
 
 def test_hand_numbers_of_the_term():
     """Two completions of three and two tokens, the last of which is the answer; their reasoning has two and one."""
-    h = -tensors([0.2, 0.2, 0.8], [0.2, 0.4], width=4).log()
+    v = tensors([0.2, 0.2, 0.8], [0.2, 0.4], width=4)
     response, region = mask(3, 2, width=3), mask(2, 1, width=3)
-    term = relative_progress(h, region, response, ["a", "b"], config(price=0.1))
+    term = relative_progress(v, region, response, config(price=0.1))
     # G: 0.8 - 0.2 - 0.2, 0.8 - 0.2 - 0.1, and 0 at the exit; 0.4 - 0.2 - 0.1, and 0 at the exit
     G = [0.4, 0.5, 0.0, 0.1, 0.0]
     mean, std = statistics.mean(G), statistics.pstdev(G)
@@ -70,10 +79,8 @@ def test_the_term_is_its_equation(seed):
     v = [[rng.random() for _ in range(R + 1)] for R in regions]
     gamma, price = rng.choice([1.0, 0.9, 0.3]), rng.choice([0.0, 0.003, 0.2])
     wanted = plain(v, regions, lengths, gamma, price)
-    h = -tensors(*v, width=T + 1).log()
-    term = relative_progress(
-        h, mask(*regions, width=T), mask(*lengths, width=T), range(B), config(gamma=gamma, price=price)
-    )
+    masks = mask(*regions, width=T), mask(*lengths, width=T)
+    term = relative_progress(tensors(*v, width=T + 1), *masks, config(gamma=gamma, price=price))
     for got, row in zip(term.tolist(), wanted, strict=True):
         assert got == pytest.approx([*row, *[0.0] * (T - len(row))], abs=2e-4)
 
@@ -93,26 +100,35 @@ def test_a_price_costs_the_tokens_that_are_to_come():
 def test_nothing_to_compare_is_nothing():
     """Equal values, one token without an exit, no reasoning, padding alone: 0, never NaN."""
     for regions, lengths in (([2, 2], [2, 2]), ([1], [1]), ([0, 0], [2, 2]), ([0], [0])):
-        h = torch.zeros(len(regions), 3)
-        term = relative_progress(h, mask(*regions, width=2), mask(*lengths, width=2), regions, config())
+        term = relative_progress(
+            torch.ones(len(regions), 3), mask(*regions, width=2), mask(*lengths, width=2), config()
+        )
         assert term.tolist() == [[0, 0]] * len(regions)
 
 
 def test_an_answer_that_is_impossible_has_a_value_of_0():
-    h = torch.tensor([[800.0, 800, 0.0, 0.0]])
-    term = relative_progress(h, mask(2, width=3), mask(3, width=3), ["a"], config())
+    v = progress_values(torch.tensor([[800.0, 800, 0.0, 0.0]]), mask(2, width=3), ["a"])
+    term = relative_progress(v, mask(2, width=3), mask(3, width=3), config())
     assert term.isfinite().all() and term[0, 0] == term[0, 1] > term[0, 2]
 
 
 def test_padding_order_and_further_columns_change_nothing():
     v = tensors([0.2, 0.3, 0.9], [0.5, 0.1, 0.1, 0.4])
-    h, region, response = -v.log(), mask(2, 3, width=3), mask(3, 3, width=3)
-    term = relative_progress(h, region, response, ["a", "a"], config(price=0.01))
-    wide = torch.cat([h, h[:, -1:], h[:, -1:]], 1), *(torch.nn.functional.pad(m, (0, 2)) for m in (region, response))
-    widened = relative_progress(*wide, ["a", "a"], config(price=0.01))
-    assert torch.allclose(widened, torch.nn.functional.pad(term, (0, 2)), atol=1e-6)
-    flipped = relative_progress(h.flip(0), region.flip(0), response.flip(0), ["a", "a"], config(price=0.01))
-    assert torch.allclose(flipped.flip(0), term, atol=1e-6)
+    region, response = mask(2, 3, width=3), mask(3, 3, width=3)
+    wide = torch.cat([v, v[:, -1:], v[:, -1:]], 1), *(torch.nn.functional.pad(m, (0, 2)) for m in (region, response))
+
+    def to_go(*inputs):
+        return relative_progress(*inputs, config(price=0.01))
+
+    def fitted(*inputs):
+        right = inputs[0][:, -1] > 0.5
+        return fitted_progress(inputs[0], right, *inputs[1:], ["a", "b"], 0.01)
+
+    for form in (to_go, fitted):
+        term = form(v, region, response)
+        assert torch.allclose(form(*wide), torch.nn.functional.pad(term, (0, 2)), atol=1e-6)
+        flipped = form(v.flip(0), region.flip(0), response.flip(0))
+        assert torch.allclose(flipped.flip(0), term, atol=1e-6)
 
 
 def test_the_falsifiers():
@@ -123,13 +139,11 @@ def test_the_falsifiers():
     # 0 to 4 of 4 are 0, 0.5, 1, 1.5 and 2 of 2; halves go to the even neighbour
     assert other[1].tolist() == pytest.approx([0.1, 0.1, 0.5, 0.9, 0.9])
     assert torch.equal(other[2], v[2])  # alone
-    h, response = -v.log(), mask(3, 4, 2, width=4)
     index = ["a", "a", "b"]
-    shuffled = relative_progress(h, region, response, index, config(progress_value="shuffled", price=0.003))
-    given = relative_progress(-other.log(), region, response, index, config(price=0.003))
-    assert torch.allclose(shuffled, given, atol=1e-6)
-    none = relative_progress(h, region, response, index, config(progress_value="none", price=0.003))
-    assert torch.equal(none, relative_progress(h * 0, region, response, index, config(price=0.003)))
+    measured, shuffled, none = (
+        progress_values(-v.log(), region, index, form) for form in ("measured", "shuffled", "none")
+    )
+    assert torch.allclose(measured, v) and torch.allclose(shuffled, other) and not none.any()
 
 
 def test_it_is_a_weighted_term_of_the_advantage():
@@ -139,10 +153,117 @@ def test_it_is_a_weighted_term_of_the_advantage():
         outcome, response, config(progress=2.0), index=["a"] * 3, exit_entropy=h, region_mask=region
     )
     assert list(terms) == ["outcome", "progress"]
-    assert torch.equal(terms["progress"], 2 * relative_progress(h, region, response, ["a"] * 3, config()))
+    assert torch.equal(terms["progress"], 2 * relative_progress(torch.exp(-h), region, response, config()))
     assert torch.allclose(advantages, outcome + terms["progress"])
     with pytest.raises(ValueError, match=r"^region_mask: None, but iapo.progress=2.0 needs it; pass"):
         iapo_advantage(outcome, response, config(progress=2.0), index=["a"] * 3, exit_entropy=h)
+
+
+def test_a_value_reaches_both_forms_as_its_falsifier_says():
+    h, masks = torch.rand(3, 5), (mask(2, 4, 3, width=4), mask(3, 4, 4, width=4))
+    index, correct, outcome = ["a", "a", "b"], torch.tensor([1, 0, 1]), torch.zeros(3, 4)
+    for value in ("measured", "shuffled", "none"):
+        v = progress_values(h, masks[0], index, value)
+        wanted = {
+            "to_go": relative_progress(v, *masks, config(price=0.1)),
+            "fitted": fitted_progress(v, correct, *masks, index, 0.1),
+        }
+        for form, term in wanted.items():
+            given = config(progress_form=form, progress_value=value, price=0.1)
+            got, _ = iapo_advantage(
+                outcome, masks[1], given, index=index, exit_entropy=h, region_mask=masks[0], correct=correct
+            )
+            assert torch.equal(got, term), (form, value)
+
+
+# --- the fitted baseline ---
+
+
+def test_least_squares_by_hand():
+    # y = 1 + 2 x but for +1 and -1 at the two ends of a symmetric middle
+    x, y = torch.tensor([0.0, 1, 2, 3]), torch.tensor([1.0, 4, 4, 7])
+    assert least_squares(x, y) == pytest.approx((1.3, 1.8))
+    assert least_squares(torch.ones(3), torch.tensor([0.0, 1, 1])) == pytest.approx((2 / 3, 0))
+    assert least_squares(torch.ones(0), torch.ones(0)) == (0, 1)
+
+
+def test_hand_numbers_of_the_fitted_baseline():
+    """Group b: v 0.2 with a wrong answer and 0.7 with a right one, so a = -0.4 and c = 2 are exact for group a."""
+    v = tensors([0.5, 0.6, 0.9], [0.5, 0.3], [0.2], [0.7], width=4)
+    region, response = mask(2, 1, 0, 0, width=3), mask(3, 2, 2, 2, width=3)
+    correct = torch.tensor([1, 0, 0, 1])
+    F = fitted_progress(v, correct, region, response, ["a", "a", "b", "b"], price=0.1)
+    # costs to go of a: 0.2, 0.1, 0 at the exit; 0.1, 0. Those of the other: 0.1, 0 and nobody there; 0.2, 0.1
+    wanted = [1 - 0.2 - (0.6 - 0.1), 1 - 0.1 - (0.8 - 0), 1 - 0 - (1.4 - 0)]
+    assert F[0].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert F[1].tolist() == pytest.approx([0 - 0.1 - (0.6 - 0.2), 0 - 0 - (0.2 - 0.1), 0], abs=1e-6)
+
+
+def plain_fitted(v, right, regions, lengths, groups, price):
+    """The form's equation, one number at a time; least squares by numpy."""
+    import numpy
+
+    ends = [R + (length > R) for R, length in zip(regions, lengths, strict=True)]
+    result = []
+    for i, R in enumerate(regions):
+        points = [
+            (v[j][t - 1], right[j]) for j in range(len(v)) if groups[j] != groups[i] for t in range(1, ends[j] + 1)
+        ]
+        c, a = numpy.polyfit(*zip(*points, strict=True), 1) if points else (1, 0)
+        row = []
+        for t in range(1, ends[i] + 1):
+            there = [j for j in range(len(v)) if j != i and groups[j] == groups[i] and t <= ends[j]]
+            cost = sum(price * max(regions[j] - t + 1, 0) for j in there) / max(len(there), 1)
+            row.append(right[i] - price * max(R - t + 1, 0) - (a + c * v[i][t - 1] - cost))
+        result.append(row)
+    return result
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_fitted_baseline_is_its_equation(seed):
+    rng = random.Random(seed)
+    B, T = rng.randint(1, 7), rng.randint(3, 9)
+    groups = [rng.randint(0, 2) for _ in range(B)]
+    lengths = [rng.randint(2, T) for _ in range(B)]
+    regions = [rng.randint(1, n) for n in lengths]
+    regions[0] = lengths[0]  # cut: no exit marker
+    right = [rng.randint(0, 1) for _ in range(B)]
+    v = [[rng.random() for _ in range(R + 1)] for R in regions]
+    wanted = plain_fitted(v, right, regions, lengths, groups, 0.05)
+    masks = mask(*regions, width=T), mask(*lengths, width=T)
+    F = fitted_progress(tensors(*v, width=T + 1), torch.tensor(right), *masks, groups, 0.05)
+    for got, row in zip(F.tolist(), wanted, strict=True):
+        assert got == pytest.approx([*row, *[0.0] * (T - len(row))], abs=1e-4)
+
+
+def test_the_baseline_does_not_depend_on_the_completion_that_it_is_for():
+    """Its own outcome moves its own advantage alone in its group: the baseline has no part of it, so no bias."""
+    v = torch.rand(6, 5, generator=torch.Generator().manual_seed(0))
+    masks, index = (mask(*[3] * 6, width=4), mask(*[4] * 6, width=4)), [0, 0, 1, 1, 2, 2]
+    wrong, right = (fitted_progress(v, torch.tensor([r, 0, 1, 0, 1, 1]), *masks, index, 0.1) for r in (0, 1))
+    assert torch.allclose(right[0] - wrong[0], torch.ones(4)) and torch.equal(right[1], wrong[1])
+    later = v.clone()
+    later[0, 2:] = 0.5  # what it came to later
+    changed = fitted_progress(later, torch.tensor([0, 0, 1, 0, 1, 1]), *masks, index, 0.1)
+    assert torch.equal(changed[:2, :2], wrong[:2, :2])
+
+
+def test_where_everything_is_right_or_wrong_only_the_price_is_left():
+    v = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+    masks, index = (mask(4, 2, 3, 3, width=4), mask(4, 3, 4, 4, width=4)), ["a", "a", "b", "b"]
+    for right in (0, 1):
+        correct = torch.full((4,), right)
+        assert torch.allclose(fitted_progress(v, correct, *masks, index), torch.zeros(4, 4), atol=1e-6)
+        F = fitted_progress(v, correct, *masks, index, price=0.1)
+        # 0.4 against 0.2, 0.3 against 0.1, 0.2 against 0 at the exit, 0.1 alone; then the mirror image
+        assert F[0].tolist() == pytest.approx([-0.2, -0.2, -0.2, -0.1], abs=1e-6)
+        assert F[1].tolist() == pytest.approx([0.2, 0.2, 0.2, 0], abs=1e-6)
+        assert torch.allclose(F[2:], torch.zeros(2, 4), atol=1e-6)  # equally long
+
+
+def test_a_prompt_alone_has_v_itself_as_its_baseline():
+    F = fitted_progress(torch.tensor([[0.3, 0.8]]), torch.tensor([1]), torch.ones(1, 1), torch.ones(1, 1), ["a"])
+    assert F.tolist() == [[pytest.approx(0.7)]]
 
 
 def test_no_token_of_a_wrong_answer_is_praised():
@@ -163,6 +284,16 @@ def test_no_token_of_a_wrong_answer_is_praised():
         (dict(gamma=0), "iapo.gamma: 0 must be a number above 0 and at most 1."),
         (dict(gamma=1.5), "iapo.gamma: 1.5 must be a number above 0 and at most 1."),
         (dict(progress_value="old"), "iapo.progress_value: 'old' must be one of measured, shuffled, none."),
+        (dict(outcome=-1), "iapo.outcome: -1 must be a number >= 0."),
+        (
+            dict(outcome=0, progress=0),
+            "iapo.outcome: 0 leaves no term to train with; set it to 1 or give another term a weight.",
+        ),
+        (dict(progress_form="ridge"), "iapo.progress_form: 'ridge' must be one of to_go, fitted."),
+        (
+            dict(progress_form="fitted", gamma=0.9),
+            "iapo.gamma: 0.9 has no effect with iapo.progress_form=fitted; leave it 1.0.",
+        ),
         (dict(progress=0, price=0.1), "iapo.price: 0.1 has no effect with iapo.progress=0; leave it 0.0."),
         (
             dict(exploration="unpraised"),
@@ -189,3 +320,5 @@ def test_bad_values_get_one_line(given, message):
 def test_training_probes_every_position():
     assert config().in_training.probe_at == "stride"
     assert not config().is_grpo and config().needs_exit_entropy and not config().needs_correctness
+    assert config(progress_form="fitted").needs_correctness
+    assert not IapoConfig(outcome=0.5).is_grpo

@@ -57,7 +57,7 @@ MODELS = [
 DATA = ["verbose_arithmetic", "worked_sums", "gsm8k", "svamp", "math500", "dapo_math_17k", "/some/folder"]
 PLATFORMS = ["cpu", "gpu"]
 # Those of variants that do not measure the paper's.
-SCORES = {"iapo_ne": "next_token_entropy", "iapo_progress": "reference_answer"}
+SCORES = {"iapo_ne": "next_token_entropy", "iapo_progress": "reference_answer", "iapo_fitted": "reference_answer"}
 # Lengths and batches that suit the embedded model.
 SHORT = [
     "data.max_prompt_length=32",

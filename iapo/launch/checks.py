@@ -112,6 +112,7 @@ SEEDS = (
 
 # Losses of verl that average in their own way, whatever loss_agg_mode says, by loss_mode: what they take the mean of.
 OWN_MEAN = {"sapo": "each completion's tokens first", "geo_mean": "completions"}
+WEIGHTS = ("outcome", "alpha", "beta", "rho", "progress")
 # The terms of `IapoConfig` whose advantage differs from token to token.
 PER_TOKEN = ("alpha", "beta", "progress")
 
@@ -149,11 +150,11 @@ def check_numbers(config: DictConfig) -> Iterator[str]:
 def _terms(config: DictConfig, iapo: IapoConfig) -> Iterator[str]:
     estimator = config.algorithm.adv_estimator
     if estimator != "iapo" and not iapo.is_grpo:
-        weights = {name: getattr(iapo, name) for name in ("alpha", "beta", "rho", "progress")}
-        given = " ".join(f"iapo.{name}={weight}" for name, weight in weights.items() if weight)
+        names = [name for name in WEIGHTS if getattr(iapo, name) != getattr(IapoConfig, name)]
+        given = " ".join(f"iapo.{name}={getattr(iapo, name)}" for name in names)
         yield (
             f"{given}: no effect with algorithm.adv_estimator={estimator}; set algorithm.adv_estimator=iapo, or the "
-            "weights to 0."
+            "weights to their defaults."
         )
 
 
