@@ -842,6 +842,7 @@ def without_packages(*missing: str, command: list[str]) -> subprocess.CompletedP
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.e2e
 def test_a_base_installation_gets_one_line(tmp_path):
     source = str(write(tmp_path / "a.jsonl", numbered("1")))
     command = ["minerva", "--source", source, "--out", str(tmp_path / "out")]

@@ -227,6 +227,7 @@ def test_results_show_the_table_and_the_readme_its_rows():
     assert "(benchmarks/table/results/pareto.png)" in readme and (results / "pareto.png").is_file()
 
 
+@pytest.mark.e2e
 def test_a_method_is_added_by_the_three_files_of_the_guide(tmp_path):
     for name in ("iapo", "recipes", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -141,8 +141,8 @@ def test_dapo_filters_groups_and_applies_its_own_loss_settings(train):
     assert 0 < max(changes) < 0.01
 
 
-# Every method acts in a real run. Those that act by different hooks share one. The first run is in the suite; of the
-# others two share the machine. A recipe that is not listed here, and has no test of its own above, runs alone.
+# Every method acts in a real run. Those that act by different hooks share one. The suite has gfpo's, in the run that is
+# killed and resumes. A recipe that is not listed here, and has no test of its own above, runs alone.
 TOGETHER = [
     ("laser,s_grpo,iapo_ne",),
     ("length_penalty,gfpo,iapo", "top_entropy"),
@@ -157,9 +157,8 @@ RECIPES = {
 TOGETHER += [(name,) for name in sorted(set(RECIPES) - {"grpo", "dapo"} - set(re.findall(r"\w+", str(TOGETHER))))]
 
 
-@pytest.mark.parametrize(
-    "pair", [TOGETHER[0], *(pytest.param(pair, marks=pytest.mark.methods) for pair in TOGETHER[1:])]
-)
+@pytest.mark.methods
+@pytest.mark.parametrize("pair", TOGETHER)
 def test_every_method_trains(train, pair):
     runs = []
     for variants in pair:

@@ -61,6 +61,7 @@ def assert_is_the_model(folder: Path, dtype=torch.float32):
     assert "attn_implementation" not in json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("mesh_shape", [(2,), (2, 1)], ids=["FSDP", "HSDP"])
 def test_the_shards_of_two_ranks_are_merged_bit_for_bit(tmp_path, mesh_shape, capsys):
     actor = run_folder(tmp_path)

@@ -54,6 +54,7 @@ def test_chunks_are_spread_over_the_whole_response():
     assert gpu_check.spread_chunks(3, 3).tolist() == [0, 1, 2]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -77,6 +78,7 @@ def test_the_script_refuses_in_one_line_and_writes_nothing(tmp_path, arguments, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.e2e
 def test_a_python_without_the_packages_is_refused_with_their_names(tmp_path):
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')  # without site-packages

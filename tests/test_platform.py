@@ -92,28 +92,34 @@ def said(lines):
     return {first: rest for first, *rest in words if first in ("workarounds", "platform", "vllm")}
 
 
+@pytest.mark.e2e
 def test_nothing_is_touched_without_the_environment_variable(without):
     assert without["workarounds"] == ["False", "True", "True", "True", "True", "False"]
 
 
+@pytest.mark.e2e
 def test_everything_is_in_place_with_it(on_cpu):
     assert on_cpu["workarounds"] == ["True", "False", "False", "False", "False", "True"]
 
 
+@pytest.mark.e2e
 def test_the_platform_answers_what_verl_asks(on_cpu):
     assert on_cpu["platform"] == ["cpu", "cpu:0", "gloo", "GPU", "cpu", "False", "0", "True"]
 
 
+@pytest.mark.e2e
 def test_vllm_keeps_its_own_kernels_without_the_environment_variable(without, on_cpu):
     assert (without["vllm"], on_cpu["vllm"]) == (["True"], ["False"])
 
 
+@pytest.mark.e2e
 def test_a_linear_layer_keeps_its_weight_packed_or_not_and_a_new_one_acts():
     lines = run(RELOAD, VERL_PLATFORM="cpu", VLLM_TARGET_DEVICE="cpu")
     found = [line for line in lines if line.startswith("reload ")]
     assert found == ["reload 128 32 True"] * 2 + ["reload 576 32 False"] * 2
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("environment", "threads"),
     [

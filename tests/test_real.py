@@ -18,7 +18,7 @@ from iapo.probe.packing import Completion, probe_positions
 from iapo.probe.text import answer_ids, decode
 from tests.runs import finished, runs
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.real, pytest.mark.e2e, pytest.mark.timeout(2400)]
 
 SMOLLM2 = Path(os.environ.get("IAPO_DATA_DIR", "data")).absolute() / "models" / "smollm2-135m-instruct"
 GSM8K = Path(os.environ.get("IAPO_REAL_DATA", "")) / "gsm8k"

@@ -1396,6 +1396,7 @@ def run_command(*arguments, **environment):
     )
 
 
+@pytest.mark.e2e
 def test_the_command_fails_before_ray_with_exit_status_2(verbose_arithmetic):
     result = run_command(
         "platform=cpu", "variant=iapo", "algorithm.adv_estimator=rloo", "actor_rollout_ref.rollout.n=1"
@@ -1406,6 +1407,7 @@ def test_the_command_fails_before_ray_with_exit_status_2(verbose_arithmetic):
     assert not Path("runs").exists()
 
 
+@pytest.mark.e2e
 def test_ctrl_c_before_ray_is_one_line(tmp_path):
     """Sent by a module that the command imports, so in the middle of its imports."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -1419,6 +1421,7 @@ def test_ctrl_c_before_ray_is_one_line(tmp_path):
     assert result.returncode == 130 and result.stderr == "iapo.train: interrupted\n"
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "name,module,number,status,said",
     [
@@ -1454,6 +1457,7 @@ def test_dry_run_prints_the_resolved_configuration(monkeypatch, capsys):
     assert refused.out == "" and refused.err == "iapo.train: iapo.alpha: -1 must be a number >= 0.\n"
 
 
+@pytest.mark.e2e
 def test_a_dry_run_ends_with_what_the_checks_say():
     command = [sys.executable, "-m", "iapo.train", "--dry-run", "platform=cpu", "iapo.gate=correct", "iapo.score=auto"]
     command.append("run_dir=/proc/x")
@@ -1678,11 +1682,13 @@ def test_a_port_at_which_another_server_listens_is_refused(reply, monkeypatch):
         machine.check_ray_answers(address)
 
 
+@pytest.mark.e2e
 def test_a_missing_plugin_is_loud(verbose_arithmetic):
     result = run_command("platform=cpu", VERL_USE_EXTERNAL_PLUGINS="none")
     assert result.returncode == 2 and "didn't load this package's plugin" in result.stderr
 
 
+@pytest.mark.e2e
 def test_a_ray_that_does_not_start_fails_the_run_with_one_last_line(verbose_arithmetic, tmp_path):
     (tmp_path / "file").touch()
     result = run_command("platform=cpu", f"run_dir={tmp_path}/r", RAY_TMPDIR=f"{tmp_path}/file")
@@ -1692,6 +1698,7 @@ def test_a_ray_that_does_not_start_fails_the_run_with_one_last_line(verbose_arit
     assert (tmp_path / "r" / "starts.jsonl").is_file()
 
 
+@pytest.mark.e2e
 def test_an_installed_wheel_composes_from_any_folder(tmp_path):
     """The recipes and the embedded model travel inside the wheel."""
     repository = Path(train.__file__).parent.parent

@@ -273,6 +273,7 @@ GRID = {"grpo-0.1-seed0", "grpo-0.2-seed0", "dapo-seed0", "gfpo-4-seed0", "gfpo-
 ALL = GRID | {"untrained-seed0", "untrained-seed1", "grpo-0.2-seed1", "dapo-seed1", "gfpo-2-seed1"}
 
 
+@pytest.mark.e2e
 def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
     status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT)
     assert status == 0, capsys.readouterr()
@@ -320,6 +321,7 @@ def test_a_table_from_nothing_and_again(tmp_path, monkeypatch, capsys):
     assert table.done() == 11
 
 
+@pytest.mark.e2e
 def test_quick_runs_only_defaults(tmp_path, monkeypatch):
     status, calls = reproduce(tmp_path, monkeypatch, "--quick")
     assert status == 0
@@ -328,6 +330,7 @@ def test_quick_runs_only_defaults(tmp_path, monkeypatch):
     assert "not tuned" in text and "±" not in text.splitlines()[2]
 
 
+@pytest.mark.e2e
 def test_a_failed_run_is_reported_and_tried_again_and_loses_no_other(tmp_path, monkeypatch, capsys):
     failing = SCRIPT | {"gfpo-2-seed0": "fail", "dapo-seed1": "short"}
     status, calls = reproduce(tmp_path, monkeypatch, **failing)
@@ -344,6 +347,7 @@ def test_a_failed_run_is_reported_and_tried_again_and_loses_no_other(tmp_path, m
     assert {name for name, _, _ in calls} == {"gfpo-2-seed0", "gfpo-2-seed1", "dapo-seed1"}
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     "of_2,of_4,tried",  # validation Pass@1 with the second seed; GRPO's mean is 0.45
     [
@@ -370,6 +374,7 @@ def test_a_choice_that_does_not_hold_over_all_seeds_is_given_up(tmp_path, monkey
     assert f"Given up: gfpo k={given_up}; on the test split {lines[given_up]} tokens." in text
 
 
+@pytest.mark.e2e
 def test_a_run_whose_folder_is_in_use_holds_up_no_other(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out/runs/gfpo-2-seed0"
     folder.mkdir(parents=True)
@@ -392,6 +397,7 @@ def test_a_run_whose_folder_is_in_use_holds_up_no_other(tmp_path, monkeypatch, c
     assert table.tried(gfpo) == [4]
 
 
+@pytest.mark.e2e
 def test_a_row_that_is_to_be_run_again_says_so_until_it_is(tmp_path, monkeypatch):
     methods = SMALL["methods"] | {"gfpo": SMALL["methods"]["gfpo"] | {"run_again": "its loss is another"}}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(SMALL | {"methods": methods}, sort_keys=False))
@@ -405,6 +411,7 @@ def test_a_row_that_is_to_be_run_again_says_so_until_it_is(tmp_path, monkeypatch
     assert "| **gfpo** | k=2 | 0.750" in text and "run again" not in text
 
 
+@pytest.mark.e2e
 def test_without_grpo_no_other_value_is_chosen(tmp_path, monkeypatch):
     failing = SCRIPT | {"grpo-0.1-seed0": "fail", "grpo-0.2-seed0": "fail"}
     status, calls = reproduce(tmp_path, monkeypatch, **failing)
@@ -416,6 +423,7 @@ def test_without_grpo_no_other_value_is_chosen(tmp_path, monkeypatch):
 # --- resume ---
 
 
+@pytest.mark.e2e
 def test_only_whole_runs_made_with_the_same_configuration_are_kept(tmp_path, monkeypatch):
     quick = ["--quick", "--methods", "dapo"]
     assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
@@ -433,6 +441,7 @@ def test_only_whole_runs_made_with_the_same_configuration_are_kept(tmp_path, mon
     assert reproduce(tmp_path, monkeypatch, *quick) == (0, [])
 
 
+@pytest.mark.e2e
 def test_a_record_stands_for_its_run_also_in_another_place(tmp_path, monkeypatch, capsys):
     assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
     before = json.loads((tmp_path / "out/results.json").read_text())
@@ -459,6 +468,7 @@ def test_a_record_stands_for_its_run_also_in_another_place(tmp_path, monkeypatch
     assert errors.startswith(f"table: {record}: is no record of a run (") and errors.count("\n") == 1
 
 
+@pytest.mark.e2e
 def test_a_run_that_is_still_alive_is_not_recorded(tmp_path, monkeypatch):
     quick = ["--quick", "--methods", "dapo"]
     assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
@@ -471,6 +481,7 @@ def test_a_run_that_is_still_alive_is_not_recorded(tmp_path, monkeypatch):
     assert record.exists()
 
 
+@pytest.mark.e2e
 def test_a_record_of_other_settings_does_not_count(tmp_path, monkeypatch):
     quick = ["--quick", "--methods", "dapo"]
     assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
@@ -482,6 +493,7 @@ def test_a_record_of_other_settings_does_not_count(tmp_path, monkeypatch):
     assert status == 0 and {name for name, _, _ in calls} == {"dapo-seed0", "untrained-seed0"}
 
 
+@pytest.mark.e2e
 def test_a_run_that_was_stopped_before_its_validation_is_only_validated(tmp_path, monkeypatch):
     quick = ["--quick", "--methods", "dapo,gfpo"]
     assert reproduce(tmp_path, monkeypatch, *quick)[0] == 0
@@ -499,6 +511,7 @@ def test_a_run_that_was_stopped_before_its_validation_is_only_validated(tmp_path
     ]
 
 
+@pytest.mark.e2e
 def test_a_smaller_table_in_the_same_folder_says_what_it_leaves_out(tmp_path, monkeypatch, capsys):
     assert reproduce(tmp_path, monkeypatch, "--quick")[0] == 0
     assert "this table is without" not in capsys.readouterr().out
@@ -509,6 +522,7 @@ def test_a_smaller_table_in_the_same_folder_says_what_it_leaves_out(tmp_path, mo
     assert set(json.loads((tmp_path / "out/results.json").read_text())["rows"]) == {"untrained", "grpo", "dapo", "gfpo"}
 
 
+@pytest.mark.e2e
 def test_a_folder_of_other_settings_is_refused(tmp_path, monkeypatch, capsys):
     assert reproduce(tmp_path, monkeypatch, "--quick")[0] == 0
     capsys.readouterr()
@@ -536,6 +550,7 @@ def wait_for(condition):
         time.sleep(0.05)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_ends_all_runs_and_says_how_to_resume(tmp_path, number):
     driver = (
@@ -576,6 +591,7 @@ def start_sleeper(folder, seconds=60):
     return jobs.Running(jobs.Job("sleeper", folder, (str(seconds),)), ["sleep"])
 
 
+@pytest.mark.e2e
 def test_no_two_runs_share_a_folder_even_if_their_starter_is_gone(tmp_path):
     run = start_sleeper(tmp_path / "run")
     try:
@@ -610,6 +626,7 @@ def test_no_more_runs_than_slots_and_none_twice(tmp_path):
     assert max(at_once) == 2
 
 
+@pytest.mark.e2e
 def test_a_stop_that_comes_while_a_run_starts_does_not_lose_it(tmp_path, monkeypatch):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     popen, started = subprocess.Popen, []

@@ -18,6 +18,8 @@ import iapo
 
 ROOT = Path(__file__).parent.parent
 SBATCH = ROOT / "scripts/slurm/iapo.sbatch"
+pytestmark = pytest.mark.e2e
+
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), SBATCH]
 needs_verl = pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl isn't installed")
 

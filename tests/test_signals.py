@@ -36,6 +36,7 @@ def test_who_was_woken_by_signals_before_is_afterwards():
     os.close(writer)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number,status,said", [("SIGTERM", 143, "stopped by SIGTERM"), ("SIGINT", 130, "interrupted")])
 def test_a_command_that_is_stopped_leaves_nothing_and_says_one_line(tmp_path, number, status, said):
     """Also where a second SIGTERM arrives while it removes what it wrote."""

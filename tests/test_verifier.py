@@ -521,6 +521,7 @@ def busy_core():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="binding to a core is Linux's")
+@pytest.mark.e2e
 def test_the_verdicts_are_the_same_on_a_loaded_machine(monkeypatch, busy_core):
     """An answer that needs most of its CPU time takes longer than the limit by the clock, and is judged."""
     monkeypatch.setattr(verifier, "WORKERS", 1)
@@ -633,6 +634,7 @@ def test_the_memory_limit_holds():
     assert output_of(program) == "refused\n"
 
 
+@pytest.mark.e2e
 def test_no_process_survives_a_killed_parent():
     """The parent is killed while a worker works, and can clean up nothing."""
     program = (

@@ -137,6 +137,7 @@ def warm_up(*arguments, **environment):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.e2e
 def test_a_step_is_one_on_the_mean_surprisal_of_the_answers_tokens(source, model, tmp_path):
     """theta' = theta - lr * grad mean_{answer tokens of the batch} -log p, by transformers alone."""
     lr, out = 0.5, tmp_path / "a/warm"

@@ -171,6 +171,7 @@ def results(tmp_path_factory):
     return folder
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 @pytest.mark.parametrize("batch", ROWS)
