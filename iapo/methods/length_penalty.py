@@ -21,14 +21,17 @@ class LengthPenalty(Method):
         sigmoid    -sigmoid((L_i - mean L) / std L)
         cosine     (cos(pi L_i / max_length) - 1) / 2
 
-    linear lies in [-0.5, 0.5], the other two in [-1, 0].
+    linear lies in [-0.5, 0.5], the other two in [-1, 0]. A fourth form prices tokens of right and wrong completions:
+
+        raw        r'_i = r_i - weight * L_i / max_length
 
     Source: linear is the length reward of Kimi k1.5 (arXiv 2501.12599, section 2.3.3), sigmoid that of Arora and
     Zanette (arXiv 2502.04463, section 3), cosine the branch for correct answers of Yeo et al. (arXiv 2502.03373,
-    section 3.1) with rewards from r to r - weight.
+    section 3.1) with rewards from r to r - weight. raw is a control of ours: nothing is normalised before GRPO does it.
 
     Degenerate cases: linear and sigmoid are 0 if all L are equal, and so for a single right answer. Beyond max_length
-    cosine stays at -1.
+    cosine stays at -1. Where all rewards of a group are equal, the weight of raw cancels: GRPO divides by the standard
+    deviation.
 
     Differences: Kimi takes min and max over all completions of the group and gives wrong ones min(0, f), which rewards
     short failures; here the correct ones are compared among themselves. No code of Kimi k1.5 was found. Arora and
@@ -38,9 +41,9 @@ class LengthPenalty(Method):
     their length and lose by what they repeat.
 
     Attributes:
-        form: "linear", "sigmoid" or "cosine".
+        form: "linear", "sigmoid", "cosine" or "raw".
         weight: the most that length can cost, where a right answer has a reward of 1.
-        max_length: the longest response in tokens, for the cosine; the other forms don't read it.
+        max_length: the longest response in tokens, for cosine and raw; the other forms don't read it.
     """
 
     form: str = "linear"
@@ -50,18 +53,20 @@ class LengthPenalty(Method):
     needs = ("correct",)
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, ("linear", "sigmoid", "cosine"))
+        check_choice("form", self.form, ("linear", "sigmoid", "cosine", "raw"))
         check_number("weight", self.weight)
         check_number("max_length", self.max_length, low=1, whole=True)
 
     def problems(self, rollouts: int, max_response_length: int) -> Iterator[str]:
-        if self.form == "cosine" and self.max_length < max_response_length:  # beyond it the price would fall again
+        if self.form in ("cosine", "raw") and self.max_length < max_response_length:
             yield (
                 f"max_length: {self.max_length} is below data.max_response_length={max_response_length}; set it to the "
-                "same, so that the longest response costs most."
+                "same, so that the longest response, and no other, costs the whole weight."
             )
 
     def shape_reward(self, batch: Batch) -> torch.Tensor:
+        if self.form == "raw":
+            return batch.rewards - self.weight * batch.lengths / self.max_length
         rewards_B, correct_B = batch.rewards.clone(), batch.needed("correct")
         for rows in batch.groups():
             rows = rows[correct_B[rows]]

@@ -22,6 +22,7 @@ ROWS = [Row(0, length, correct, 1.5 if correct else -1.5, [0] * length, [0.0] * 
         # The mean of 2, 6, 4 is 4, the population's standard deviation sqrt(8/3).
         ("sigmoid", [1.5 - 0.2 / (1 + math.exp(6**0.5 / 2)), 1.5 - 0.2 / (1 + math.exp(-(6**0.5) / 2)), 1.4, -1.5]),
         ("cosine", [1.5 - 0.1 * (1 - 2**-0.5), 1.5 - 0.1 * (1 + 2**-0.5), 1.4, -1.5]),
+        ("raw", [1.5 - 0.05, 1.5 - 0.15, 1.5 - 0.1, -1.5 - 0.2]),
     ],
 )
 def test_hand_computed(form, expected):
@@ -29,13 +30,15 @@ def test_hand_computed(form, expected):
     torch.testing.assert_close(rewards, torch.tensor(expected))
 
 
-@given(rows=row_lists, form=st.sampled_from(["linear", "sigmoid", "cosine"]), weight=st.floats(0, 2))
+@given(rows=row_lists, form=st.sampled_from(["linear", "sigmoid", "cosine", "raw"]), weight=st.floats(0, 2))
 def test_equals_plain_python(rows, form, weight):
     expected = []
     for row in rows:
         lengths = [r.length for r in rows if r.group == row.group and r.correct]
         equal = len(set(lengths)) < 2
-        if not row.correct or (equal and form != "cosine"):
+        if form == "raw":
+            price = -row.length / 10
+        elif not row.correct or (equal and form != "cosine"):
             price = 0
         elif form == "linear":
             price = 0.5 - (row.length - min(lengths)) / (max(lengths) - min(lengths))
@@ -52,7 +55,7 @@ def test_equals_plain_python(rows, form, weight):
 @pytest.mark.parametrize(
     "knobs,message",
     [
-        ({"form": "square"}, "form: 'square' must be one of linear, sigmoid, cosine"),
+        ({"form": "square"}, "form: 'square' must be one of linear, sigmoid, cosine, raw"),
         ({"weight": -1}, "weight: -1 must be a number of at least 0"),
         ({"max_length": 0}, "max_length: 0 must be a whole number of at least 1"),
     ],
@@ -69,7 +72,7 @@ def test_cosine_is_never_cheaper_for_a_longer_response():
     assert rewards == sorted(rewards, reverse=True) and rewards[2:] == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("form,problems", [("linear", 0), ("cosine", 1)])
+@pytest.mark.parametrize("form,problems", [("linear", 0), ("cosine", 1), ("raw", 1)])
 def test_a_price_that_ends_before_the_longest_response_is_refused(form, problems):
     found = list(LengthPenalty(form, max_length=64).problems(8, 128))
     assert len(found) == problems and not list(LengthPenalty(form, max_length=128).problems(8, 128))
