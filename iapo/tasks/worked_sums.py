@@ -49,6 +49,7 @@ __all__ = [
     "extract_answer",
     "kept",
     "kept_metrics",
+    "kind_of",
     "minimal_tokens",
     "minimal_trace",
     "parse_prompt",
@@ -169,7 +170,7 @@ def kept_metrics(completions: Iterable[Kept]) -> dict[str, float]:
         "sums": len(written_sums) / len(completions),
     }
     for kind in dict.fromkeys(KINDS):
-        of_kind = [step for step in written_sums if _kind(step) == kind]
+        of_kind = [step for step in written_sums if kind_of(step) == kind]
         if of_kind:
             metrics[f"worked/{kind}"] = fmean(step.worked for step in of_kind)
         for form, worked in (("worked", True), ("direct", False)):
@@ -179,5 +180,6 @@ def kept_metrics(completions: Iterable[Kept]) -> dict[str, float]:
     return metrics
 
 
-def _kind(step: Sum) -> str:
+def kind_of(step: Sum) -> str:
+    """Whether an addition needs its columns, one of `KINDS`."""
     return KINDS[min(step.carries, len(KINDS) - 1)]

@@ -35,12 +35,13 @@ LABELS = {
 
 
 class Sample(NamedTuple):
-    """One completion."""
+    """One completion; its text is None where a dump has none."""
 
     prompt: str
     correct: bool
     tokens: float
     truncated: bool
+    text: str | None = None
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -205,7 +206,8 @@ def _sample(line: str, where: str) -> Sample:
                 "the data and validate again."
             ) from None
     correct, truncated = numbers["acc"] > 0.5, numbers["truncated"] > 0.5
-    return Sample(record["input"], correct, float(numbers["response_length"]), truncated)
+    text = record["output"] if isinstance(record.get("output"), str) else None
+    return Sample(record["input"], correct, float(numbers["response_length"]), truncated, text)
 
 
 def read_prompts(path: Path) -> set[str]:
