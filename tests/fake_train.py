@@ -2,6 +2,7 @@
 
 FAKE in the environment, JSON, says by the run folder's name what differs:
     {"gfpo-2-seed0": {"validation": [Pass@1, tokens], "test": [...]}}   results; 0.5 and 50 otherwise
+    {"gfpo-2-seed0": {"test": [Pass@1, tokens, c, w]}}    works additions with c carries or more, and writes w words
     {"gfpo-2-seed0": "fail"}            fails with iapo.train's last line
     {"gfpo-2-seed0": "stay"}            trains until it is told to stop
     {"gfpo-2-seed0": "short"}           ends without its validation
@@ -12,9 +13,20 @@ import os
 import signal
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow.parquet as pq
+
+from iapo.answer_format import written
+from iapo.tasks.worked_sums import answer, carries, columns, parse_prompt
+
+
+def completion(prompt, fewest_carries, words):
+    numbers, steps = parse_prompt(prompt), ""
+    for a, b in zip(accumulate(numbers), numbers[1:], strict=False):
+        steps += f"{a}+{b}{f':{columns(a, b)}' if carries(a, b) >= fewest_carries else ''}={a + b};"
+    return written(steps + words * " hmm", answer(numbers))
 
 
 def main():
@@ -52,11 +64,13 @@ def main():
     with (folder / "validation" / f"{steps if trained else 0}.jsonl").open("w") as dump:
         rows = pq.read_table(given["data.val_files"].strip("'")).to_pylist()
         for split in dict.fromkeys(row["extra_info"]["split"] for row in rows):
-            accuracy, tokens = script.get(split, [0.5, 50])
+            accuracy, tokens, *text = script.get(split, [0.5, 50])
+            fewest_carries, words = text or (9, 0)
             prompts = [row["prompt"][0]["content"] for row in rows if row["extra_info"]["split"] == split]
             for number, prompt in enumerate(prompts):
                 right = float(number < accuracy * len(prompts))
-                record = {"input": prompt, "acc": right, "response_length": tokens, "truncated": 0}
+                record = {"input": prompt, "output": completion(prompt, fewest_carries, words)}
+                record |= {"acc": right, "response_length": tokens, "truncated": 0}
                 dump.write(json.dumps(record) + "\n")
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -10,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,17 +24,23 @@ from hypothesis import strategies as st
 
 from benchmarks.table import jobs, pareto
 from benchmarks.table import reproduce_table as rt
-from benchmarks.table.plan import UNTRAINED, Method, Plan, load_methods, resolved_config
-from benchmarks.table.table import COMPLETION_S, START_S, Table, preference
+from benchmarks.table.kept import RATIO, counts, kept_figures
+from benchmarks.table.paired import differences
+from benchmarks.table.plan import TABLES, UNTRAINED, Method, load_methods, read_table, resolved_config
+from benchmarks.table.table import COMPLETION_S, START_S, Table, as_json, nearest, preference
 from iapo.launch.folder_lock import FolderInUse, lock
-from iapo.tools.evaluate import read_prompts
+from iapo.tasks.embedded import TASKS
+from iapo.tools.evaluate import Sample, read_prompts
 
 ROOT = Path(__file__).parent.parent
 FAKE_TRAIN = [sys.executable, "-u", str(ROOT / "tests/fake_train.py")]
-METHODS = load_methods(ROOT / "benchmarks/table/table.yaml")
+METHODS = load_methods(TABLES / "table.yaml")
+TASK_NAMES = ", ".join(TASKS)
 needs_verl = pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="verl isn't installed")
 
 SMALL = {
+    "task": "verbose_arithmetic",
+    "model": "tiny",
     "full": {"steps": 4, "samples": 2, "seeds": [0, 1], "step_s": 7.0},
     "quick": {"steps": 2, "samples": 1, "seeds": [0], "step_s": 1.0, "overrides": ["data.train_batch_size=8"]},
     "methods": {
@@ -48,10 +56,17 @@ def config_of(job):
     return json.dumps(dict(argument.split("=", 1) for argument in job.arguments))
 
 
+def write_table(tmp_path, name="table", **changed):
+    """SMALL with other sections, as a table of the command."""
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(SMALL | changed, sort_keys=False))
+    return path
+
+
 @pytest.fixture(autouse=True)
 def small_table(tmp_path, monkeypatch):
-    (tmp_path / "table.yaml").write_text(yaml.safe_dump(SMALL, sort_keys=False))
-    monkeypatch.setattr(rt.make_plan, "__defaults__", (tmp_path / "table.yaml",))
+    write_table(tmp_path)
+    monkeypatch.setattr(rt.make_plan, "__defaults__", (tmp_path,))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("IAPO_DATA_DIR", "set back at the end")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -76,37 +91,54 @@ def reproduce(tmp_path, monkeypatch, *arguments, **script):
 # --- the plan ---
 
 
+def real_plan(tmp_path, name="table", *arguments):
+    return rt.make_plan(rt.parse(["--out", str(tmp_path), "--table", name, *arguments]), TABLES)
+
+
+ROWS = [(path.stem, name) for path in sorted(TABLES.glob("*.yaml")) for name in load_methods(path)]
+
+
 @needs_verl
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_every_run_of_the_real_table_is_accepted_and_starts_from_the_recipes_default(tmp_path, method):
+@pytest.mark.parametrize("table,name", ROWS, ids=map("-".join, ROWS))
+def test_every_run_of_the_real_tables_is_accepted_and_starts_from_the_recipes_default(tmp_path, table, name):
     from omegaconf import OmegaConf
 
-    from iapo.launch.compose import resolve
+    from iapo.launch.compose import recipes_dir, resolve
 
-    assert method.why and 1 <= len(method.values) <= 4 and len(set(method.values)) == len(method.values)
-    plan = Plan(METHODS, 4, 2, (0,), tmp_path)
+    if name == "iapo_fitted" and not (recipes_dir() / "variant/iapo_fitted.yaml").is_file():
+        pytest.skip("its recipe isn't there yet")
+    plan = real_plan(tmp_path, table)
+    method = plan.methods[name]
     for value in method.values:
-        config = OmegaConf.create(resolved_config(plan.job(method.name, value, 0)))
+        config = OmegaConf.create(resolved_config(plan.job(name, value, 0)))
         assert [OmegaConf.select(config, key) for key in method.knob] == [value] * len(method.knob)
+        for key, _, fixed in (override.partition("=") for override in method.fixed):
+            assert OmegaConf.select(config, key) == fixed
+        assert config.actor_rollout_ref.actor.ppo_mini_batch_size == config.data.train_batch_size
     default = resolve(["platform=cpu", f"variant={method.variant}"])
-    is_default = [OmegaConf.select(default, key) for key in method.knob] == [method.values[0]] * len(method.knob)
-    assert is_default == method.quick
+    of_recipe = [OmegaConf.select(default, key) for key in method.knob]
+    assert (of_recipe == [method.values[0]] * len(method.knob) and not method.fixed) == method.quick
 
 
 @needs_verl
 def test_the_untrained_model_is_only_validated(tmp_path):
     from omegaconf import OmegaConf
 
-    plan = Plan(METHODS, 4, 2, (0,), tmp_path, overrides=("trainer.val_only=false",))
+    plan = replace(real_plan(tmp_path), overrides=("trainer.val_only=false",))
     config = OmegaConf.create(resolved_config(plan.job(UNTRAINED, None, 0)))
     assert config.trainer.val_only and config.trainer.val_before_train
 
 
 def test_a_row_may_name_several_variants(tmp_path):
-    plan = Plan(METHODS, 4, 2, (0,), tmp_path)
+    plan = real_plan(tmp_path)
     assert METHODS["iapo_rate+dapo"].variant == "[dapo,iapo_rate]" and METHODS["dapo"].variant == "dapo"
     assert "variant=[dapo,iapo_rate]" in plan.job("iapo_rate+dapo", 2.0, 0).arguments
     assert "variant=grpo" in plan.job(UNTRAINED, None, 0).arguments
+
+
+def known(plan):
+    """The runs of a plan whose values are all trained with all seeds."""
+    return Table.known(SimpleNamespace(plan=plan, tried=lambda method: method.values))
 
 
 def test_full_and_quick_plans(tmp_path):
@@ -120,17 +152,99 @@ def test_full_and_quick_plans(tmp_path):
     assert quick.overrides == ("data.train_batch_size=8", "a.b=c")
     assert "a.b=c" in quick.job("gfpo", 4, 0).arguments and "methods.gfpo.k=4" in quick.job("gfpo", 4, 0).arguments
     assert list(make_plan(tmp_path, "--methods", "gfpo").methods) == ["grpo", "gfpo"]  # the rule needs GRPO
-    folders = [full.job(*run).folder for run in Table.known(SimpleNamespace(plan=full, tried=lambda m: m.values))]
+    folders = [full.job(*run).folder for run in known(full)]
     assert len(set(folders)) == len(folders)
 
 
 def test_quick_leaves_out_other_forms_unless_they_are_asked_for(tmp_path):
-    def methods(*arguments):
-        options = rt.parse(["--out", str(tmp_path), *arguments])
-        return rt.make_plan(options, ROOT / "benchmarks/table/table.yaml").methods
+    for table in dict(ROWS):
+        full, quick = (real_plan(tmp_path, table, *arguments).methods for arguments in ((), ("--quick",)))
+        assert set(quick) == {name for name, method in full.items() if method.quick} < set(full)
+    assert list(real_plan(tmp_path, "table", "--quick", "--methods", "gtpo_side").methods) == ["gtpo_side"]
 
-    assert set(methods("--quick")) == {name for name, method in METHODS.items() if method.quick} < set(methods())
-    assert list(methods("--quick", "--methods", "gtpo_side")) == ["gtpo_side"]
+
+# --- several tables ---
+
+
+def test_a_table_has_its_task_model_and_folder_and_what_all_of_its_rows_share(tmp_path):
+    write_table(tmp_path, "sums", task="worked_sums", model="mine", shared=["a.b=${c.d}"])
+    out = [rt.make_plan(rt.parse(["--table", "sums", *more])).out for more in ([], ["--quick"])]
+    assert [path.relative_to(Path.cwd()) for path in out] == [Path("runs/sums"), Path("runs/sums-quick")]
+    plan = make_plan(tmp_path, "--table", "sums", "a.b=2")
+    for arguments in (plan.job("gfpo", 4, 0).arguments, plan.job(UNTRAINED, None, 0).arguments):
+        assert {"model=mine", "data=worked_sums", "a.b=${c.d}"} <= set(arguments)
+        assert arguments.index("a.b=${c.d}") < arguments.index("a.b=2")  # the command line has the last word
+    assert plan.data_file("test") == tmp_path / "out/data/worked_sums/test.parquet"
+    assert make_plan(tmp_path).shared == () and make_plan(tmp_path).model == "tiny"
+
+
+@pytest.mark.e2e
+def test_a_folder_of_another_table_is_refused(tmp_path, monkeypatch, capsys):
+    write_table(tmp_path, "sums", task="worked_sums")
+    assert reproduce(tmp_path, monkeypatch, "--quick")[0] == 0
+    capsys.readouterr()
+    assert reproduce(tmp_path, monkeypatch, "--quick", "--table", "sums") == (2, [])
+    assert "holds a table with table=table, but now it is sums; set it back" in capsys.readouterr().err
+    file = tmp_path / "out/settings.json"
+    settings = json.loads(file.read_text())
+    assert settings.pop("table") == "table"
+    file.write_text(json.dumps(settings))  # as in the committed records
+    assert reproduce(tmp_path, monkeypatch, "--quick") == (0, [])
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        (
+            {"models": "tiny"},
+            "models is unknown; a table has task, model, shared, full, quick and methods.",
+        ),
+        ({"task": "gsm8k"}, f"task: 'gsm8k' must be one of {TASK_NAMES}."),
+        ({"task": ["gsm8k"]}, f"task: ['gsm8k'] must be one of {TASK_NAMES}."),
+        ({"model": None}, "model: None must name one, as in model=tiny."),
+        ({"quick": []}, "quick is missing, or is no mapping."),
+        ({"shared": "lr"}, "shared: 'lr' must be key=value."),
+        ({"shared": ["a=1", 2]}, "shared: 2 must be key=value."),
+        ({"shared": ["+seed=3"]}, "shared: +seed=3 sets what the table sets elsewhere; drop it."),
+    ],
+)
+def test_a_table_that_is_none_is_refused_in_one_line(tmp_path, changed, message):
+    with pytest.raises(ValueError) as refused:
+        read_table(write_table(tmp_path, **changed))
+    assert str(refused.value) == f"table.yaml: {message}"
+
+
+def test_a_row_may_fix_more_than_its_knob(tmp_path):
+    row = {"variant": "gfpo", "set": ["a.b=all", "+c=1"], "knob": "k", "values": [4, 2], "why": "w"}
+    write_table(tmp_path, methods=SMALL["methods"] | {"control": row})
+    plan = make_plan(tmp_path)
+    for value in (4, 2):
+        assert plan.job("control", value, 0).arguments[-5:-2] == ("a.b=all", "+c=1", f"k={value}")
+    assert "a.b=all" not in plan.job("gfpo", 4, 0).arguments
+    with pytest.raises(ValueError, match=r"^a.b=none: the table sets a.b; use --table, "):
+        make_plan(tmp_path, "a.b=none")
+
+
+def test_a_row_may_have_fewer_seeds(tmp_path):
+    write_table(tmp_path, methods=SMALL["methods"] | {"gfpo": SMALL["methods"]["gfpo"] | {"seeds": 2}})
+    plan = make_plan(tmp_path, "--seeds", "7,8,9")
+    assert plan.seeds_of("gfpo") == (7, 8) and plan.seeds_of("dapo") == plan.seeds_of(UNTRAINED) == (7, 8, 9)
+    # 3 of the untrained model, 2 + 1 + 3 of the grid, 2 + 2 + 1 further seeds
+    assert plan.jobs == 14
+    assert {seed for name, _, seed in known(plan) if name == "gfpo"} == {7, 8}
+    assert make_plan(tmp_path, "--seeds", "7").seeds_of("gfpo") == (7,)
+
+
+def test_the_rows_that_a_choice_looks_at_are_added(tmp_path):
+    control = {"knob": "k", "values": [1, 2], "match": "dapo", "why": "w"}
+    write_table(tmp_path, methods=SMALL["methods"] | {"control": control})
+    assert list(make_plan(tmp_path, "--methods", "control").methods) == ["grpo", "dapo", "control"]
+    assert list(make_plan(tmp_path, "--quick", "--methods", "control").methods) == ["control"]
+
+
+def test_nearest_by_hand():
+    grid = {1: figures(0.9, 50), 2: figures(0.8, 44), 3: figures(0.1, 40)}
+    assert [nearest(grid, tokens) for tokens in (60, 47.1, 47, 43, 42, 0)] == [1, 1, 1, 2, 2, 3]
 
 
 def test_each_prompt_is_sampled_as_often_as_asked(tmp_path):
@@ -155,11 +269,15 @@ def test_each_prompt_is_sampled_as_often_as_asked(tmp_path):
         (["--jobs", "0"], "--jobs: 0 must be at least 1."),
         (["--seeds", "0,x"], "--seeds: '0,x' must be whole numbers such as 0,1,2."),
         (["lr"], "lr: an argument for the runs is key=value."),
-        (["seed=7"], "seed=7: the table sets seed; use --seeds, --steps, --samples, --out, or change table.yaml."),
+        (["--table", "sums"], "--table: 'sums' must be one of table."),
+        (
+            ["seed=7"],
+            "seed=7: the table sets seed; use --table, --seeds, --steps, --samples, --out, or change table.yaml.",
+        ),
         (
             ["--quick", "--methods", "gfpo", "+methods.gfpo.k=3"],
-            "+methods.gfpo.k=3: the table sets methods.gfpo.k; use --seeds, --steps, --samples, --out, or change "
-            "table.yaml.",
+            "+methods.gfpo.k=3: the table sets methods.gfpo.k; use --table, --seeds, --steps, --samples, --out, or "
+            "change table.yaml.",
         ),
     ],
 )
@@ -171,9 +289,9 @@ def test_refusals_are_one_line(tmp_path, capsys, arguments, message):
 
 @pytest.mark.parametrize("entry", [{"knob": "a.b"}, {"values": [1]}, {"knob": "a", "values": [1, 2, 3, 4, 5]}])
 def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
-    (tmp_path / "table.yaml").write_text(yaml.safe_dump({"methods": {"m": entry | {"why": "w"}}}))
+    path = write_table(tmp_path, methods={"m": entry | {"why": "w"}})
     with pytest.raises(ValueError, match=r"methods\.m needs both knob and 1 to 4 values, or neither"):
-        load_methods(tmp_path / "table.yaml")
+        load_methods(path)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +301,37 @@ def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
         ("methods: {m: }", "methods.m.why is missing; say in a line why these values."),
         (
             "methods: {m: {why: w, knobs: a}}",
-            "methods.m.knobs is unknown; an entry has why, variant, knob, values, quick and run_again.",
+            "methods.m.knobs is unknown; an entry has why, variant, set, knob, values, match, seeds, quick and "
+            "run_again.",
+        ),
+        ("methods: {m: {why: w, set: lr}}", "methods.m.set: 'lr' must be key=value."),
+        (
+            "methods: {m: {why: w, set: a=1, knob: a, values: 2}}",
+            "methods.m.set: a=1 sets what the table sets elsewhere; drop it.",
+        ),
+        (
+            "methods: {m: {why: w, seeds: 0}}",
+            "methods.m.seeds: 0 must be how many of the table's seeds it takes, at least 1.",
+        ),
+        (
+            "methods: {m: {why: w, seeds: [0, 1]}}",
+            "methods.m.seeds: [0, 1] must be how many of the table's seeds it takes, at least 1.",
+        ),
+        (
+            "methods: {grpo: {why: w, seeds: 1}}",
+            "methods.grpo.seeds: all rows are compared with it; leave it out.",
+        ),
+        (
+            "methods: {m: {why: w, match: n}, n: {why: w}}",
+            "methods.m.match: 'n' must name a row, and there must be a knob to choose.",
+        ),
+        *(
+            (f"methods: {text}", f"methods.{name}.match: '{match}' must be another row without one, and grpo has none.")
+            for text, name, match in (
+                ("{m: {why: w, knob: a, values: 1, match: n}}", "m", "n"),
+                ("{m: {why: w, knob: a, values: 1, match: m}}", "m", "m"),
+                ("{grpo: {why: w, knob: a, values: 1, match: m}, m: {why: w}}", "grpo", "m"),
+            )
         ),
         ("methods: {m: {why: w, quick: 1}}", "methods.m.quick: 1 must be true or false."),
         ("methods: {m: {why: w, knob: 5, values: [1]}}", "methods.m: its name, variant and knob must be texts."),
@@ -206,15 +354,16 @@ def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
     ],
 )
 def test_an_entry_that_is_none_is_refused_in_one_line(tmp_path, text, message):
-    (tmp_path / "table.yaml").write_text(text)
+    head = "task: verbose_arithmetic\nmodel: tiny\nfull: {}\nquick: {}\n"
+    (tmp_path / "table.yaml").write_text(head + text)
     with pytest.raises(ValueError) as refused:
         load_methods(tmp_path / "table.yaml")
     assert str(refused.value).startswith(f"table.yaml: {message}") and "\n" not in str(refused.value)
 
 
 def test_an_entry_may_hold_single_values(tmp_path):
-    (tmp_path / "table.yaml").write_text("methods: {mine: {variant: dapo, knob: a.b, values: 3, why: w}}")
-    assert load_methods(tmp_path / "table.yaml") == {"mine": Method("mine", "w", "dapo", ("a.b",), (3,))}
+    path = write_table(tmp_path, methods={"mine": {"variant": "dapo", "knob": "a.b", "values": 3, "why": "w"}})
+    assert load_methods(path) == {"mine": Method("mine", "w", "dapo", ("a.b",), (3,))}
 
 
 def test_a_run_that_would_be_refused_stops_the_command_at_once(tmp_path, capsys):
@@ -375,6 +524,180 @@ def test_a_choice_that_does_not_hold_over_all_seeds_is_given_up(tmp_path, monkey
 
 
 @pytest.mark.e2e
+def test_a_row_with_fewer_seeds_is_held_against_grpo_with_the_same(tmp_path, monkeypatch):
+    """With the first seed gfpo's k=2 is within a point of GRPO's 0.80; GRPO's 0.10 of the second doesn't count."""
+    write_table(tmp_path, methods=SMALL["methods"] | {"gfpo": SMALL["methods"]["gfpo"] | {"seeds": 1}})
+    status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT)
+    assert status == 0 and {name for name, _, _ in calls} == ALL - {"gfpo-2-seed1"}
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert (found["rows"]["gfpo"]["label"], list(found["rows"]["gfpo"]["seeds"])) == ("k=2", ["0"])
+    assert found["runs"] == {"done": 10, "planned": 10, "failed": {}}
+    line = next(line for line in (tmp_path / "out/table.md").read_text().splitlines() if line.startswith("| **gfpo**"))
+    assert line.endswith(" | 1 |") and "±" not in line
+
+
+@pytest.mark.e2e
+def test_a_control_takes_the_value_whose_tokens_are_nearest(tmp_path, monkeypatch):
+    """On the validation split gfpo's choice has 40 tokens with the first seed; the rule would take 10, the shortest."""
+    control = {"variant": "dapo", "knob": "k", "values": [10, 20, 30], "match": "gfpo", "why": "w"}
+    write_table(tmp_path, methods=SMALL["methods"] | {"control": control})
+    tokens = {10: 30, 20: 43, 30: 36}
+    script = {f"control-{k}-seed0": {"validation": [0.9, t], "test": [0.9, 60]} for k, t in tokens.items()}
+    status, calls = reproduce(tmp_path, monkeypatch, **SCRIPT | script)
+    assert status == 0
+    assert {name for name, _, _ in calls} == ALL | script.keys() | {"control-20-seed1"}
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert (found["rows"]["control"]["label"], found["rows"]["control"]["given_up"]) == ("k=20", [])
+    text = (tmp_path / "out/table.md").read_text()
+    assert "\nNot so control: of its values the one whose tokens are nearest to those of gfpo, first seed.\n" in text
+
+
+# --- what is kept, and differences from GRPO ---
+
+# 387+456 and 843+219 carry twice; 120+235 never, 355+105 once.
+NEEDED, EASY = "387+456+219=", "120+235+105="
+
+
+def written_as(prompt, text, right=1, tokens=40.0):
+    return Sample(prompt, bool(right), tokens, False, f"<think>{text}</think>\n<answer>1</answer>")
+
+
+COMPLETIONS = [
+    written_as(NEEDED, "387+456:3c4c8=843;843+219=1062; hmm so;"),
+    written_as(NEEDED, "387+456:3c4c8=843;843+219:2c60c1=1062;", tokens=50.0),
+    written_as(EASY, "120+235:553=355;355+105=460;", right=0),
+    written_as(EASY, "120+235=355; hmm;355+105=460;"),
+]
+
+
+def test_what_is_kept_by_hand():
+    found = kept_figures("worked_sums", COMPLETIONS)
+    assert (found["filler"], found["worked/needed"], found["worked/unneeded"]) == (3 / 4, 3 / 4, 1 / 2)
+    assert found[RATIO] == 1.5
+    assert RATIO not in kept_figures("worked_sums", COMPLETIONS[:2] + COMPLETIONS[3:])  # nothing unneeded is worked
+    assert kept_figures("verbose_arithmetic", COMPLETIONS) == {}
+    with pytest.raises(ValueError, match=r"^a completion of '120\+235\+105=' has no text 'output'; validate the run"):
+        kept_figures("worked_sums", [COMPLETIONS[2]._replace(text=None)])
+
+
+def test_counts_by_hand():
+    """In the order of the prompts: the easy one comes first."""
+    expected = {"samples": [2, 2], "right": [1, 2], "tokens": [80, 90]}
+    assert counts("verbose_arithmetic", COMPLETIONS) == expected
+    kept = {"filler": [1, 2], "sums/needed": [0, 4], "worked/needed": [0, 3]}
+    kept |= {"sums/unneeded": [2, 0], "worked/unneeded": [1, 0]}
+    assert counts("worked_sums", COMPLETIONS) == counts("worked_sums", COMPLETIONS[::-1]) == expected | kept
+    with pytest.raises(ValueError, match="samples: 0"):
+        counts("worked_sums", [])
+
+
+def counted(right, tokens, **others):
+    return {"samples": [2] * len(right), "right": right, "tokens": tokens} | others
+
+
+def test_differences_by_hand():
+    rows = [counted([2, 1, 0], [80, 90, 100]), counted([2, 2, 0], [80, 80, 80])]
+    reference = [counted([1, 1, 0], [82, 92, 102]), counted([2, 1, 1], [82, 82, 82])]
+    found = differences(rows, reference)
+    # of the first seed 3/6 - 2/6, of the second 4/6 - 4/6
+    assert found["pass@1"][0] == pytest.approx(1 / 12) and found["pass@1"][1] < 1 / 12 < found["pass@1"][2]
+    # Every problem has one token fewer with each seed, so that no draw says anything else.
+    assert found["tokens"] == pytest.approx((-1, -1, -1))
+    assert differences(rows, rows) == {"pass@1": (0, 0, 0), "tokens": (0, 0, 0)}
+    with pytest.raises(ValueError, match=r"^reference: \(1, 3, 3\) seeds, problems and counts, not \(2, 3, 3\)"):
+        differences(rows, reference[:1])
+
+
+def test_a_difference_that_a_draw_leaves_undefined_is_left_out():
+    """Of needed sums, where one of two problems has some: a quarter of the draws have none."""
+    kept = {"filler": [0, 0], "sums/unneeded": [1, 1], "worked/unneeded": [1, 1]}
+    side = [counted([1, 1], [8, 8], **kept, **{"sums/needed": [0, 2], "worked/needed": [0, 1]})]
+    assert set(differences(side, side)) == {"pass@1", "tokens", "filler", "worked/unneeded"}
+
+
+def slow_differences(rows, reference, draws):
+    """`differences` of Pass@1 for given draws of problems and seeds, by loops."""
+    result = []
+    for problems, seeds in draws:
+        total = 0.0
+        for s in seeds:
+            for sign, side in ((1, rows), (-1, reference)):
+                right = sum(side[s]["right"][p] for p in problems)
+                total += sign * right / sum(side[s]["samples"][p] for p in problems)
+        result.append(total / len(seeds))
+    return result
+
+
+def test_intervals_equal_those_of_a_loop():
+    rng = random.Random(0)
+    rows, reference = ([counted([rng.randint(0, 2) for _ in range(40)], [1] * 40) for _ in range(3)] for _ in range(2))
+    draws = [(rng.choices(range(40), k=40), rng.choices(range(3), k=3)) for _ in range(4000)]
+    slow = statistics.quantiles(slow_differences(rows, reference, draws), n=40)
+    _, low, high = differences(rows, reference, resamples=4000)["pass@1"]
+    assert (low, high) == pytest.approx((slow[0], slow[-1]), abs=0.02)
+
+
+@pytest.mark.e2e
+def test_a_table_shows_what_its_task_keeps_and_the_differences_from_grpo(tmp_path, monkeypatch):
+    methods = {name: entry for name, entry in SMALL["methods"].items() if name != "dapo"}
+    write_table(tmp_path, "sums", task="worked_sums", methods=methods)
+    script = {
+        name: {split: [*place, 2, 3] if name.startswith("gfpo") else [*place, 0, 5] for split, place in found.items()}
+        for name, found in SCRIPT.items()
+    }
+    assert reproduce(tmp_path, monkeypatch, "--table", "sums", **script)[0] == 0
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    test = found["rows"]["gfpo"]["test"]
+    assert (test["filler"], test["worked/needed"], test["worked/unneeded"]) == ([3, 0], [1, 0], [0, 0])
+    assert RATIO not in test and found["rows"]["grpo"]["test"][RATIO] == [1, 0]
+    assert found["rows"]["grpo"]["from_reference"] == {}
+    difference = found["rows"]["gfpo"]["from_reference"]
+    # The means over two seeds of 40 and 44 tokens, and of 52 and 54; Pass@1 of 0.75 twice, and of 0.75 and 0.5.
+    assert difference["tokens"] == pytest.approx([-11, -12, -10]) and difference["pass@1"][0] == pytest.approx(0.125)
+    assert difference["filler"] == [-2, -2, -2] and difference["worked/unneeded"] == [-1, -1, -1]
+    assert all("problems" not in run for row in found["rows"].values() for run in row["seeds"].values())
+    record = json.loads((tmp_path / "out/records/gfpo-2-seed1.json").read_text())["outcome"]
+    assert record["figures"]["validation"]["worked/needed"] == 1 and len(record["problems"]["tokens"]) == 256
+
+    text = (tmp_path / "out/table.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert lines[0][-5:] == ["filler words", "worked where needed", "where unneeded", "needed / unneeded", "seeds"]
+    (row,) = [line for line in lines if line[:2] == ["**gfpo**", "k=2"]]
+    assert row[-5:] == ["3.00 ± 0.00", "1.000 ± 0.000", "0.000 ± 0.000", "", "2"]
+    start = next(number for number, line in enumerate(lines) if line[0] == "minus grpo")
+    assert lines[start][2:] == ["Pass@1", "mean tokens", "filler words", "worked where needed", "where unneeded"]
+    assert [line[0] for line in lines[start + 2 :]] == ["untrained", "gfpo"]
+    assert lines[-1][3:] == [
+        "-11.0 [-12.0, -10.0]",
+        "-2.00 [-2.00, -2.00]",
+        "+0.000 [0.000, 0.000]",
+        "-1.000 [-1.000, -1.000]",
+    ]
+    assert "worked_sums from the model tiny; 4 training steps; seeds 0, 1, " in text
+
+
+@pytest.mark.e2e
+def test_a_record_without_counts_of_problems_is_valid_and_has_no_differences(tmp_path, monkeypatch):
+    assert reproduce(tmp_path, monkeypatch, **SCRIPT)[0] == 0
+    assert "| minus grpo |" in (tmp_path / "out/table.md").read_text()
+    for path in (tmp_path / "out/records").glob("*.json"):
+        record = json.loads(path.read_text())
+        del record["outcome"]["problems"]
+        path.write_text(json.dumps(record))
+    shutil.rmtree(tmp_path / "out/runs")
+    (tmp_path / "out/runs").mkdir()
+    assert reproduce(tmp_path, monkeypatch, **SCRIPT) == (0, [])
+    assert "minus grpo" not in (tmp_path / "out/table.md").read_text()
+
+
+def test_lists_of_numbers_take_a_line():
+    value = {"a": [1, 2.5, -3e-07], "b": ["x\n[1,\n2]", None], "c": [], "d": [[1, 2], [3]]}
+    text = as_json(value)
+    assert json.loads(text) == value and text.endswith("}\n")
+    assert '"a": [1, 2.5, -3e-07],' in text and text.count("\n") == 12
+
+
+@pytest.mark.e2e
 def test_a_run_whose_folder_is_in_use_holds_up_no_other(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "out/runs/gfpo-2-seed0"
     folder.mkdir(parents=True)
@@ -399,8 +722,8 @@ def test_a_run_whose_folder_is_in_use_holds_up_no_other(tmp_path, monkeypatch, c
 
 @pytest.mark.e2e
 def test_a_row_that_is_to_be_run_again_says_so_until_it_is(tmp_path, monkeypatch):
-    methods = SMALL["methods"] | {"gfpo": SMALL["methods"]["gfpo"] | {"run_again": "its loss is another"}}
-    (tmp_path / "table.yaml").write_text(yaml.safe_dump(SMALL | {"methods": methods}, sort_keys=False))
+    again = SMALL["methods"]["gfpo"] | {"run_again": "its loss is another"}
+    write_table(tmp_path, methods=SMALL["methods"] | {"gfpo": again})
     failing = dict.fromkeys(("gfpo-2-seed0", "gfpo-4-seed0", "gfpo-6-seed0"), "fail")
     assert reproduce(tmp_path, monkeypatch, **SCRIPT | failing)[0] == 1
     text = (tmp_path / "out/table.md").read_text()
@@ -555,7 +878,7 @@ def wait_for(condition):
 def test_a_stop_ends_all_runs_and_says_how_to_resume(tmp_path, number):
     driver = (
         "import sys; from benchmarks.table import reproduce_table as rt\n"
-        f"rt.make_plan.__defaults__ = (__import__('pathlib').Path({str(tmp_path / 'table.yaml')!r}),)\n"
+        f"rt.make_plan.__defaults__ = (__import__('pathlib').Path({str(tmp_path)!r}),)\n"
         "rt.slots_by_memory = lambda most, _: most\n"  # other tests may fill the memory
         f"sys.exit(rt.main(None, {FAKE_TRAIN!r}, lambda job: chr(10).join(job.arguments), 0.05))"
     )
@@ -677,9 +1000,9 @@ def test_time_left_follows_the_runs_so_far(tmp_path):
     assert table.seconds_left([SimpleNamespace(seconds=30)], 1) == pytest.approx(3 * (9 * trained + 2 * untrained) - 30)
 
 
-def test_the_real_quick_table_is_expected_within_half_an_hour(tmp_path):
-    plan = rt.make_plan(rt.parse(["--quick", "--out", str(tmp_path)]), ROOT / "benchmarks/table/table.yaml")
-    rt.open_folder(plan)
+@pytest.mark.parametrize("table", dict(ROWS))
+def test_the_real_quick_tables_are_expected_within_half_an_hour(tmp_path, table):
+    rt.open_folder(plan := real_plan(tmp_path, table, "--quick"))
     assert Table(plan, config_of).seconds_left([], 2) < 28 * 60
 
 

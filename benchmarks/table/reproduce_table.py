@@ -1,8 +1,8 @@
-"""Every method on the embedded task, in one table: bash scripts/reproduce_table.sh [--quick] [options] [key=value ...]
+"""Every method on an embedded task, in one table: bash scripts/reproduce_table.sh [--quick] [options] [key=value ...]
 
-Trains each method of benchmarks/table/table.yaml on verbose arithmetic from the embedded model, with the same prompts
-and rollouts, and evaluates it on the whole test split. Each value of a method's knob is trained with the first seed;
-the one that the validation split chooses also with the others:
+Trains each method of benchmarks/table/table.yaml on verbose arithmetic, or with --table NAME those of NAME.yaml on its
+task, from an embedded model, with the same prompts and rollouts, and evaluates it on the whole test split. Each value
+of a method's knob is trained with the first seed; the one that the validation split chooses also with the others:
 
     the fewest tokens among the values whose validation Pass@1 is at most 1 point below GRPO's,
     and the highest Pass@1 if none is; of GRPO's own values the one with the highest Pass@1.
@@ -10,6 +10,7 @@ the one that the validation split chooses also with the others:
 A choice whose mean over all seeds there turns out to be more than 1 point below GRPO's is given up for the next best;
 if none holds, the one with the highest mean is kept.
 The rule asks what a user asks, how short at no loss of accuracy, and needs no exchange rate between tokens and points.
+A row with `match` takes the value instead whose tokens are nearest to those of another row.
 
 The output folder gets results.json, table.md, pareto.png, the runs, and a record of what each complete run showed.
 Start the same command again to resume after a stop: complete runs are kept, others resume from their last checkpoint,
@@ -30,7 +31,15 @@ import psutil
 from benchmarks.table import pareto
 from benchmarks.table.jobs import STOPS, Job, Running, run_all, slots_by_memory
 from benchmarks.table.pages import command, markdown, write
-from benchmarks.table.plan import UNTRAINED, Plan, check_runs, make_plan, resolved_config, write_evaluation_file
+from benchmarks.table.plan import (
+    DEFAULT,
+    UNTRAINED,
+    Plan,
+    check_runs,
+    make_plan,
+    resolved_config,
+    write_evaluation_file,
+)
 from benchmarks.table.table import Table, clock, say, write_whole
 from iapo.data import prepare
 from iapo.launch.folder_lock import FolderInUse, lock
@@ -42,13 +51,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="reproduce_table", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--table", default=DEFAULT, help=f"a YAML of benchmarks/table by its name, default {DEFAULT}")
     parser.add_argument("--quick", action="store_true", help="one seed, few steps, no tuning: within 30 minutes")
-    parser.add_argument("--methods", help="some of table.yaml, as a,b; GRPO, which tuning needs, is added")
+    parser.add_argument("--methods", help="some of the table's, as a,b; those that tuning looks at are added")
     parser.add_argument("--steps", type=int, help="training steps of each run")
     parser.add_argument("--samples", type=int, help="completions per prompt of the evaluation")
     parser.add_argument("--seeds", help="as 0,1,2; the first is the one that knobs are chosen with")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side where memory allows, default 2")
-    parser.add_argument("--out", help="output folder, default runs/table or runs/table-quick")
+    parser.add_argument("--out", help="output folder, default runs/NAME of the table, or runs/NAME-quick")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="passed on to every run")
     return parser.parse_intermixed_args(arguments)
 
@@ -59,13 +69,15 @@ def open_folder(plan: Plan) -> None:
     Raises:
         ValueError: in one line.
     """
-    file, settings = plan.out / "settings.json", json.loads(json.dumps(plan.settings()))
+    file = plan.out / "settings.json"
+    settings = json.loads(json.dumps({"table": plan.table} | plan.settings()))
     if plan.out.exists() and not plan.out.is_dir():
         raise ValueError(f"--out: {plan.out} is a file; choose a folder.")
     plan.out.mkdir(parents=True, exist_ok=True)
     if file.is_file():
         try:
-            before = {name: json.loads(file.read_text())[name] for name in settings}
+            before = table_named(json.loads(file.read_text()))
+            before = {name: before[name] for name in settings}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: no settings ({error!r}); delete it, or choose another folder.") from None
         for name, value in settings.items():
@@ -77,8 +89,13 @@ def open_folder(plan: Plan) -> None:
     else:
         write_whole(file, json.dumps(settings) + "\n")
     if not plan.data_file("evaluation").is_file():
-        prepare("verbose_arithmetic", plan.out / "data")
+        prepare(plan.task, plan.out / "data")
         write_evaluation_file(plan)
+
+
+def table_named(settings: dict) -> dict:
+    """The content of a settings.json; one that names no table is of the default."""
+    return {"table": DEFAULT} | settings
 
 
 def shower(table: Table, slots: int, interval_s: float = 30.0) -> Callable[[list[Running]], None]:

@@ -17,9 +17,11 @@ from pathlib import Path
 import yaml
 
 from benchmarks.table.fingerprint import changes_result, fingerprint
-from benchmarks.table.plan import ROOT
+from benchmarks.table.plan import DEFAULT, ROOT
+from benchmarks.table.reproduce_table import table_named
+from benchmarks.table.table import as_json
 
-# Run with a folder as its argument, in one checkout after the other: what each makes of the records in the folder.
+# Run with a folder and options, in one checkout after the other: what each makes of the records in the folder.
 EXAMINE = """
 import json, os, sys
 import yaml
@@ -27,7 +29,7 @@ from benchmarks.table.plan import UNTRAINED
 from benchmarks.table.reproduce_table import make_plan, open_folder, parse
 from benchmarks.table.table import Table
 
-plan = make_plan(parse(["--out", sys.argv[1]]))
+plan = make_plan(parse(["--out", *sys.argv[1:]]))
 os.environ["IAPO_DATA_DIR"] = str(plan.out / "data")
 open_folder(plan)
 table, found = Table(plan), {}
@@ -41,10 +43,11 @@ print(json.dumps(found))
 """
 
 
-def examine(checkout: Path, folder: Path) -> dict[str, dict]:
-    """By run: whether a checkout accepts its record, and the configuration that it makes of it."""
+def examine(checkout: Path, folder: Path, table: str) -> dict[str, dict]:
+    """By run of a table: whether a checkout accepts its record, and the configuration that it makes of it."""
+    named = [] if table == DEFAULT else ["--table", table]  # an older checkout has no other
     result = subprocess.run(
-        [sys.executable, "-c", EXAMINE, str(folder)],
+        [sys.executable, "-c", EXAMINE, str(folder), *named],
         cwd=checkout,
         env=os.environ | {"PYTHONPATH": str(checkout)},
         stdout=subprocess.PIPE,
@@ -67,8 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         folder = Path(name).resolve()
         shutil.copytree(options.records, folder / "records")
         shutil.copy(options.records.parent / "settings.json", folder)
-        settings = json.loads((folder / "settings.json").read_text())
-        before, now = (examine(checkout.resolve(), folder) for checkout in (options.checkout, ROOT))
+        settings = table_named(json.loads((folder / "settings.json").read_text()))
+        table = settings.pop("table")  # the fingerprint knows it by the configuration
+        before, now = (examine(checkout.resolve(), folder, table) for checkout in (options.checkout, ROOT))
     files = {path.stem: path for path in sorted(options.records.glob("*.json"))}
     problems = [f"{name}: no run of the table" for name in files.keys() - before.keys() | files.keys() - now.keys()]
     for run in before.keys() & now.keys():
@@ -82,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     for run, path in files.items():
         record = json.loads(path.read_text()) | {"fingerprint": fingerprint(now[run]["config"], settings, {})}
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        path.write_text(as_json(record))
     print(f"restamp: {len(files)} records are stamped")
     return 0
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import yaml
 
 from benchmarks.table.fingerprint import fingerprint
 from benchmarks.table.jobs import Job, Running
+from benchmarks.table.kept import counts, kept_figures
 from benchmarks.table.plan import REFERENCE, ROOT, UNTRAINED, Method, Plan, resolved_config
 from iapo.launch.folder_lock import FolderInUse, lock
 from iapo.metrics.file import read_metrics
@@ -47,6 +49,11 @@ def preference(grid: dict, reference: float | None) -> list:
     return sorted(accurate, key=lambda value: grid[value]["tokens"]) or [most]
 
 
+def nearest(grid: dict, tokens: float):
+    """The value of a knob whose figures have the most similar number of tokens; the first of several."""
+    return min(grid, key=lambda value: abs(grid[value]["tokens"] - tokens))
+
+
 def not_below(accuracy: float, reference: float) -> bool:
     """At most `TOLERANCE` below."""
     return accuracy >= reference - TOLERANCE - 1e-9
@@ -62,6 +69,7 @@ class Outcome(NamedTuple):
     machine: str | None  # hardware and versions
     discarded_prompts: float | None = None  # per step, whose rollouts dynamic sampling threw away
     diagnostics: dict[str, float] | None = None  # DIAGNOSTICS, means over the steps
+    problems: dict[str, list[float]] | None = None  # `benchmarks.table.kept.counts` on the test split
 
 
 @dataclass
@@ -110,7 +118,7 @@ class Table:
     def record(self, job: Job) -> None:
         """Keep what a complete run showed; not while it may still be alive."""
         record = {"fingerprint": self._fingerprint(self.config(job)), "outcome": self.outcomes[job.name]._asdict()}
-        write_whole(self._record_file(job), json.dumps(record, indent=1) + "\n")
+        write_whole(self._record_file(job), as_json(record))
 
     def record_earlier(self) -> None:
         """Record runs that were complete when an earlier table was stopped."""
@@ -159,13 +167,17 @@ class Table:
         commits = [found.pop("commit") for found in versions]
         named = ", ".join(f"{name} {version}" for name, version in versions[-1].items())
         return Outcome(
-            figures={split: evaluate(samples, ks) for split, samples in splits.items()},
+            figures={
+                split: evaluate(samples, ks) | kept_figures(self.plan.task, samples)
+                for split, samples in splits.items()
+            },
             intervals=bootstrap(splits["test"], ks),
             seconds_per_step=statistics.median(seconds) if seconds else None,
             commit=" ".join(dict.fromkeys(commits)) or None,
             machine=f"{hardware()}; {named}",
             discarded_prompts=statistics.mean(discarded) if discarded else None,
             diagnostics=diagnostics(metrics),
+            problems=counts(self.plan.task, splits["test"]),
         )
 
     # -- which are wanted ---------------------------------------------------------------------------------------
@@ -189,13 +201,16 @@ class Table:
         figures = {value: outcome.figures["validation"] for value, outcome in grid.items()}
         if method.name == REFERENCE:
             return preference(figures, None)
-        reference = self.plan.methods[REFERENCE]
+        reference = self.plan.methods[method.match or REFERENCE]
         *_, best = self.tried(reference) or [None]
         if best not in (references := self.grid(reference)):
             return []
+        if method.match:
+            return [nearest(figures, references[best].figures["validation"]["tokens"])]
         order = preference(figures, references[best].figures["validation"]["pass@1"])
-        bar = self.mean_validation(REFERENCE, best)
-        means = {value: self.mean_validation(method.name, value) for value in order}
+        seeds = self.plan.seeds_of(method.name)
+        bar = self.mean_validation(REFERENCE, best, seeds)
+        means = {value: self.mean_validation(method.name, value, seeds) for value in order}
         for number, value in enumerate(order, start=1):
             if means[value] is None or bar is None or not_below(means[value], bar):
                 return order[:number]
@@ -204,28 +219,30 @@ class Table:
 
     def runs_of(self, name: str, value) -> dict[int, Outcome]:
         """The complete runs of a value by seed."""
-        found = {seed: self.outcome(name, value, seed) for seed in self.plan.seeds}
+        found = {seed: self.outcome(name, value, seed) for seed in self.plan.seeds_of(name)}
         return {seed: outcome for seed, outcome in found.items() if outcome is not None}
 
-    def mean_validation(self, name: str, value) -> float | None:
-        """Pass@1 over all seeds, if they are there."""
-        outcomes = self.runs_of(name, value).values()
-        if len(outcomes) < len(self.plan.seeds):
+    def mean_validation(self, name: str, value, seeds: Sequence[int]) -> float | None:
+        """Pass@1 over these seeds, if they are there."""
+        outcomes = self.runs_of(name, value)
+        if not outcomes.keys() >= set(seeds):
             return None
-        return statistics.mean(outcome.figures["validation"]["pass@1"] for outcome in outcomes)
+        return statistics.mean(outcomes[seed].figures["validation"]["pass@1"] for seed in seeds)
 
     def planned(self) -> int:
         """How many runs it takes as far as is known: in place of a value that is given up another gets all seeds."""
-        given_up = sum(max(len(self.tried(method)) - 1, 0) for method in self.plan.methods.values())
-        return self.plan.jobs + given_up * (len(self.plan.seeds) - 1)
+        return self.plan.jobs + sum(
+            max(len(self.tried(method)) - 1, 0) * (len(self.plan.seeds_of(name)) - 1)
+            for name, method in self.plan.methods.items()
+        )
 
     def known(self) -> list[tuple[str, object, int]]:
         """(method, value, seed) of every run that is known to be needed."""
-        first, *others = self.plan.seeds
+        first = self.plan.seeds[0]
         runs = [(UNTRAINED, None, seed) for seed in self.plan.seeds]
         runs += [(method.name, value, first) for method in self.plan.methods.values() for value in method.values]
-        for method in self.plan.methods.values():
-            runs += [(method.name, value, seed) for value in self.tried(method) for seed in others]
+        for name, method in self.plan.methods.items():
+            runs += [(name, value, seed) for value in self.tried(method) for seed in self.plan.seeds_of(name)[1:]]
         return runs
 
     def done(self) -> int:
@@ -286,6 +303,12 @@ def diagnostics(metrics: list[dict]) -> dict[str, float]:
 def hardware() -> str:
     memory = psutil.virtual_memory().total / 2**30
     return f"{os.cpu_count()} CPU cores ({platform.machine()}), {memory:.0f} GiB of memory"
+
+
+def as_json(value) -> str:
+    """JSON with a line for each entry, and one for a list of numbers."""
+    text = json.dumps(value, indent=1)
+    return re.sub(r'\[\n([^\[\]{}"]+)\]', lambda numbers: f"[{' '.join(numbers[1].split())}]", text) + "\n"
 
 
 def write_whole(path: Path, text: str) -> None:
