@@ -138,7 +138,7 @@ def markdown(found: dict) -> str:
         notes.append(
             "Filler words: per completion. Worked: the share of the additions that are worked by columns, where two or "
             "more carry (needed) and where none does (unneeded). Their ratio is about 1 where only length counts; it "
-            "is empty where a run works none of either."
+            "is empty where a run works none of the one or the other."
         )
     if found["shortest"]:
         notes.append(
