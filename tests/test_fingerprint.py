@@ -202,3 +202,14 @@ def test_restamp_writes_nothing_if_one_record_differs(records, monkeypatch, caps
     status, after = stamped(records, monkeypatch, *sides)
     assert status == 2 and {record["fingerprint"] for record in after} == {"old"}
     assert capsys.readouterr().err == f"restamp: {problem.format(root=ROOT)}\n"
+
+
+def test_restamp_takes_the_table_that_the_settings_name(records, monkeypatch):
+    """Its name is no part of a fingerprint, the other settings are."""
+    (records.parent / "settings.json").write_text('{"table": "worked_sums", "steps": 60}')
+    made = {run: {"accepted": True, "config": {}} for run in ("grpo-seed0", "grpo-seed1")}
+    asked = []
+    monkeypatch.setattr(restamp, "examine", lambda checkout, folder, table: asked.append(table) or made)
+    assert restamp.main([str(ROOT), str(records)]) == 0 and asked == ["worked_sums", "worked_sums"]
+    stamps = {json.loads(path.read_text())["fingerprint"] for path in records.iterdir()}
+    assert stamps == {fingerprint({}, {"steps": 60}, {})}
