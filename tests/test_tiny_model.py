@@ -31,6 +31,11 @@ def model():
 each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
+def encoded(tokenizer, text):
+    """A completion's ids, EOS included."""
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+
+
 def user(text):
     return {"role": "user", "content": text}
 
@@ -53,11 +58,25 @@ def test_every_trace_survives_encoding_and_skip_special_tokens(task):
     for _ in range(300):
         numbers = task.sample_problem(rng)
         text = task.trace(numbers, rng)
-        ids = tiny_model.completion_ids(tokenizer, text)
+        ids = encoded(tokenizer, text)
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
         assert tokenizer.decode(ids) == text + "<|im_end|>"
-        shortest = tiny_model.completion_ids(tokenizer, task.minimal_trace(numbers))
+        shortest = encoded(tokenizer, task.minimal_trace(numbers))
         assert len(shortest) == task.minimal_tokens(numbers)
+
+
+@each_task
+def test_the_pieces_of_a_trace_are_the_tokens_of_the_whole(task):
+    tokenizer = tiny_model.build_tokenizer(task)
+    for seed in range(200):
+        problem = task.sample_problem(random.Random(seed))
+        lessons = task.lessons(problem, random.Random(seed))
+        assert "".join(text for text, _ in lessons) == task.trace(problem, random.Random(seed))
+        ids, labels = tiny_model.lesson_ids(tokenizer, lessons)
+        assert ids == encoded(tokenizer, "".join(text for text, _ in lessons)) and len(labels) == len(ids)
+        assert all(label in (token, tiny_model.IGNORED) for token, label in zip(ids, labels, strict=True))
+        left_out = sum(label == tiny_model.IGNORED for label in labels)
+        assert left_out == len([text for text, has_loss in lessons if not has_loss])  # here of one token each
 
 
 def test_the_probe_is_the_three_tokens_that_the_model_writes_there(tokenizer):
@@ -131,8 +150,8 @@ def test_evaluation_counts_right_wrong_and_unended_completions(tokenizer):
             prompts = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
             right, wrong, endless = (task.minimal_trace(task.parse_prompt(p)) for p in prompts)
             wrong = re.sub(r"<answer>\d+", "<answer>0", wrong)
-            rows = [tiny_model.completion_ids(tokenizer, text) for text in (right, wrong)]
-            rows.append((tiny_model.completion_ids(tokenizer, endless)[:-1] * 9)[:max_new_tokens])
+            rows = [encoded(tokenizer, text) for text in (right, wrong)]
+            rows.append((encoded(tokenizer, endless)[:-1] * 9)[:max_new_tokens])
             self.lengths = [len(row) for row in rows]
             padded = [row + [tokenizer.pad_token_id] * (max_new_tokens - len(row)) for row in rows]
             return torch.cat([input_ids, torch.tensor(padded)], dim=1)
@@ -151,12 +170,17 @@ def test_batches_label_the_completion_only(task):
     tokenizer = tiny_model.build_tokenizer(task)
     input_ids_BL, labels_BL = tiny_model.make_batch(tokenizer, random.Random(0), 4, task)
     for input_ids, labels in zip(input_ids_BL, labels_BL, strict=True):
-        text = tokenizer.decode(labels[labels != tiny_model.IGNORED])
-        prompt = tokenizer.decode(input_ids[: (labels != tiny_model.IGNORED).nonzero()[0, 0]])
-        numbers = task.parse_prompt(prompt.removeprefix("<|im_start|>"))
+        prompt, text = tokenizer.decode(input_ids).replace("<|endoftext|>", "").split("<think>")
+        problem = task.parse_prompt(prompt.removeprefix("<|im_start|>"))
+        text = f"<think>{text}"
         assert text.endswith("</answer><|im_end|>")
-        assert task.extract_answer(text.removesuffix("<|im_end|>")) == task.answer(numbers)
-        assert tokenizer.decode(input_ids).replace("<|endoftext|>", "") == prompt + text
+        assert task.extract_answer(text.removesuffix("<|im_end|>")) == task.answer(problem)
+        labelled = labels != tiny_model.IGNORED
+        assert (labels[labelled] == input_ids[labelled]).all()
+        first = len(tiny_model.prompt_ids(tokenizer, problem, task))
+        assert not labelled[:first].any() and labelled[first]
+        assert tokenizer.decode(labels[labelled]).endswith("</answer><|im_end|>")
+        assert tokenizer.decode(labels[labelled]) == text
 
 
 def test_learning_rate_by_hand():
@@ -180,7 +204,11 @@ def test_the_command_writes_a_loadable_directory_and_repeats_itself(tmp_path, ca
 
 @pytest.mark.parametrize(
     ("task", "steps", "most"),
-    [("verbose_arithmetic", "0", 1500), ("verbose_arithmetic", "1501", 1500), ("worked_sums", "1601", 1600)],
+    [
+        ("verbose_arithmetic", "0", 1500),
+        ("verbose_arithmetic", "1501", 1500),
+        ("worked_sums", "1601", 1600),
+    ],
 )
 def test_the_command_refuses_steps_outside_the_schedule(tmp_path, capsys, task, steps, most):
     with pytest.raises(SystemExit):

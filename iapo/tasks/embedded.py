@@ -1,11 +1,11 @@
 """The embedded tasks: generated here, and each with a tiny model in iapo/assets that needs no download."""
 
 import random
-from typing import Protocol
+from typing import Any, Protocol
 
 from iapo.tasks import verbose_arithmetic, worked_sums
 
-Problem = tuple[int, ...]
+Problem = tuple[Any, ...]  # of values that compare and hash
 
 
 class Task(Protocol):
@@ -27,10 +27,16 @@ class Task(Protocol):
 
     def prompt(self, problem: Problem, /) -> str: ...
 
+    def parse_prompt(self, text: str) -> Problem:
+        """The problem of a prompt; a ValueError if it is none of this task."""
+
     def answer(self, problem: Problem, /) -> str: ...
 
     def trace(self, problem: Problem, rng: random.Random, /) -> str:
         """A completion with the right answer, as the model learns them; without EOS."""
+
+    def lessons(self, problem: Problem, rng: random.Random, /) -> list[tuple[str, bool]]:
+        """The pieces of such a completion, each of whole tokens and with whether training has a loss on it."""
 
     def minimal_tokens(self, problem: Problem, /) -> int:
         """The fewest tokens of a completion with the right answer, EOS included."""
@@ -39,4 +45,7 @@ class Task(Protocol):
         """The answer of a completion; None if it has another form than the traces."""
 
 
-TASKS: dict[str, Task] = {"verbose_arithmetic": verbose_arithmetic, "worked_sums": worked_sums}
+TASKS: dict[str, Task] = {
+    "verbose_arithmetic": verbose_arithmetic,
+    "worked_sums": worked_sums,
+}

@@ -94,24 +94,33 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem, task: Task 
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+def lesson_ids(tokenizer: PreTrainedTokenizerBase, lessons: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+    """The ids of a completion in pieces, EOS included, and their labels: IGNORED where a piece has no loss."""
+    ids, labels = [], []
+    for text, has_loss in lessons:
+        piece = tokenizer.encode(text, add_special_tokens=False)
+        ids += piece
+        labels += piece if has_loss else [IGNORED] * len(piece)
+    return [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
 
 
 def make_batch(
     tokenizer: PreTrainedTokenizerBase, rng: random.Random, size: int, task: Task = TASKS[DEFAULT]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """New problems with traces: `input_ids_BL` and `labels_BL`, right-padded; prompts have no label."""
+    """New problems with traces: `input_ids_BL` and `labels_BL`, right-padded.
+
+    Prompts have no label, nor have the pieces of a trace that training has no loss on.
+    """
     rows = []
     for _ in range(size):
         problem = task.sample_problem(rng)
-        rows.append((prompt_ids(tokenizer, problem, task), completion_ids(tokenizer, task.trace(problem, rng))))
-    longest = max(len(p) + len(c) for p, c in rows)
+        rows.append((prompt_ids(tokenizer, problem, task), *lesson_ids(tokenizer, task.lessons(problem, rng))))
+    longest = max(len(p) + len(c) for p, c, _ in rows)
     input_ids_BL = torch.full((size, longest), tokenizer.pad_token_id)
     labels_BL = torch.full((size, longest), IGNORED)
-    for i, (p, c) in enumerate(rows):
+    for i, (p, c, labels) in enumerate(rows):
         input_ids_BL[i, : len(p) + len(c)] = torch.tensor(p + c)
-        labels_BL[i, len(p) : len(p) + len(c)] = torch.tensor(c)
+        labels_BL[i, len(p) : len(p) + len(c)] = torch.tensor(labels)
     return input_ids_BL, labels_BL
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "additions",
     "answer",
     "extract_answer",
+    "lessons",
     "minimal_tokens",
     "minimal_trace",
     "parse_prompt",
@@ -72,6 +73,11 @@ def trace(numbers: tuple[int, ...], rng: random.Random, redundancy: float = 0.5)
         if rng.random() < redundancy:
             reasoning += _redundant_text(addition, rng)
     return written(reasoning, answer(numbers))
+
+
+def lessons(numbers: tuple[int, ...], rng: random.Random) -> list[tuple[str, bool]]:
+    """The trace in one piece, with a loss on all of it."""
+    return [(trace(numbers, rng), True)]
 
 
 def _redundant_text(addition: str, rng: random.Random) -> str:

@@ -50,6 +50,7 @@ __all__ = [
     "kept",
     "kept_metrics",
     "kind_of",
+    "lessons",
     "minimal_tokens",
     "minimal_trace",
     "parse_prompt",
@@ -133,6 +134,11 @@ def trace(numbers: tuple[int, ...], rng: random.Random, worked: float = 0.5, fil
         if rng.random() < filler:
             reasoning += sums.filler(rng)
     return written(reasoning, answer(numbers))
+
+
+def lessons(numbers: tuple[int, ...], rng: random.Random) -> list[tuple[str, bool]]:
+    """The trace in one piece, with a loss on all of it."""
+    return [(trace(numbers, rng), True)]
 
 
 def kept(numbers: tuple[int, ...], completion: str) -> Kept:
