@@ -4,8 +4,8 @@ variant   iapo (the paper), iapo_rate, iapo_progress (ours), grpo, dapo, or anot
           that act together as variant=[iapo_rate,gfpo]
 model     tiny, tiny-worked, smollm2-135m-instruct (made by iapo model), qwen2.5-0.5b-instruct,
           qwen2.5-1.5b-instruct, qwen2.5-7b-instruct, or any folder or hub name
-data      verbose_arithmetic, worked_sums, gsm8k, svamp, math500, dapo_math_17k, or a folder with train.parquet and
-          test.parquet; for validation only aime24, aime25, amc23, minerva, olympiadbench
+data      verbose_arithmetic, worked_sums, checked_registers, gsm8k, svamp, math500, dapo_math_17k, or a folder with
+          train.parquet and test.parquet; for validation only aime24, aime25, amc23, minerva, olympiadbench
 platform  cpu or gpu; by default what the machine has
 key=value any key that --dry-run shows, e.g. iapo.alpha=0.05 trainer.total_training_steps=100
 

@@ -190,6 +190,7 @@ def test_dapo_takes_the_first_7000_distinct_questions(tmp_path):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_embedded_data_are_distinct_disjoint_and_follow_the_seed(tmp_path, name):
+    task = TASKS[name]
     paths = data.prepare(name, tmp_path / "a", train_size=300, test_size=40)
     train, test = read(paths, "train"), read(paths, "test")
     validation = read(paths, "validation")
@@ -200,7 +201,7 @@ def test_embedded_data_are_distinct_disjoint_and_follow_the_seed(tmp_path, name)
     assert len({row["extra_info"]["index"] for row in rows}) == 596
     for row, text in zip(rows, prompts, strict=True):
         assert row["prompt"] == [{"role": "user", "content": text}]
-        assert row["reward_model"]["ground_truth"] == str(sum(verbose_arithmetic.parse_prompt(text)))
+        assert row["reward_model"]["ground_truth"] == task.answer(task.parse_prompt(text))
         assert row["data_source"] == name
     same = data.prepare(name, tmp_path / "b", train_size=300, test_size=40)
     other = data.prepare(name, tmp_path / "c", train_size=300, test_size=40, seed=1)
@@ -265,7 +266,9 @@ def test_a_negative_seed_is_refused(tmp_path):
 def test_unknown_name_and_sizes(tmp_path):
     line = failure("gsm9k", tmp_path)
     assert line.startswith("name: 'gsm9k' must be one of gsm8k, math500, dapo_math_17k, svamp, aime24, aime25, amc23,")
-    assert line.endswith("verbose_arithmetic, worked_sums; for data of your own give --question and --answer.")
+    assert line.endswith(
+        "verbose_arithmetic, worked_sums, checked_registers; for data of your own give --question and --answer."
+    )
     for size in (0, -3, 99_999_999):
         for field in ("train_size", "test_size"):
             expected = f"{field}: {size} must be from 1 to 1000000."

@@ -85,10 +85,12 @@ def test_order_does_not_matter():
     assert bootstrap(shuffled, [1, 3], 20) == bootstrap(samples, [1, 3], 20)
 
 
-def test_minimum_is_known_for_sums_only():
+def test_minimum_is_known_for_embedded_tasks_only():
     assert known_minimum(LONG) == verbose_arithmetic.minimal_tokens((12, 34, 5, 78)) == 36
     assert known_minimum(SHORT) == 25
     assert known_minimum("387+456+219=") == worked_sums.minimal_tokens((387, 456, 219)) == 35
+    # `c=a17+08:17=c25;` is 12 tokens; the answer, 4 markers, newline, EOS
+    assert known_minimum("a=17;c=a+08;c?") == 19
     assert math.isnan(known_minimum("How many clips did she sell?"))
     assert "tokens/minimum" not in evaluate(samples_of(LONG, (1, 36, 0)) + samples_of("Why?", (1, 9, 0)))
 

@@ -54,7 +54,16 @@ MODELS = [
     *REASONING,
     "my-org/my-model",
 ]
-DATA = ["verbose_arithmetic", "worked_sums", "gsm8k", "svamp", "math500", "dapo_math_17k", "/some/folder"]
+DATA = [
+    "verbose_arithmetic",
+    "worked_sums",
+    "checked_registers",
+    "gsm8k",
+    "svamp",
+    "math500",
+    "dapo_math_17k",
+    "/some/folder",
+]
 PLATFORMS = ["cpu", "gpu"]
 # Those of variants that do not measure the paper's.
 SCORES = {"iapo_ne": "next_token_entropy", "iapo_progress": "reference_answer", "iapo_fitted": "reference_answer"}
@@ -399,8 +408,8 @@ def test_an_empty_data_folder_is_refused(monkeypatch):
         ),
         (
             ["data=gsm8kk"],
-            "^data: 'gsm8kk' must be one of aime24, aime25, amc23, dapo_math_17k, gsm8k, math500, minerva, "
-            "olympiadbench, svamp, verbose_arithmetic, worked_sums, or a ",
+            "^data: 'gsm8kk' must be one of aime24, aime25, amc23, checked_registers, dapo_math_17k, gsm8k, math500, "
+            "minerva, olympiadbench, svamp, verbose_arithmetic, worked_sums, or a ",
         ),
         (["help"], "^'help': an argument is key=value; see iapo train --help.$"),
         (["alpha=0.1"], "^alpha: unknown key; did you mean iapo.alpha\\?$"),

@@ -12,8 +12,8 @@ writes `DIR/NAME/train.parquet` and `DIR/NAME/test.parquet`. The first form take
   This split is ours: the authors' is not marked in their file
 - `aime24`, `aime25`, `amc23`, `minerva`, `olympiadbench`: for evaluation, so only `test.parquet`; math-ai/aime24,
   math-ai/aime25, math-ai/amc23, math-ai/minervamath and the text-only problems of math-ai/olympiadbench
-- `verbose_arithmetic`, `worked_sums`: the embedded tasks, generated, see `iapo.tasks.embedded`; also
-  `validation.parquet`, on which to choose settings
+- `verbose_arithmetic`, `worked_sums`, `checked_registers`: the embedded tasks, generated, see `iapo.tasks.embedded`;
+  also `validation.parquet`, on which to choose settings
 
 `--source` names another hub id, or a local file with the original's columns (.parquet, .json, .jsonl, .csv), or a
 directory that holds it; for gsm8k a directory with `train*` and `test*` files, which svamp takes too.

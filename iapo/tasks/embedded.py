@@ -3,7 +3,7 @@
 import random
 from typing import Any, Protocol
 
-from iapo.tasks import verbose_arithmetic, worked_sums
+from iapo.tasks import checked_registers, verbose_arithmetic, worked_sums
 
 Problem = tuple[Any, ...]  # of values that compare and hash
 
@@ -48,4 +48,5 @@ class Task(Protocol):
 TASKS: dict[str, Task] = {
     "verbose_arithmetic": verbose_arithmetic,
     "worked_sums": worked_sums,
+    "checked_registers": checked_registers,
 }

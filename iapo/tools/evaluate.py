@@ -2,8 +2,8 @@
 
     iapo evaluate RUN_DIR_OR_JSONL ... [--k 1 4 8] [--step N] [--prompts FILE.parquet]
 
-prints pass@k, mean tokens, ratio@k = pass@k / tokens, the truncation rate and, for sums of the embedded tasks, tokens /
-minimum, the fewest that answer them. It reads the dumps that verl writes at each validation,
+prints pass@k, mean tokens, ratio@k = pass@k / tokens, the truncation rate and, for the embedded tasks, tokens /
+minimum, the fewest that answer their prompts. It reads the dumps that verl writes at each validation,
 `RUN_DIR/validation/<step>.jsonl` (the last one, unless --step says otherwise): one completion per line with `input`,
 the prompt; `acc`, 1 if the answer is right; `response_length` in tokens, end-of-sequence token included; `truncated`, 1
 if it was cut at the longest allowed length. Several samples per prompt come from
@@ -18,13 +18,14 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from iapo.arguments import Parser
-from iapo.tasks import sums
+from iapo.tasks.embedded import TASKS
 from iapo.tasks.reference import references
 
 LABELS = {
@@ -68,8 +69,8 @@ def evaluate(samples: Iterable[Sample], ks: Sequence[int] = (1,)) -> dict[str, f
         tokens           mean response tokens
         ratio@k          pass@k / tokens; NaN if no response has a token
         truncated        share of the completions that were cut
-        tokens/minimum   tokens / mean of the fewest that the task's form allows. It is known for the tasks of
-                         `iapo.tasks.sums` only. Below 1 if steps are left out.
+        tokens/minimum   tokens / mean of the fewest that the task's form allows. It is known for the embedded
+                         tasks only. Below 1 if steps are left out.
 
     Raises:
         ValueError: no samples, or fewer of some problem than a k.
@@ -144,11 +145,14 @@ def by_problem(samples: Iterable[Sample]) -> dict[str, list[Sample]]:
 
 
 def known_minimum(prompt: str) -> float:
-    """The fewest response tokens that answer a prompt of `iapo.tasks.sums`; NaN for other prompts."""
-    try:
-        return sums.minimal_tokens(sums.parse_prompt(prompt))
-    except ValueError:
-        return math.nan
+    """The fewest response tokens that answer a prompt of an embedded task; NaN for other prompts.
+
+    A sum is a prompt of both tasks of sums, and its minimum is the same in both.
+    """
+    for task in TASKS.values():
+        with suppress(ValueError):
+            return task.minimal_tokens(task.parse_prompt(prompt))
+    return math.nan
 
 
 # --- reading ---

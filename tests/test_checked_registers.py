@@ -1,0 +1,270 @@
+"""Checked registers: hand-written problems and traces, what is needed and unknown, and what a completion keeps."""
+
+import random
+import re
+from collections import Counter
+from itertools import combinations_with_replacement, pairwise
+from statistics import fmean
+
+import pytest
+
+from iapo.tasks import checked_registers as task
+from iapo.tasks.checked_registers import Definition, Kept, Step
+
+PROMPT = "c=a*42;a=17;e=c-08;b=42;d=a+b;f=e*59;g=f-d;h=c*30;g?"
+PROBLEM = task.parse_prompt(PROMPT)
+MINIMAL = (
+    "<think>c=a17*42=c35;d=a17+b42:57=d59;e=c35-08:35=e27;f=e27*59=f41;g=f41-d59:88=g79;</think>\n<answer>79</answer>"
+)
+CHECKED = MINIMAL.replace("=c35;d", "=c35?01+34:31=c35;d").replace("=f41;", "=f41?89+49:32=f41;")
+
+# 17*42, of c, is made known; 27*59, of f, and 35*30, of h, which nobody needs, are made unknown.
+EASY = Step(needed=True, product=False, unknown=False, checked=False, fast=True, right=True)
+KNOWN = EASY._replace(product=True)
+UNKNOWN = KNOWN._replace(unknown=True)
+
+
+@pytest.fixture
+def unknown_pairs(monkeypatch):
+    monkeypatch.setattr(task, "unknown", lambda a, b: {a, b} in ({27, 59}, {35, 30}))
+
+
+def test_prompt_answer_and_the_shortest_completion_by_hand():
+    assert PROBLEM.query == "g"
+    assert PROBLEM.definitions[:3] == (
+        Definition("c", "a", "*", "42"),
+        Definition("a", "17"),
+        Definition("e", "c", "-", "08"),
+    )
+    assert task.prompt(PROBLEM) == PROMPT
+    # 714 - 7*97 = 35, 27*59 = 1593 = 16*97 + 41, 41 - 59 + 97 = 79, 35*30 = 1050 = 10*97 + 80
+    assert task.values(PROBLEM) == {"a": 17, "b": 42, "c": 35, "d": 59, "e": 27, "f": 41, "g": 79, "h": 80}
+    assert [definition.register for definition in task.needed(PROBLEM)] == ["c", "d", "e", "f", "g"]
+    assert task.answer(PROBLEM) == "79"
+    assert task.minimal_trace(PROBLEM) == MINIMAL
+    # steps of 10, 13, 12, 10 and 13 tokens, the answer, 4 markers, newline, EOS
+    assert task.minimal_tokens(PROBLEM) == 65
+    assert task.answer(task.parse_prompt("a=17;b=a-17;b?")) == "00"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("12+34=", "must be definitions and a query"),
+        ("a=17;b=a+8;b?", "must be definitions and a query"),
+        ("a=17;b=08+a;b?", "must be definitions and a query"),
+        ("a=17;b=a+08;", "must be definitions and a query"),
+        ("a=17;b=a+08;c?", "must define each register once, and the one it asks for"),
+        ("a=17;a=18;a?", "must define each register once"),
+        ("a=b+01;b=a+01;b?", "must define no register by itself"),
+        ("a=b+01;a?", "or by one that it lacks"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(text, reason):
+    with pytest.raises(ValueError, match=f"^prompt: '{re.escape(text)}' .*{reason}"):
+        task.parse_prompt(text)
+
+
+def test_checks_by_hand():
+    assert task.check(17, 42) == "?01+34:31"  # 680 = 7*97 + 1, 34, 1+30; 31+4 is the product, 35
+    assert task.check(27, 59) == "?89+49:32"  # 1350 = 13*97 + 89, 243 = 2*97 + 49, 129 - 97; 32+9 is 41
+    assert task.check(50, 3) == "?00+53:50"  # 150 - 97; 50+3 is 53
+    assert task.check(0, 96) == "?00+00:00"
+
+
+def test_a_check_comes_to_the_product():
+    for a in range(97):
+        for b in range(97):
+            tens, units, half = map(int, re.findall(r"\d\d", task.check(a, b)))
+            assert (tens + units) % 97 == a * b % 97 == (half + units % 10) % 97
+
+
+def test_known_pairs_are_a_fixed_share_in_either_order_and_every_value_has_both_kinds():
+    pairs = list(combinations_with_replacement(range(97), 2))
+    known = [pair for pair in pairs if not task.unknown(*pair)]
+    assert len(known) / len(pairs) == pytest.approx(task.KNOWN_PAIRS_SHARE, abs=0.01)
+    assert not any(task.unknown(b, a) for a, b in known)
+    assert known[:5] == [(0, 23), (0, 29), (0, 38), (0, 40), (0, 47)]  # trained models depend on them
+    for a in range(97):
+        share = fmean(task.unknown(a, b) for b in task.NUMBERS)
+        assert 0.7 < share < 0.97
+
+
+def test_problems_need_two_to_five_of_six_operations_and_follow_the_seed():
+    problems = [task.sample_problem(random.Random(seed)) for seed in range(4000)]
+    count = Counter(len(task.needed(problem)) for problem in problems)
+    assert count.keys() == {2, 3, 4, 5}
+    assert all(0.22 < share / len(problems) < 0.28 for share in count.values())
+    assert problems[:5] == [task.sample_problem(random.Random(seed)) for seed in range(5)]
+    for problem in problems:
+        assert sorted(d.register for d in problem.definitions) == list("abcdefgh")
+        assert sum(not d.operator for d in problem.definitions) == 2
+        assert not any(problem.query in d.operands for d in problem.definitions)
+        assert task.parse_prompt(task.prompt(problem)) == problem
+        assert task.token_count(task.prompt(problem)) == 2 * 4 + 6 * 6 + 2
+    operations = [d for problem in problems for d in problem.definitions if d.operator]
+    assert fmean(d.operator == "*" for d in operations) == pytest.approx(0.4, abs=0.02)
+    assert not any(d.right.isalpha() for d in operations if d.operator == "*")
+    assert fmean(d.right.isalpha() for d in operations if d.operator != "*") == pytest.approx(0.5, abs=0.02)
+    assert all(d.left != d.right for d in operations)
+    places = Counter(problem.definitions.index(task.needed(problem)[-1]) for problem in problems)
+    assert all(0.1 < places[place] / len(problems) < 0.15 for place in range(8))
+
+
+def test_needed_operations_are_a_chain_and_the_others_change_nothing():
+    rng = random.Random(1)
+    for _ in range(500):
+        problem = task.sample_problem(rng)
+        needed = task.needed(problem)
+        assert all(a.register in b.operands for a, b in pairwise(needed))
+        spare = [d for d in problem.definitions if d.operator and d not in needed]
+        assert len(needed) + len(spare) == 6
+        left = tuple(d for d in problem.definitions if d not in spare)
+        assert task.answer(problem._replace(definitions=left)) == task.answer(problem)
+        assert task.needed(problem._replace(definitions=left)) == needed
+
+
+def test_traces_with_certain_choices_by_hand(unknown_pairs):
+    rng = random.Random(0)
+    assert task.trace(PROBLEM, rng, checked=0, unneeded=0) == MINIMAL
+    assert task.trace(PROBLEM, rng, checked=1, slip=0, unneeded=0) == CHECKED
+    slipped = task.trace(PROBLEM, rng, checked=1, slip=1, unneeded=0)
+    assert re.sub(r"=f\d\d\?", "=f41?", slipped) == CHECKED and slipped != CHECKED
+    # Once c is there h can be worked out.
+    spare = task.trace(PROBLEM, rng, checked=0, unneeded=1)
+    assert spare == MINIMAL.replace("d=a", "h=c35*30=h80;d=a")
+
+
+def test_the_pieces_of_a_trace_by_hand(unknown_pairs):
+    def pieces(**options):
+        return task.lessons(PROBLEM, random.Random(0), unneeded=0, **options)
+
+    whole = pieces(checked=0)
+    assert whole == [
+        ("<think>", True),
+        ("c=a17*42=c", True),
+        ("35", True),
+        (";", True),
+        ("d=a17+b42:57=d59;", True),
+        ("e=c35-08:35=e27;", True),
+        ("f=e27*59=f", True),
+        ("41", False),
+        (";", True),
+        ("g=f41-d59:88=g79;", True),
+        ("</think>\n<answer>79</answer>", True),
+    ]
+    assert pieces(checked=1, slip=0)[7:9] == [("41", False), ("?89+49:32=f41;", True)]
+    (wrong, has_loss), after = pieces(checked=1, slip=1)[7:9]
+    assert wrong != "41" and not has_loss and after == ("?89+49:32=f41;", True)
+
+
+def test_every_trace_has_the_form_the_right_answer_and_a_good_length():
+    rng = random.Random(2)
+    found, lengths = [], []
+    for _ in range(3000):
+        problem = task.sample_problem(rng)
+        text = task.trace(problem, rng)
+        assert task.extract_answer(text) == task.answer(problem)
+        kept = task.kept(problem, text)
+        assert (
+            re.sub(r"[^;]*;", "", text, count=len(kept.steps)) == f"</think>\n<answer>{task.answer(problem)}</answer>"
+        )
+        assert kept.due == sum(step.needed for step in kept.steps) and all(step.right for step in kept.steps)
+        assert all(step.fast or (step.unknown and step.checked) for step in kept.steps)
+        found.append(kept)
+        lengths.append(task.token_count(text) + 1)
+        assert lengths[-1] >= task.minimal_tokens(problem)
+    assert fmean(lengths) < 70 and max(lengths) <= 128
+    metrics = task.kept_metrics(found)
+    for kind in ("unknown", "known", "unneeded"):
+        assert metrics[f"checked/{kind}"] == pytest.approx(0.5, abs=0.04)
+    assert metrics["needed"] == metrics["right/easy"] == metrics["right/fast/known"] == 1
+    assert metrics["right/fast/unknown"] == pytest.approx(1 - 0.5 * 0.75, abs=0.04)
+    assert 0.6 < metrics["unneeded"] < 1.1
+    products = [step for kept in found for step in kept.steps if step.product]
+    assert fmean(step.unknown for step in products) == pytest.approx(task.UNKNOWN_SHARE, abs=0.02)
+
+
+def test_the_longest_completion_fits():
+    """All six operations are products, and each is checked: 19 tokens a step."""
+    problem = task.parse_prompt("a=17;b=42;c=a*02;d=c*03;e=d*04;f=e*05;g=f*06;h=a*07;g?")
+    text = task.trace(problem, random.Random(0), checked=1, unneeded=1)
+    assert task.token_count(text) + 1 == 6 * 19 + 4 + 1 + 1 + 1 <= 128
+
+
+def test_what_is_kept_by_hand(unknown_pairs):
+    assert task.kept(PROBLEM, MINIMAL) == Kept((KNOWN, EASY, EASY, UNKNOWN, EASY), 5)
+    checked = (KNOWN._replace(checked=True), EASY, EASY, UNKNOWN._replace(checked=True), EASY)
+    assert task.kept(PROBLEM, CHECKED) == Kept(checked, 5)
+    corrected = CHECKED.replace("=f41?", "=f46?")
+    assert task.kept(PROBLEM, corrected).steps[3] == UNKNOWN._replace(checked=True, fast=False)
+    spare = MINIMAL.replace("d=a", "h=c35*30=h81;d=a")
+    assert task.kept(PROBLEM, spare).steps[1] == UNKNOWN._replace(needed=False, fast=False, right=False)
+
+
+def test_a_mistake_counts_once_and_is_what_later_steps_start_from():
+    # c became 36, so e is 28, f is 28*59 = 1652 = 17*97 + 3 and g is 3 - 59 + 97 = 41
+    steps = ("c=a17*42=c36;", "d=a17+b42:57=d59;", "e=c36-08:36=e28;", "f=e28*59=f03;", "g=f03-d59:50=g41;")
+    text = "".join(steps)
+    assert [step.right for step in task.kept(PROBLEM, text).steps] == [False, True, True, True, True]
+    # A check that is wrong counts too, and one that corrects hides the fast value.
+    checked = text.replace("c36;d", "c35?01+34:31=c36;d")
+    assert [(step.fast, step.right) for step in task.kept(PROBLEM, checked).steps[:3]] == [
+        (True, False),
+        (True, True),
+        (True, True),
+    ]
+
+
+def test_a_miscopied_operand_is_a_mistake():
+    text = MINIMAL.replace("e=c35-08:35=e27", "e=c45-08:45=e37")
+    assert [step.right for step in task.kept(PROBLEM, text).steps] == [True, True, False, False, True]
+
+
+def test_an_operand_that_was_not_worked_out_has_its_true_value():
+    assert task.kept(PROBLEM, "<think>f=e27*59=f41;").steps[0].right
+    assert not task.kept(PROBLEM, "<think>f=e28*59=f03;").steps[0].right
+
+
+@pytest.mark.parametrize(
+    ("text", "needed", "others"),
+    [
+        ("", 0, 0),
+        ("<think></think>\n<answer>79</answer>", 0, 0),
+        ("<think>c=a17*42=c35;d=a17+b42:57=d5", 1, 0),  # cut
+        ("<think>c=a17*42=c35?01+34:31=", 0, 0),  # cut in a check
+        ("<think>c=a17*42=d35;", 0, 0),  # another register in the end
+        ("<think>c=a17*42=c35;c=a17*42=c35;", 1, 1),  # repeated
+        ("<think>h=c35*30=h80;a=b42+01:42=a43;", 0, 2),
+    ],
+)
+def test_steps_that_are_left_out_cut_repeated_or_not_needed(text, needed, others):
+    kept = task.kept(PROBLEM, text)
+    assert [step.needed for step in kept.steps] == [True] * needed + [False] * others
+    assert kept.due == 5
+
+
+def test_metrics_by_hand():
+    spare = KNOWN._replace(needed=False)
+    found = [
+        Kept((KNOWN, UNKNOWN._replace(checked=True, fast=False), EASY), 3),
+        Kept((spare._replace(checked=True), EASY._replace(right=False), UNKNOWN._replace(fast=False, right=False)), 4),
+        Kept((KNOWN._replace(checked=True, right=False), spare), 2),
+        Kept((), 3),
+    ]
+    assert task.kept_metrics(found) == pytest.approx(
+        {
+            "needed": 6 / 12,
+            "unneeded": 2 / 4,
+            "checked/unknown": 1 / 2,
+            "checked/known": 1 / 2,
+            "checked/unneeded": 1 / 2,
+            "right/easy": 1 / 2,
+            "right/fast/unknown": 0.0,
+            "right/fast/known": 1.0,
+            "right/checked/unknown": 1.0,
+            "right/checked/known": 1 / 2,
+        }
+    )
+    assert task.kept_metrics([Kept((), 3)]) == {"needed": 0.0, "unneeded": 0.0}
+    assert task.kept_metrics([]) == {}
