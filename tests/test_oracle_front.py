@@ -1,4 +1,4 @@
-"""The front of worked sums: hand numbers, and every policy there is, tried out."""
+"""The front of the embedded tasks: hand numbers, and every policy there is, tried out."""
 
 import itertools
 import json
@@ -8,26 +8,40 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks import worked_sums as benchmark
-from benchmarks.worked_sums import Point, front, hull, regret, right_rates, ways
-from iapo.tasks import worked_sums as task
+from benchmarks.front import Point, at_price, checked_registers, front, hull, regret, worked_sums
+from benchmarks.front.__main__ import ORACLES, main
+from benchmarks.front.checked_registers import EASY, Form
+from iapo.tasks import checked_registers as registers
+from iapo.tasks import worked_sums as sums
+from iapo.tasks.checked_registers import Step
 from iapo.tasks.worked_sums import Sum
 
-RIGHT = {(carries, False): rate for carries, rate in enumerate((1.0, 0.95, 0.9, 0.8))}
-RIGHT |= {(carries, True): 0.99 for carries in range(4)}
+RIGHT_SUMS = {(carries, False): rate for carries, rate in enumerate((1.0, 0.95, 0.9, 0.8))}
+RIGHT_SUMS |= {(carries, True): 0.99 for carries in range(4)}
+
+UNKNOWN_FAST, UNKNOWN_CHECKED = Form(True, True, False), Form(True, True, True)
+KNOWN_FAST, KNOWN_CHECKED = Form(True, False, False), Form(True, False, True)
+RIGHT_STEPS = {EASY: 0.99, UNKNOWN_FAST: 0.1, UNKNOWN_CHECKED: 0.95, KNOWN_FAST: 0.98, KNOWN_CHECKED: 0.96}
+REGISTERS = registers.parse_prompt("a=17;b=42;c=a*42;d=c+08;e=d*35;f=a*20;e?")
 
 
-def test_rates_by_hand():
-    sums = [Sum(2, True, True), Sum(2, True, False), Sum(0, False, True), Sum(2, False, False)]
-    assert right_rates(sums) == {(2, True): 0.5, (0, False): 1.0, (2, False): 0.0}
-    assert right_rates([]) == {}
+# --- worked sums ---
 
 
-def test_the_ways_of_a_problem_by_hand():
+def test_rates_of_sums_by_hand():
+    kept = [
+        sums.Kept((Sum(2, True, True), Sum(2, True, False)), 3),
+        sums.Kept((Sum(0, False, True), Sum(2, False, False)), 0),
+    ]
+    assert worked_sums.right_rates(kept) == {(2, True): 0.5, (0, False): 1.0, (2, False): 0.0}
+    assert worked_sums.right_rates([]) == {}
+
+
+def test_the_ways_of_a_sum_by_hand():
     """120+235 carries nowhere and its work ":553" is 4 tokens; 355+485 carries twice, ":0c4c8" is 6."""
     numbers = (120, 235, 485)
-    fewest = task.minimal_tokens(numbers)
-    assert ways(numbers, RIGHT) == [
+    fewest = sums.minimal_tokens(numbers)
+    assert worked_sums.ways(numbers, RIGHT_SUMS) == [
         pytest.approx(point)
         for point in (
             (fewest, 1.0 * 0.9),
@@ -38,18 +52,69 @@ def test_the_ways_of_a_problem_by_hand():
     ]
 
 
-def test_the_tokens_of_a_way_are_those_of_its_trace():
+def test_the_tokens_of_a_way_of_a_sum_are_those_of_its_trace():
     rng = random.Random(0)
     for _ in range(200):
-        numbers = task.sample_problem(rng)
-        worked = task.trace(numbers, rng, worked=1, filler=0)
-        longer = len(worked) - len(task.minimal_trace(numbers))  # of characters that are one token each
-        assert ways(numbers, RIGHT)[-1].tokens == task.minimal_tokens(numbers) + longer
+        numbers = sums.sample_problem(rng)
+        worked = sums.trace(numbers, rng, worked=1, filler=0)
+        longer = len(worked) - len(sums.minimal_trace(numbers))  # of characters that are one token each
+        assert worked_sums.ways(numbers, RIGHT_SUMS)[-1].tokens == sums.minimal_tokens(numbers) + longer
 
 
-def test_a_rate_that_was_not_measured_is_named():
-    with pytest.raises(ValueError, match=r"^right: no addition with 2 carries is worked; sample more"):
-        ways((387, 456, 219), {(2, False): 0.9})
+def test_a_rate_of_sums_that_was_not_measured_is_named():
+    with pytest.raises(ValueError, match=r"^rates: no addition with 2 carries is worked; sample more"):
+        worked_sums.ways((387, 456, 219), {(2, False): 0.9})
+
+
+# --- checked registers ---
+
+
+def test_rates_of_steps_by_hand():
+    """The fast value before a check counts as a fast product."""
+    easy = Step(needed=True, product=False, unknown=False, checked=False, fast=True, right=True)
+    unknown = easy._replace(product=True, unknown=True)
+    kept = [
+        registers.Kept((easy, easy._replace(fast=False, right=False, needed=False)), 2),
+        registers.Kept((unknown._replace(fast=False, right=False), unknown._replace(checked=True, fast=False)), 2),
+        registers.Kept((unknown,), 2),
+    ]
+    assert checked_registers.right_rates(kept) == {
+        EASY: 0.5,
+        UNKNOWN_FAST: pytest.approx(1 / 3),
+        UNKNOWN_CHECKED: 1.0,
+    }
+    assert checked_registers.right_rates([]) == {}
+
+
+def test_the_ways_of_registers_by_hand(monkeypatch):
+    """17*42 is known, d is easy, 43*35 is unknown; nobody needs f. A check is 9 tokens: `?01+34:31=c35`."""
+    monkeypatch.setattr(registers, "unknown", lambda a, b: (a, b) == (43, 35))
+    fewest = registers.minimal_tokens(REGISTERS)
+    assert checked_registers.ways(REGISTERS, RIGHT_STEPS) == [
+        pytest.approx(point)
+        for point in (
+            (fewest, 0.98 * 0.99 * 0.1),
+            (fewest + 9, 0.98 * 0.99 * 0.95),
+            (fewest + 9, 0.96 * 0.99 * 0.1),
+            (fewest + 18, 0.96 * 0.99 * 0.95),
+        )
+    ]
+
+
+def test_the_tokens_of_a_way_of_registers_are_those_of_its_trace():
+    rng = random.Random(0)
+    for _ in range(200):
+        problem = registers.sample_problem(rng)
+        checked = registers.trace(problem, rng, checked=1, unneeded=0)
+        assert checked_registers.ways(problem, RIGHT_STEPS)[-1].tokens == registers.token_count(checked) + 1
+
+
+def test_a_rate_of_steps_that_was_not_measured_is_named():
+    with pytest.raises(ValueError, match=r"^rates: no step is (un)?known, checked; sample more"):
+        checked_registers.ways(REGISTERS, {KNOWN_FAST: 0.9, UNKNOWN_FAST: 0.1, EASY: 1.0})
+
+
+# --- the front ---
 
 
 def test_a_hull_by_hand():
@@ -74,7 +139,7 @@ def test_the_front_is_the_best_of_all_policies_at_every_price():
         for chosen in itertools.product(*problems)
     ]
     for price in (0, 0.001, 0.01, 0.03, 0.1, 1):
-        chosen = benchmark.at_price(best, price)
+        chosen = at_price(best, price)
         most = max(accuracy - price * tokens for tokens, accuracy in policies)
         assert chosen.accuracy - price * chosen.tokens == pytest.approx(most)
     assert all(regret(best, policy) >= -1e-12 for policy in policies)
@@ -89,21 +154,32 @@ def test_regret_between_beyond_and_before_the_front():
     assert math.isnan(regret(best, Point(9, 0.4)))
 
 
-def test_the_command_reads_a_run(tmp_path, capsys):
-    rng = random.Random(2)
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("worked_sums", ["filler words", "run, worked", "3 carries"]),
+        ("checked_registers", ["unneeded checked", "| run   |", "unknown, fast"]),
+    ],
+)
+def test_the_command_reads_a_run(tmp_path, capsys, name, shown):
+    task, rng = ORACLES[name].task, random.Random(2)
     records = []
     for _ in range(300):
-        numbers = task.sample_problem(rng)
-        text = task.trace(numbers, rng)
-        record = {"input": task.prompt(numbers), "output": text, "acc": 1.0, "response_length": 50, "truncated": 0.0}
+        problem = task.sample_problem(rng)
+        text = task.trace(problem, rng)
+        record = {"input": task.prompt(problem), "output": text, "acc": 1.0, "response_length": 65, "truncated": 0.0}
         records.append(json.dumps(record))
     dump = tmp_path / "run" / "validation" / "7.jsonl"
     dump.parent.mkdir(parents=True)
     dump.write_text("\n".join(records) + "\n")
-    assert benchmark.main([str(tmp_path / "run")]) == 0
+    assert main([name, str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "| run | " in out and "1.000 |   50.0 |" in out
-    assert "run, worked" in out and "price of a token" in out
+    assert "1.000 |   65.0 |" in out and "price of a token" in out
+    assert all(text in out for text in shown)
     dump.write_text(records[0].replace('"output"', '"outputs"') + "\n")
-    assert benchmark.main([str(tmp_path / "run")]) == 2
+    assert main([name, str(tmp_path / "run")]) == 2
     assert "holds no completions with a text 'output'" in capsys.readouterr().err
+    (other,) = ORACLES.keys() - {name}
+    dump.write_text("\n".join(records) + "\n")
+    assert main([other, str(tmp_path / "run")]) == 2
+    assert "benchmarks.front: prompt: " in capsys.readouterr().err
