@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import re
 from importlib import metadata
 from pathlib import Path
@@ -212,3 +213,32 @@ def test_the_socket_for_weights_is_named_by_the_job():
     assert f'os.environ["{JOB_ID}"] = ray.get_runtime_context().get_job_id()' in server
     assert "job_id = ray.get_runtime_context().get_job_id()" in trainer and f"self.zmq_handle = {name}" in trainer
     assert f'job_id = os.environ.get("{JOB_ID}", "0")' in worker and f"return {name}" in worker
+
+
+def test_a_mini_batch_without_a_token_has_a_loss_of_0_and_the_gradient_of_verls_nan():
+    import torch
+    from tensordict import TensorDict
+    from verl.trainer.ppo.core_algos import agg_loss
+    from verl.utils import tensordict_utils as tu
+
+    from iapo.verl_adapter.engine import divide_by_a_token
+
+    def loss_of(tokens, mask):
+        losses = torch.ones(2, 3, requires_grad=True)
+        loss = agg_loss(losses, mask, "token-mean", batch_num_tokens=tokens)
+        loss.backward()
+        return loss.item(), losses.grad
+
+    def divided(tokens):
+        micro_batch = TensorDict({}, batch_size=[])
+        tu.assign_non_tensor(micro_batch, batch_num_tokens=tokens)
+        divide_by_a_token(micro_batch)
+        return tu.get_non_tensor_data(micro_batch, "batch_num_tokens", None)
+
+    nothing = torch.zeros(2, 3)
+    (nan, gradient), (loss, same) = loss_of(0, nothing), loss_of(divided(0), nothing)
+    assert math.isnan(nan) and loss == 0  # when verl's is a number too, `divide_by_a_token` can go
+    assert torch.equal(gradient, same) and not same.any()
+    assert divided(5) == 5
+    divide_by_a_token(without := TensorDict({}, batch_size=[]))  # a forward without a loss
+    assert list(without.keys()) == []

@@ -58,6 +58,16 @@ class RankWork(NamedTuple):
     joins: Joins | None
 
 
+def divide_by_a_token(micro_batch: TensorDict) -> None:
+    """Let a mini-batch whose every token is left out of the loss have a loss of 0, as its gradient is.
+
+    verl divides by the number of tokens: the metric would be NaN. A method that leaves completions out, such as dler,
+    makes such mini-batches where a prompt's completions are one.
+    """
+    if tu.get_non_tensor_data(micro_batch, "batch_num_tokens", None) == 0:
+        tu.assign_non_tensor(micro_batch, batch_num_tokens=1)
+
+
 @EngineRegistry.register(
     model_type="language_model", backend=["fsdp", "fsdp2"], device=["cuda", "npu"], vendor=ENGINE_VENDOR
 )
@@ -75,6 +85,7 @@ class IapoEngine(FSDPEngineWithLMHead):
 
         Ranks make equally many forwards: verl gives them equally many micro-batches, and after each they agree.
         """
+        divide_by_a_token(micro_batch)
         config = iapo_config(micro_batch)
         if config is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
