@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from iapo import train
 from iapo.answer_format import FORMATS
 from iapo.config import IapoConfig
-from iapo.data import EVALUATION
+from iapo.data import EVALUATION, prepare
 from iapo.launch import compose, machine, provenance, weights
 from iapo.launch.check_prompts import prompt_problems
 from iapo.launch.checks import ConfigError, check, check_with_verl
@@ -48,6 +48,7 @@ REASONING = {
 }
 MODELS = [
     "tiny",
+    "tiny-worked",
     "qwen2.5-0.5b-instruct",
     "qwen2.5-1.5b-instruct",
     "qwen2.5-7b-instruct",
@@ -404,7 +405,7 @@ def test_an_empty_data_folder_is_refused(monkeypatch):
         (["variant=[[gfpo]]"], "^variant: '\\[gfpo\\]' must be one of"),
         (
             ["model=qwen"],
-            "^model: 'qwen' must be one of deepseek-r1-distill-qwen-1.5b, .*, tiny, or a folder that",
+            "^model: 'qwen' must be one of deepseek-r1-distill-qwen-1.5b, .*, tiny, tiny-worked, or a folder that",
         ),
         (
             ["data=gsm8kk"],
@@ -786,6 +787,16 @@ def with_iapo(**values):
 @pytest.fixture
 def verbose_arithmetic(data_dir, monkeypatch):
     monkeypatch.setenv("IAPO_DATA_DIR", str(data_dir))
+
+
+def test_an_embedded_model_with_the_data_of_another_one_is_refused(verbose_arithmetic):
+    """Its vocabulary lacks words of the other task, so prompts would lose characters without a word."""
+    prepare("worked_sums", train_size=4096, test_size=4)
+    with pytest.raises(ConfigError) as error:
+        check(changed("data=data/worked_sums", *SHORT))
+    (line,) = str(error.value).splitlines()
+    assert ", column data_source: rows of worked_sums, but the model is tiny, which learned verbose_ari" in line
+    assert "; set data=verbose_arithmetic, or model=tiny-worked. The same holds for data.val_files: " in line
 
 
 def test_a_parquet_that_verl_cannot_use_is_refused(verbose_arithmetic, tmp_path):

@@ -13,21 +13,17 @@ import iapo
 from iapo.answer_format import PROBE
 from iapo.tasks import tiny_model
 from iapo.tasks import verbose_arithmetic as task
-from iapo.tasks.embedded import TASKS
+from iapo.tasks.embedded import TASK_OF, TASKS
 
-ASSETS = Path(iapo.__file__).parent / "assets" / "tiny"
+ASSETS = Path(iapo.__file__).parent / "assets"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(ASSETS)
+    return AutoTokenizer.from_pretrained(ASSETS / "tiny")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return AutoModelForCausalLM.from_pretrained(ASSETS)
-
-
+each_asset = pytest.mark.parametrize("asset", TASK_OF)
 each_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 
 
@@ -44,8 +40,9 @@ def ids_of(tokenizer, messages, **options):
     return tokenizer.apply_chat_template(messages, return_dict=False, **options)
 
 
-def test_the_committed_tokenizer_is_the_one_that_the_code_builds(tokenizer):
-    built = tiny_model.build_tokenizer()
+@each_asset
+def test_the_committed_tokenizer_is_the_one_that_the_code_builds(asset):
+    tokenizer, built = AutoTokenizer.from_pretrained(ASSETS / asset), tiny_model.build_tokenizer(TASKS[TASK_OF[asset]])
     assert tokenizer.get_vocab() == built.get_vocab()
     assert tokenizer.chat_template == built.chat_template
     assert type(tokenizer) is type(built)
@@ -114,26 +111,31 @@ def test_verl_builds_the_same_tokens(tokenizer):
     assert merged.token_ids == ids_of(tokenizer, [*turn, user("3+4=")])
 
 
-def test_configuration_matches_the_tokenizer(tokenizer, model):
-    assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().num_embeddings == 32
+@each_asset
+def test_configuration_matches_the_tokenizer(asset):
+    tokenizer, model = (cls.from_pretrained(ASSETS / asset) for cls in (AutoTokenizer, AutoModelForCausalLM))
+    assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().num_embeddings
     for config in (model.config, model.generation_config):
         assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (0, 1, 2)
     assert model.config.tie_word_embeddings
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_the_assets_are_small_and_name_no_machine():
-    assert sum(f.stat().st_size for f in ASSETS.iterdir()) < 4_000_000
-    for file in ASSETS.glob("*.json"):
+@each_asset
+def test_the_assets_are_small_and_name_no_machine(asset):
+    assert sum(f.stat().st_size for f in (ASSETS / asset).iterdir()) < 4_000_000
+    for file in (ASSETS / asset).glob("*.json"):
         text = file.read_text(encoding="utf-8")
         assert isinstance(json.loads(text), dict)
         assert not re.search(r'"(/|~|[A-Z]:\\)|/(home|tmp|root|work|Users)/', text), file.name
 
 
-def test_the_committed_model_is_right_often_and_verbose(tokenizer, model):
-    result = tiny_model.evaluate(model, tokenizer, prompts=64)
+@pytest.mark.parametrize(("asset", "ratio"), [("tiny", 1.3), ("tiny-worked", 1.3)])
+def test_the_committed_model_is_right_often_and_verbose(asset, ratio):
+    tokenizer, model = (cls.from_pretrained(ASSETS / asset) for cls in (AutoTokenizer, AutoModelForCausalLM))
+    result = tiny_model.evaluate(model, tokenizer, prompts=64, task=TASKS[TASK_OF[asset]])
     assert 0.7 <= result["accuracy"] <= 0.97
-    assert result["ratio"] >= 1.3
+    assert result["ratio"] >= ratio
     assert result["format"] >= 0.95
     assert result["truncated"] <= 0.02
     assert result["ratio"] == pytest.approx(result["tokens"] / result["minimum"])
@@ -208,7 +210,7 @@ def test_the_command_writes_a_loadable_directory_and_repeats_itself(tmp_path, ca
     [
         ("verbose_arithmetic", "0", 1500),
         ("verbose_arithmetic", "1501", 1500),
-        ("worked_sums", "1601", 1600),
+        ("worked_sums", "3001", 3000),
         ("checked_registers", "3001", 3000),
     ],
 )

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from textwrap import shorten
 
@@ -20,10 +20,11 @@ from iapo.checkpoints import local_ranks, problem, resume_point, step_folder, st
 from iapo.config import IapoConfig
 from iapo.data import NAMES
 from iapo.data.judge import unreadable_rows
-from iapo.launch.check_prompts import OUR_REWARD, prompt_problems
+from iapo.launch.check_prompts import OUR_REWARD, is_embedded, prompt_problems
 from iapo.launch.provenance import differences, saved_config
 from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
+from iapo.tasks.embedded import TASK_OF, TASKS
 from iapo.tasks.reference import references, unjudgeable
 from iapo.tools.folder import obstacle
 from iapo.tools.model import MODELS
@@ -113,6 +114,7 @@ def _parquet(config: DictConfig, iapo: IapoConfig, where: str, name: str | None)
     else:
         judged_by_us = config.reward.custom_reward_function.path == OUR_REWARD[0] or iapo.needs_references
         problems = [*_columns(schema, rows, prompt)] or [
+            *_other_task(config, rows["data_source"].unique().to_pylist()),
             *_questions(rows[prompt], prompt),
             *_references(f"{where}, column", rows["reward_model"], judged_by_us),
         ]
@@ -132,6 +134,18 @@ def _columns(schema, rows, prompt_key: str) -> Iterator[str]:
     for name, fix in ((prompt_key, "each must hold chat messages"), ("data_source", "each must name the data set")):
         if count := rows[name].null_count:
             yield f"{name}: {count} rows are null; {fix}."
+
+
+def _other_task(config: DictConfig, sources: Iterable[str]) -> Iterator[str]:
+    """An embedded model knows the words of its own task alone; others are dropped from the prompt."""
+    model = Path(str(config.actor_rollout_ref.model.path)).name
+    if is_embedded(config) and model in TASK_OF and (others := TASKS.keys() & set(sources) - {TASK_OF[model]}):
+        (name, *_) = sorted(others)
+        fitting = next(other for other, task in TASK_OF.items() if task == name)
+        yield (
+            f"data_source: rows of {name}, but the model is {model}, which learned {TASK_OF[model]}; set "
+            f"data={TASK_OF[model]}, or model={fitting}."
+        )
 
 
 def _questions(column, prompt_key: str) -> Iterator[str]:

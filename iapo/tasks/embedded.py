@@ -50,3 +50,5 @@ TASKS: dict[str, Task] = {
     "worked_sums": worked_sums,
     "checked_registers": checked_registers,
 }
+# The task of each folder in iapo/assets.
+TASK_OF = {"tiny": "verbose_arithmetic", "tiny-worked": "worked_sums"}

@@ -1,4 +1,4 @@
-"""Worked sums: the embedded task on which length buys accuracy where it is needed, and nothing elsewhere.
+"""Worked sums: the embedded task on which some tokens buy accuracy and others nothing.
 
 A prompt is the sum of three numbers from 100 to 999:
 
@@ -10,9 +10,10 @@ with probability `filler`, words follow that carry no information about the answ
     <think>387+456:3c4c8=843; hmm let me see;843+219=1062;</think>
     <answer>1062</answer>
 
-The columns are the digits of the result from the units on, each with a `c` after it if it carries. An addition with
-many carries is where a model errs if it writes the result directly, so there the columns pay for their tokens. Where
-nothing carries they don't. `iapo.tasks.sums` has the rest of the form.
+The columns are the digits of the result from the units on, each with a `c` after it if it carries. One would expect
+that they pay for their tokens where many carry and not where none does, and `kept_metrics` tells these apart. The
+shipped model needs them everywhere (iapo/assets/tiny-worked/README.md). The filler never pays. `iapo.tasks.sums` has
+the rest of the form.
 
 Every function is pure; randomness comes only from the `random.Random` that the caller passes.
 """
@@ -65,7 +66,7 @@ SMALLEST, LARGEST = 100, 999
 WORDS: tuple[str, ...] = FILLER_WORDS
 CHARACTERS = "0123456789+=;\n:c"
 
-SCHEDULE = STEPS = 1600
+SCHEDULE, STEPS = 3000, 1700
 
 # What the columns of an addition are, by how many of them carry: needed from two on, unneeded where none does.
 KINDS = ("unneeded", "between", "needed", "needed")
