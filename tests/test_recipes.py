@@ -1340,12 +1340,12 @@ def test_a_path_to_resume_from_must_be_a_whole_step(verbose_arithmetic):
     resume = ["run_dir=r", "trainer.resume_mode=resume_path"]
     check(changed(*resume, f"trainer.resume_from_path={folder}"))
     with pytest.raises(
-        ConfigError, match=r"^trainer.resume_from_path: .*/checkpoints must be a folder global_step_<N>"
+        ConfigError, match=r"^trainer.resume_from_path: .*/checkpoints must end in global_step_<N>; give a"
     ):
         check(changed(*resume, f"trainer.resume_from_path={folder.parent}"))
     for path in (f"{folder}/", "null", folder.parent / "10"):
         with pytest.raises(
-            ConfigError, match=rf"^trainer.resume_from_path: {path}.* must be a folder".replace("null", "None")
+            ConfigError, match=rf"^trainer.resume_from_path: {path}.* must end in global_step_".replace("null", "None")
         ):
             check(changed(*resume, f"trainer.resume_from_path={path}"))
     with pytest.raises(

@@ -168,6 +168,7 @@ def results(tmp_path_factory):
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("batch,name", CASES)
 def test_shared_equals_separate(results, batch, name):
@@ -183,6 +184,7 @@ def test_shared_equals_separate(results, batch, name):
     assert first["calls"] == second["calls"]  # although the ranks' work is unequal
 
 
+@pytest.mark.e2e
 def test_shared_equals_the_naive_reference(results):
     model = make_model("qwen2")
     for rank in range(2):

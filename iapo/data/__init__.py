@@ -38,14 +38,13 @@ import warnings
 from pathlib import Path
 
 from iapo.answer_format import FORMATS
-from iapo.arguments import Parser
+from iapo.arguments import Parser, obstacle
 from iapo.data.judge import unreadable
 from iapo.data.originals import EVALUATION, NAMES, ORIGINALS, own
 from iapo.data.read import load_examples, print_some
 from iapo.data.split import Example
 from iapo.data.write import to_rows, write_parquets
 from iapo.tasks.embedded import TASKS, Problem
-from iapo.tools.folder import obstacle
 
 __all__ = ["EVALUATION", "INSTRUCTION", "NAMES", "default_dir", "generate", "main", "prepare", "write_parquets"]
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from iapo.answer_format import FORMATS
+from iapo.arguments import obstacle
 from iapo.checkpoints import local_ranks, problem, resume_point, step_folder, steps, tracker_file
 from iapo.config import IapoConfig
 from iapo.data import NAMES
@@ -26,7 +27,6 @@ from iapo.launch.weights import KEY, largest_weight
 from iapo.methods import load_states, make_methods
 from iapo.tasks.embedded import TASK_OF, TASKS
 from iapo.tasks.reference import references, unjudgeable
-from iapo.tools.folder import obstacle
 from iapo.tools.model import MODELS
 
 # What a tokenizer is read from; a folder without any of these has none.

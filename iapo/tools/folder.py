@@ -7,15 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-def obstacle(folder: Path) -> str | None:
-    """Why a folder can't be made or written into, in words that follow its name; None if it can."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=existing).cleanup()  # permissions say little to root, and about /proc
-    except OSError as error:
-        return f"can't be made, {existing} can't be written to ({error.strerror})"
-    return None
+from iapo.arguments import obstacle
 
 
 def check_out(out: Path) -> None:
