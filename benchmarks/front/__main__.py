@@ -17,7 +17,6 @@ themselves more accurate.
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Mapping
@@ -67,8 +66,8 @@ def validated(task: Any, run_dir: Path) -> Written:
     """
     dump = last_dump(run_dir)
     samples = read_samples(dump)
-    texts = [json.loads(line).get("output") for line in dump.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-    if not samples or not all(isinstance(text, str) for text in texts):
+    texts = [sample.text for sample in samples if sample.text is not None]
+    if not samples or len(texts) < len(samples):
         raise ValueError(f"{dump}: holds no completions with a text 'output'; validate the run again.")
     problems = [task.parse_prompt(sample.prompt) for sample in samples]
     policy = Point(fmean(sample.tokens for sample in samples), fmean(sample.correct for sample in samples))
