@@ -9,8 +9,9 @@ from statistics import fmean
 import pytest
 
 from benchmarks.front import Point, at_price, checked_registers, front, hull, regret, worked_sums
-from benchmarks.front.__main__ import ORACLES, main
+from benchmarks.front.__main__ import main
 from benchmarks.front.checked_registers import EASY, Form
+from benchmarks.front.oracles import ORACLES
 from iapo.tasks import checked_registers as registers
 from iapo.tasks import worked_sums as sums
 from iapo.tasks.checked_registers import Step

@@ -24,11 +24,13 @@ from hypothesis import strategies as st
 
 from benchmarks.table import jobs, pareto
 from benchmarks.table import reproduce_table as rt
-from benchmarks.table.kept import RATIO, counts, kept_figures
+from benchmarks.table.kept import KEEPING, RATIO, counts, kept_figures, oracle_front
+from benchmarks.table.pages import regret_of
 from benchmarks.table.paired import differences
 from benchmarks.table.plan import TABLES, UNTRAINED, Method, load_methods, read_table, resolved_config
-from benchmarks.table.table import COMPLETION_S, START_S, Table, as_json, nearest, preference
+from benchmarks.table.table import COMPLETION_S, START_S, Outcome, Table, as_json, nearest, preference
 from iapo.launch.folder_lock import FolderInUse, lock
+from iapo.tasks import checked_registers, worked_sums
 from iapo.tasks.embedded import TASKS
 from iapo.tools.evaluate import Sample, read_prompts
 
@@ -590,6 +592,71 @@ def test_counts_by_hand():
         counts("worked_sums", [])
 
 
+# c, of an unknown pair, and d are needed; h is not. a*2 is a known pair where 17*2 is.
+REGISTERS = "a=17;b=42;c=a*42;d=c+b;h=b*30;d?"
+
+
+def test_counts_of_registers_by_hand():
+    assert checked_registers.unknown(17, 42) and checked_registers.unknown(42, 30)
+    texts = (
+        "c=a17*42=c11?01+34:31=c35;d=c35+b42:75=d77;",
+        "h=b42*30=h96?96+00:96=h96;c=a17*42=c35;c=a17*42=c35;",
+    )
+    samples = [written_as(REGISTERS, text) for text in texts]
+    expected = {"steps/due": 4, "steps/needed": 3, "steps/unneeded": 2, "products/unknown": 2, "checks/unknown": 1}
+    expected |= {"products/known": 0, "checks/known": 0, "products/unneeded": 2, "checks/unneeded": 1}
+    found = counts("checked_registers", samples)
+    assert found == {name: [n] for name, n in expected.items()} | {"samples": [2], "right": [2], "tokens": [80]}
+    figures = kept_figures("checked_registers", samples)
+    assert RATIO not in figures  # no known pair
+    shares = {
+        name: found[a][0] / found[b][0] for name, (a, b) in KEEPING["checked_registers"].figures.items() if found[b][0]
+    }
+    assert shares == {name: figures[name] for name in shares} and set(shares) == {
+        "needed",
+        "unneeded",
+        "checked/unknown",
+        "checked/unneeded",
+    }
+
+
+@pytest.mark.parametrize("task", KEEPING)
+def test_what_a_table_shows_of_a_task_is_what_its_task_measures(task):
+    """Figures from counts, from which intervals are, equal the task's own metrics."""
+    module, rng = TASKS[task], random.Random(0)
+    problems = [module.sample_problem(rng) for _ in range(200)]
+    samples = [written_as(module.prompt(problem), module.trace(problem, rng), tokens=30.0) for problem in problems]
+    found = {name: sum(values) for name, values in counts(task, samples).items()}
+    metrics = kept_figures(task, samples)
+    for name, (a, b) in KEEPING[task].figures.items():
+        assert metrics[name] == pytest.approx(found[a] / found[b]), name
+    needed, unneeded = KEEPING[task].ratio
+    assert metrics[RATIO] == metrics[needed] / metrics[unneeded]
+    assert {figure for _, figure, _ in KEEPING[task].columns} <= metrics.keys()
+
+
+def test_the_front_of_completions_without_a_mistake():
+    """No work is of use where all is right without."""
+    rng = random.Random(0)
+    problems = [worked_sums.sample_problem(rng) for _ in range(300)]
+    samples = [written_as(worked_sums.prompt(p), worked_sums.trace(p, rng)) for p in problems]
+    (point,) = oracle_front("worked_sums", samples)
+    assert point == pytest.approx((statistics.mean(map(worked_sums.minimal_tokens, problems)), 1.0))
+    direct = [written_as(worked_sums.prompt(p), worked_sums.minimal_trace(p)) for p in problems]
+    assert oracle_front("worked_sums", direct) is None  # nobody knows what working is worth
+    assert oracle_front("verbose_arithmetic", samples) is None
+
+
+def test_regret_by_hand():
+    """Halfway along a front from 40 tokens at 0.6 to 50 at 0.8 is 0.7."""
+    row = Outcome({"test": {"tokens": 45.0, "pass@1": 0.65}}, {}, None, None, None)
+    runs = {(UNTRAINED, None, 0): row._replace(front=[[40.0, 0.6], [50.0, 0.8]]), (UNTRAINED, None, 1): row}
+    table = SimpleNamespace(outcome=lambda *run: runs.get(run))
+    assert regret_of(table, 0, row) == {"regret": pytest.approx(0.05)}
+    fewer = row._replace(figures={"test": {"tokens": 39.0, "pass@1": 0.65}})
+    assert regret_of(table, 0, fewer) == regret_of(table, 1, row) == regret_of(table, 2, row) == {}
+
+
 def counted(right, tokens, **others):
     return {"samples": [2] * len(right), "right": right, "tokens": tokens} | others
 
@@ -660,11 +727,12 @@ def test_a_table_shows_what_its_task_keeps_and_the_differences_from_grpo(tmp_pat
 
     text = (tmp_path / "out/table.md").read_text()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert lines[0][-5:] == ["filler words", "worked where needed", "where unneeded", "needed / unneeded", "seeds"]
+    kept = ["filler words", "worked where many carry", "where none does"]
+    assert lines[0][-6:] == ["regret", *kept, "many / none", "seeds"]
     (row,) = [line for line in lines if line[:2] == ["**gfpo**", "k=2"]]
-    assert row[-5:] == ["3.00 ± 0.00", "1.000 ± 0.000", "0.000 ± 0.000", "", "2"]
+    assert row[-6:] == ["", "3.00 ± 0.00", "1.000 ± 0.000", "0.000 ± 0.000", "", "2"]
     start = next(number for number, line in enumerate(lines) if line[0] == "minus grpo")
-    assert lines[start][2:] == ["Pass@1", "mean tokens", "filler words", "worked where needed", "where unneeded"]
+    assert lines[start][2:] == ["Pass@1", "mean tokens", *kept]
     assert [line[0] for line in lines[start + 2 :]] == ["untrained", "gfpo"]
     assert lines[-1][3:] == [
         "-11.0 [-12.0, -10.0]",

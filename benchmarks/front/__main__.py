@@ -27,15 +27,13 @@ from typing import Any, NamedTuple
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.front import Point, at_price, checked_registers, front, regret, worked_sums
+from benchmarks.front import Point, at_price, front, regret
+from benchmarks.front.oracles import ORACLES
 from benchmarks.measure import table
 from iapo.tasks.embedded import Problem
 from iapo.tasks.tiny_model import complete
 from iapo.tools.evaluate import last_dump, read_samples
 
-# Each has `task`, the module of its task with `kept`; `right_rates` of what is kept; `ways` of answering a problem at
-# such rates; COLUMNS and `columns` of the first table; RATES and `rate_rows` of the second.
-ORACLES: dict[str, ModuleType] = {"worked_sums": worked_sums, "checked_registers": checked_registers}
 PRICES = (1, 0.01, 0.003, 0.001, 0)
 SEED = 1_000_003  # that of tiny_model's evaluation
 

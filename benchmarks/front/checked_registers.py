@@ -27,8 +27,8 @@ class Form(NamedTuple):
 
 
 EASY = Form(False, False, False)
-FORMS = (*(Form(True, unknown, checked) for unknown in (True, False) for checked in (False, True)), EASY)
-RATES = tuple(map(str, FORMS))
+EVERY_FORM = (*(Form(True, unknown, checked) for unknown in (True, False) for checked in (False, True)), EASY)
+RATES = tuple(map(str, EVERY_FORM))
 METRICS = ("checked/unknown", "checked/known", "checked/unneeded", "needed", "unneeded")
 
 Rates = Mapping[Form, float]
@@ -48,7 +48,7 @@ def right_rates(completions: Iterable[Kept]) -> dict[Form, float]:
         right[Form(True, step.unknown, False)].append(step.fast)
         if step.checked:
             right[Form(True, step.unknown, True)].append(step.right)
-    return {form: fmean(right[form]) for form in FORMS if form in right}
+    return {form: fmean(right[form]) for form in EVERY_FORM if form in right}
 
 
 def ways(problem: Problem, rates: Rates) -> list[Point]:
@@ -82,4 +82,4 @@ def columns(completions: Sequence[Kept]) -> list[float]:
 
 
 def rate_rows(rates: Rates) -> dict[str, list[float]]:
-    return {"": [rates.get(form, math.nan) for form in FORMS]}
+    return {"": [rates.get(form, math.nan) for form in EVERY_FORM]}

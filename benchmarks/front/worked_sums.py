@@ -11,6 +11,7 @@ from iapo.tasks.worked_sums import Kept
 
 CARRIES = range(4)  # three columns of a three-digit number can carry
 COLUMNS = ("filler words", "needed worked", "between", "unneeded")
+EVERY_FORM = tuple((carries, worked) for carries in CARRIES for worked in (False, True))
 RATES = tuple(f"{carries} carries" for carries in CARRIES)
 
 Rates = Mapping[tuple[int, bool], float]

@@ -1,21 +1,25 @@
 """What the table writes: results.json and table.md."""
 
+import math
 import shlex
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 
+from benchmarks.front import Point, regret
 from benchmarks.table import pareto
-from benchmarks.table.kept import RATIO
+from benchmarks.table.kept import KEEPING
 from benchmarks.table.paired import differences
 from benchmarks.table.plan import REFERENCE, UNTRAINED, Method
 from benchmarks.table.table import TOLERANCE, Outcome, Table, as_json, preference, write_whole
 
 
-def summary(outcomes: list[Outcome]) -> dict[str, list[float | None]]:
+def summary(table: Table, runs: Mapping[int, Outcome]) -> dict[str, list[float | None]]:
     """[mean, sample standard deviation over seeds] of each figure on the test split that all have; no deviation of one
     seed."""
-    figures = [outcome.figures["test"] for outcome in outcomes]
+    outcomes = list(runs.values())
+    figures = [outcome.figures["test"] | regret_of(table, seed, outcome) for seed, outcome in runs.items()]
     columns = {name: [entry[name] for entry in figures] for name in figures[0] if all(name in e for e in figures)}
     for name in ("seconds_per_step", "discarded_prompts"):
         if None not in (values := [getattr(outcome, name) for outcome in outcomes]):
@@ -24,6 +28,19 @@ def summary(outcomes: list[Outcome]) -> dict[str, list[float | None]]:
         name: [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
         for name, values in columns.items()
     }
+
+
+def regret_of(table: Table, seed: int, outcome: Outcome) -> dict[str, float]:
+    """{"regret": how far a run is below the front of the untrained model with its seed}: see `benchmarks.front.regret`.
+
+    Empty where there is no front, or where it has no policy with as few tokens.
+    """
+    untrained = table.outcome(UNTRAINED, None, seed)
+    if untrained is None or not untrained.front:
+        return {}
+    policy = Point(outcome.figures["test"]["tokens"], outcome.figures["test"]["pass@1"])
+    found = regret([Point(*point) for point in untrained.front], policy)
+    return {} if math.isnan(found) else {"regret": found}
 
 
 def from_reference(table: Table, name: str, value) -> dict[str, tuple[float, float, float]]:
@@ -41,7 +58,7 @@ def from_reference(table: Table, name: str, value) -> dict[str, tuple[float, flo
 
 def shown(outcome: Outcome) -> dict:
     """An outcome without what only its record needs."""
-    return {name: entry for name, entry in outcome._asdict().items() if name != "problems"}
+    return {name: entry for name, entry in outcome._asdict().items() if name not in ("problems", "front")}
 
 
 def results(table: Table) -> dict:
@@ -59,12 +76,12 @@ def results(table: Table) -> dict:
                 "value": value,
                 "label": method.label(value),
                 "match": method.match,
-                "test": summary(list(runs.values())),
+                "test": summary(table, runs),
                 "from_reference": from_reference(table, name, value),
                 "seeds": {str(seed): shown(outcome) for seed, outcome in runs.items()},
                 "grid": [{"value": v, **shown(outcome)} for v, outcome in table.grid(method).items()],
                 "given_up": [
-                    {"label": method.label(v), "test": summary(list(table.runs_of(name, v).values()))} for v in given_up
+                    {"label": method.label(v), "test": summary(table, table.runs_of(name, v))} for v in given_up
                 ],
             }
     means = {name: {key: mean for key, (mean, _) in row["test"].items()} for name, row in rows.items()}
@@ -98,19 +115,13 @@ COLUMNS = (
     ("s / step", "seconds_per_step", 1),
     ("discarded", "discarded_prompts", 1),
 )
-# Those of a task that says what completions keep.
-KEPT = (
-    ("filler words", "filler", 2),
-    ("worked where needed", "worked/needed", 3),
-    ("where unneeded", "worked/unneeded", 3),
-    ("needed / unneeded", RATIO, 2),
-)
+REGRET = ("regret", "regret", 3)  # of a task with an oracle
 
 
 def markdown(found: dict) -> str:
     """table.md: the table and what one must know to read it."""
     settings, runs = found["settings"], found["runs"]
-    columns = columns_of(found["rows"])
+    columns = columns_of(settings["task"])
     lines = header(["method", "knob"], [*(title for title, _, _ in columns), "seeds"])
     for name, row in found["rows"].items():
         bold = "**" if name in found["front"] else ""
@@ -134,11 +145,11 @@ def markdown(found: dict) -> str:
         "that dynamic sampling threw away with all their rollouts, most because these were all right or all wrong, "
         "some because the batch was full.",
     ]
-    if len(columns) > len(COLUMNS):
+    if settings["task"] in KEEPING:
         notes.append(
-            "Filler words: per completion. Worked: the share of the additions that are worked by columns, where two or "
-            "more carry (needed) and where none does (unneeded). Their ratio is about 1 where only length counts; it "
-            "is empty where a run works none of the one or the other."
+            "Regret: how far Pass@1 is below the best that a policy can do with as many tokens, if it makes no more "
+            "mistakes in a step than the untrained model; below 0 where training made the steps more accurate. "
+            + KEEPING[settings["task"]].note
         )
     if found["shortest"]:
         notes.append(
@@ -171,9 +182,9 @@ def markdown(found: dict) -> str:
     return "\n\n".join(["\n".join(lines), *differences_table(found["rows"], columns), *notes]) + "\n"
 
 
-def columns_of(rows: dict[str, dict]) -> tuple[tuple[str, str, int], ...]:
-    """(title, figure, digits) of the columns that the rows fill."""
-    return COLUMNS + (KEPT if any("filler" in row["test"] for row in rows.values()) else ())
+def columns_of(task: str) -> tuple[tuple[str, str, int], ...]:
+    """(title, figure, digits) of the columns of a task's table."""
+    return (*COLUMNS, REGRET, *KEEPING[task].columns) if task in KEEPING else COLUMNS
 
 
 def header(texts: list[str], numbers: list[str]) -> list[str]:

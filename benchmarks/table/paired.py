@@ -7,17 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from benchmarks.table.kept import RATIO
+from benchmarks.table.kept import KEEPING, RATIO
 
 Counts = Mapping[str, Sequence[float]]
-# Each figure as a ratio of two counts.
-RATIOS = {
-    "pass@1": ("right", "samples"),
-    "tokens": ("tokens", "samples"),
-    "filler": ("filler", "samples"),
-    "worked/needed": ("worked/needed", "sums/needed"),
-    "worked/unneeded": ("worked/unneeded", "sums/unneeded"),
-}
+# Each figure as a ratio of two counts. Those of a task have no counts in another.
+RATIOS = {"pass@1": ("right", "samples"), "tokens": ("tokens", "samples")}
+RATIOS |= {name: pair for keeping in KEEPING.values() for name, pair in keeping.figures.items()}
 
 
 def differences(
@@ -67,6 +62,7 @@ def figures(counts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The figures of `RATIOS` that counts give, and `RATIO`; not finite where nothing is counted."""
     with np.errstate(invalid="ignore", divide="ignore"):
         found = {name: counts[a] / counts[b] for name, (a, b) in RATIOS.items() if a in counts}
-        if "worked/needed" in found:
-            found[RATIO] = found["worked/needed"] / found["worked/unneeded"]
+        for needed, unneeded in (keeping.ratio for keeping in KEEPING.values()):
+            if needed in found:
+                found[RATIO] = found[needed] / found[unneeded]
     return found

@@ -16,7 +16,7 @@ import yaml
 
 from benchmarks.table.fingerprint import fingerprint
 from benchmarks.table.jobs import Job, Running
-from benchmarks.table.kept import counts, kept_figures
+from benchmarks.table.kept import counts, kept_figures, oracle_front
 from benchmarks.table.plan import REFERENCE, ROOT, UNTRAINED, Method, Plan, resolved_config
 from iapo.launch.folder_lock import FolderInUse, lock
 from iapo.metrics.file import read_metrics
@@ -70,6 +70,7 @@ class Outcome(NamedTuple):
     discarded_prompts: float | None = None  # per step, whose rollouts dynamic sampling threw away
     diagnostics: dict[str, float] | None = None  # DIAGNOSTICS, means over the steps
     problems: dict[str, list[float]] | None = None  # `benchmarks.table.kept.counts` on the test split
+    front: list[tuple[float, float]] | None = None  # `oracle_front` of the untrained model there
 
 
 @dataclass
@@ -178,6 +179,7 @@ class Table:
             discarded_prompts=statistics.mean(discarded) if discarded else None,
             diagnostics=diagnostics(metrics),
             problems=counts(self.plan.task, splits["test"]),
+            front=oracle_front(self.plan.task, splits["test"]) if job.name.startswith(UNTRAINED) else None,
         )
 
     # -- which are wanted ---------------------------------------------------------------------------------------
