@@ -22,7 +22,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.table import jobs, pareto
+from benchmarks.table import jobs, pareto, picture
 from benchmarks.table import reproduce_table as rt
 from benchmarks.table.kept import KEEPING, RATIO, counts, kept_figures, oracle_front
 from benchmarks.table.pages import regret_of
@@ -115,10 +115,12 @@ def test_the_runs_of_the_real_tables_are_accepted_and_start_from_the_recipes_def
         assert [OmegaConf.select(config, key) for key in method.knob] == [value] * len(method.knob)
         for key, _, fixed in (override.partition("=") for override in method.fixed):
             assert OmegaConf.select(config, key) == fixed
-        assert config.actor_rollout_ref.actor.ppo_mini_batch_size == config.data.train_batch_size
     default = resolve(["platform=cpu", f"variant={method.variant}"])
+    updates = config.data.train_batch_size / config.actor_rollout_ref.actor.ppo_mini_batch_size
+    assert updates == (1 if table == "table" else 16 / default.actor_rollout_ref.actor.ppo_mini_batch_size)
     of_recipe = [OmegaConf.select(default, key) for key in method.knob]
-    assert (of_recipe == [method.values[0]] * len(method.knob) and not method.fixed) == method.quick
+    own = [override for override in method.fixed if not override.startswith("actor_rollout_ref.actor.optim.lr=")]
+    assert (of_recipe == [method.values[0]] * len(method.knob) and not own) == method.quick
 
 
 @needs_verl
@@ -302,8 +304,8 @@ def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
         ("methods: {m: }", "methods.m.why is missing; say in a line why these values."),
         (
             "methods: {m: {why: w, knobs: a}}",
-            "methods.m.knobs is unknown; an entry has why, variant, set, knob, values, match, seeds, quick and "
-            "run_again.",
+            "methods.m.knobs is unknown; an entry has why, variant, set, knob, values, match, seeds, quick, "
+            "run_again and family.",
         ),
         ("methods: {m: {why: w, set: lr}}", "methods.m.set: 'lr' must be key=value."),
         (
@@ -317,6 +319,10 @@ def test_a_method_has_a_knob_and_a_few_values_or_neither(tmp_path, entry):
         (
             "methods: {m: {why: w, seeds: [0, 1]}}",
             "methods.m.seeds: [0, 1] must be how many of the table's seeds it takes, at least 1.",
+        ),
+        (
+            "methods: {m: {why: w, family: short}}",
+            "methods.m.family: 'short' must be one of information, length, control, neither.",
         ),
         (
             "methods: {grpo: {why: w, seeds: 1}}",
@@ -741,6 +747,16 @@ def test_a_table_shows_what_its_task_keeps_and_the_differences_from_grpo(tmp_pat
         "-1.000 [-1.000, -1.000]",
     ]
     assert "worked_sums from the model tiny; 4 training steps; seeds 0, 1, " in text
+
+    assert (tmp_path / "out/kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_kept_is_a_share_of_the_start_by_hand():
+    rows = {"untrained": {"test": {"filler": [4.0, 0.1]}}, "gfpo": {"test": {"filler": [1.0, None]}}, "a": {"test": {}}}
+    assert picture.kept_of_start(rows, "filler") == {"untrained": 1.0, "gfpo": 0.25}
+    assert picture.kept_of_start(rows, "worked") == picture.kept_of_start({"gfpo": rows["gfpo"]}, "filler") == {}
+    rows["untrained"]["test"]["filler"][0] = 0.0
+    assert picture.kept_of_start(rows, "filler") == {}
 
 
 @pytest.mark.e2e

@@ -22,6 +22,8 @@ class Keeping(NamedTuple):
             about 1 where only length counts.
         columns: title, figure and digits of the table's columns.
         note: what a reader of the columns must know.
+        work: a figure that a good policy keeps, and its name in the picture.
+        waste: one that it gives up.
     """
 
     counts: Callable[[Sequence[Any]], dict[str, float]]
@@ -29,6 +31,8 @@ class Keeping(NamedTuple):
     ratio: tuple[str, str]
     columns: tuple[tuple[str, str, int], ...]
     note: str
+    work: tuple[str, str]
+    waste: tuple[str, str]
 
 
 RATIO = "needed : unneeded"
@@ -78,6 +82,8 @@ KEEPING: dict[str, Keeping] = {
         note="Filler words: per completion. Worked: the share of the additions that are worked by columns, where two "
         "or more carry and where none does. The model of tiny-worked needs the columns everywhere, so nothing has to "
         "tell the two apart.",
+        work=("worked/needed", "additions worked by columns"),
+        waste=("filler", "filler words"),
     ),
     "checked_registers": Keeping(
         counts=counts_of_registers,
@@ -101,6 +107,8 @@ KEEPING: dict[str, Keeping] = {
         "Checked: the share of the needed products of unknown pairs, of known pairs, and of the products that nobody "
         "needs, after which a check works the product out. A check pays for unknown pairs alone. The ratio of unknown "
         "to known is about 1 where only length counts; it is empty where a run checks none of the one or the other.",
+        work=("checked/unknown", "unknown products checked"),
+        waste=("checked/known", "known products checked"),
     ),
 }
 

@@ -76,6 +76,7 @@ def results(table: Table) -> dict:
                 "value": value,
                 "label": method.label(value),
                 "match": method.match,
+                "family": method.family,
                 "test": summary(table, runs),
                 "from_reference": from_reference(table, name, value),
                 "seeds": {str(seed): shown(outcome) for seed, outcome in runs.items()},
@@ -98,8 +99,15 @@ def results(table: Table) -> dict:
         "run_again": {
             name: method.run_again for name, method in plan.methods.items() if method.run_again and name not in rows
         },
+        "oracle_front": front_of(table),
         "rows": rows,
     }
+
+
+def front_of(table: Table) -> list[tuple[float, float]] | None:
+    """(tokens, accuracy) of the best policies with the untrained model's mistakes, those with the first seed."""
+    untrained = table.outcome(UNTRAINED, None, table.plan.seeds[0])
+    return untrained.front if untrained else None
 
 
 def command() -> str:

@@ -23,7 +23,8 @@ RESERVED |= {"trainer.total_training_steps", "trainer.test_freq", "trainer.val_b
 RESERVED |= {"trainer.validation_data_dir", "trainer.default_local_dir", "actor_rollout_ref.rollout.val_kwargs.n"}
 
 KEYS = ("task", "model", "shared", "full", "quick", "methods")
-METHOD_KEYS = ("why", "variant", "set", "knob", "values", "match", "seeds", "quick", "run_again")
+METHOD_KEYS = ("why", "variant", "set", "knob", "values", "match", "seeds", "quick", "run_again", "family")
+FAMILIES = ("information", "length", "control", "neither")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Method:
     fixed: tuple[str, ...] = ()  # overrides of all its runs
     match: str = ""  # the row whose tokens its value has to come near, in place of the rule
     seeds: int | None = None  # how many of the table's seeds it takes, from the first on; None: all
+    family: str = "neither"  # one of FAMILIES: what it knows of a token, or that it is a control
 
     def overrides(self, value) -> list[str]:
         return [*self.fixed, *(f"{key}={value}" for key in self.knob)]
@@ -203,6 +205,8 @@ def method_of(name: str, entry: object, where: str) -> Method:
     seeds = entry.get("seeds")
     if seeds is not None and (isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1):
         raise ValueError(f"{where}.seeds: {seeds!r} must be how many of the table's seeds it takes, at least 1.")
+    if (family := entry.get("family", Method.family)) not in FAMILIES:
+        raise ValueError(f"{where}.family: {family!r} must be one of {', '.join(FAMILIES)}.")
     check_overrides(fixed, f"{where}.set", keys)
     variants = f"[{','.join(variant)}]" if len(variant) > 1 else variant[0] if variant else name
     return Method(
@@ -216,6 +220,7 @@ def method_of(name: str, entry: object, where: str) -> Method:
         fixed=tuple(fixed),
         match=match,
         seeds=seeds,
+        family=family,
     )
 
 

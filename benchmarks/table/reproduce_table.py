@@ -28,8 +28,9 @@ from collections.abc import Callable, Sequence
 
 import psutil
 
-from benchmarks.table import pareto
+from benchmarks.table import pareto, picture
 from benchmarks.table.jobs import STOPS, Job, Running, run_all, slots_by_memory
+from benchmarks.table.kept import KEEPING
 from benchmarks.table.pages import command, markdown, write
 from benchmarks.table.plan import (
     DEFAULT,
@@ -179,6 +180,8 @@ def reproduce(table: Table, most_jobs: int, train: Sequence[str], interval_s: fl
     found = write(table)
     if found["rows"]:
         pareto.draw(found["rows"], found["front"], plan.out / "pareto.png")
+        if plan.task in KEEPING:
+            picture.draw(found["rows"], found["oracle_front"], KEEPING[plan.task], plan.out / "kept.png")
     print("\n" + markdown(found))
     say(f"written: {plan.out}/results.json, table.md, pareto.png")
     if table.failed:
