@@ -13,9 +13,7 @@ from iapo.tasks.checked_registers import Definition, Kept, Step
 
 PROMPT = "c=a*42;a=17;e=c-08;b=42;d=a+b;f=e*59;g=f-d;h=c*30;g?"
 PROBLEM = task.parse_prompt(PROMPT)
-MINIMAL = (
-    "<think>c=a17*42=c35;d=a17+b42:57=d59;e=c35-08:35=e27;f=e27*59=f41;g=f41-d59:88=g79;</think>\n<answer>79</answer>"
-)
+MINIMAL = "<think>gfedc;c=a17*42=c35;d=a17+b42:57=d59;e=c35-08:35=e27;f=e27*59=f41;g=f41-d59:88=g79;</think>\n<answer>79</answer>"
 CHECKED = MINIMAL.replace("=c35;d", "=c35?01+34:31=c35;d").replace("=f41;", "=f41?89+49:32=f41;")
 
 # 17*42, of c, is made known; 27*59, of f, and 35*30, of h, which nobody needs, are made unknown.
@@ -42,8 +40,8 @@ def test_prompt_answer_and_the_shortest_completion_by_hand():
     assert [definition.register for definition in task.needed(PROBLEM)] == ["c", "d", "e", "f", "g"]
     assert task.answer(PROBLEM) == "79"
     assert task.minimal_trace(PROBLEM) == MINIMAL
-    # steps of 10, 13, 12, 10 and 13 tokens, the answer, 4 markers, newline, EOS
-    assert task.minimal_tokens(PROBLEM) == 65
+    # the plan's 6 tokens, steps of 10, 13, 12, 10 and 13, the answer, 4 markers, newline, EOS
+    assert task.minimal_tokens(PROBLEM) == 71
     assert task.answer(task.parse_prompt("a=17;b=a-17;b?")) == "00"
 
 
@@ -117,6 +115,7 @@ def test_needed_operations_are_a_chain_and_the_others_change_nothing():
         problem = task.sample_problem(rng)
         needed = task.needed(problem)
         assert all(a.register in b.operands for a, b in pairwise(needed))
+        assert task.trace(problem, rng).startswith(f"<think>{task.plan(needed)}")
         spare = [d for d in problem.definitions if d.operator and d not in needed]
         assert len(needed) + len(spare) == 6
         left = tuple(d for d in problem.definitions if d not in spare)
@@ -141,7 +140,7 @@ def test_the_pieces_of_a_trace_by_hand(unknown_pairs):
 
     whole = pieces(checked=0)
     assert whole == [
-        ("<think>", True),
+        ("<think>gfedc;", True),
         ("c=a17*42=c", True),
         ("35", True),
         (";", True),
@@ -167,14 +166,15 @@ def test_every_trace_has_the_form_the_right_answer_and_a_good_length():
         assert task.extract_answer(text) == task.answer(problem)
         kept = task.kept(problem, text)
         assert (
-            re.sub(r"[^;]*;", "", text, count=len(kept.steps)) == f"</think>\n<answer>{task.answer(problem)}</answer>"
+            re.sub(r"[^;]*;", "", text, count=len(kept.steps) + 1)
+            == f"</think>\n<answer>{task.answer(problem)}</answer>"
         )
         assert kept.due == sum(step.needed for step in kept.steps) and all(step.right for step in kept.steps)
         assert all(step.fast or (step.unknown and step.checked) for step in kept.steps)
         found.append(kept)
         lengths.append(task.token_count(text) + 1)
         assert lengths[-1] >= task.minimal_tokens(problem)
-    assert fmean(lengths) < 70 and max(lengths) <= 128
+    assert fmean(lengths) < 72 and max(lengths) <= 128
     metrics = task.kept_metrics(found)
     for kind in ("unknown", "known", "unneeded"):
         assert metrics[f"checked/{kind}"] == pytest.approx(0.5, abs=0.04)
@@ -189,7 +189,7 @@ def test_the_longest_completion_fits():
     """All six operations are products, and each is checked: 19 tokens a step."""
     problem = task.parse_prompt("a=17;b=42;c=a*02;d=c*03;e=d*04;f=e*05;g=f*06;h=a*07;g?")
     text = task.trace(problem, random.Random(0), checked=1, unneeded=1)
-    assert task.token_count(text) + 1 == 6 * 19 + 4 + 1 + 1 + 1 <= 128
+    assert task.token_count(text) + 1 == 6 + 6 * 19 + 4 + 1 + 1 + 1 <= 128
 
 
 def test_what_is_kept_by_hand(unknown_pairs):
