@@ -36,8 +36,8 @@ it copies and plans without mistakes.
 What a query doesn't need (h above) is written in the same form as what it needs, and is as easy to predict. So neither
 the form of a step nor its entropy says whether it is of use; the plan does, to who can read it.
 
-Lengths are in tokens of the vocabulary of `iapo.tasks.tiny_model`: a marker, a number and every other character are one
-token each, and EOS counts. Every function is pure; randomness comes only from the `random.Random` that the caller
+Lengths are in tokens of the vocabulary of `iapo.tasks.tiny_model`: a marker, a number, the beginning of a definition or
+step (`c=`) and every other character are one token each, and EOS counts. Every function is pure; randomness comes only from the `random.Random` that the caller
 passes.
 """
 
@@ -91,7 +91,7 @@ PRODUCT_SHARE = 0.4  # of the operations; the others are sums and differences al
 UNKNOWN_SHARE = 0.2  # of the products that prompts ask for
 KNOWN_PAIRS_SHARE = 0.12  # of all pairs
 
-WORDS: tuple[str, ...] = tuple(f"{residue:02d}" for residue in range(MODULUS))
+WORDS: tuple[str, ...] = (*(f"{residue:02d}" for residue in range(MODULUS)), *(f"{name}=" for name in REGISTERS))
 CHARACTERS = "abcdefgh+-*=:;?\n"
 
 SCHEDULE = STEPS = 3000
@@ -103,7 +103,7 @@ _STEP = re.compile(
     r"(?P<register>[a-h])=[a-h]\d\d[-+*][a-h]?\d\d(?::\d\d)?=(?P=register)(?P<first>\d\d)"
     r"(?:\?[\d+:]*=(?P=register)(?P<checked>\d\d))?;"
 )
-_TOKEN = re.compile("|".join((*MARKERS, r"\d\d", ".")), re.DOTALL)
+_TOKEN = re.compile("|".join((*MARKERS, r"\d\d", f"[{REGISTERS}]=", ".")), re.DOTALL)
 
 
 class Definition(NamedTuple):
