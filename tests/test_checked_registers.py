@@ -13,7 +13,8 @@ from iapo.tasks.checked_registers import Definition, Kept, Step
 
 PROMPT = "c=a*42;a=17;e=c-08;b=42;d=a+b;f=e*59;g=f-d;h=c*30;g?"
 PROBLEM = task.parse_prompt(PROMPT)
-MINIMAL = "<think>gfedc;c=a17*42=c35;d=a17+b42:57=d59;e=c35-08:35=e27;f=e27*59=f41;g=f41-d59:88=g79;</think>\n<answer>79</answer>"
+STEPS = "c=a17*42=c35;d=a17+b42:57=d59;e=c35-08:35=e27;f=e27*59=f41;g=f41-d59:88=g79;"
+MINIMAL = f"<think>gfedc;{STEPS}</think>\n<answer>79</answer>"
 CHECKED = MINIMAL.replace("=c35;d", "=c35?01+34:31=c35;d").replace("=f41;", "=f41?89+49:32=f41;")
 
 # 17*42, of c, is made known; 27*59, of f, and 35*30, of h, which nobody needs, are made unknown.

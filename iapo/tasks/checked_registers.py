@@ -37,8 +37,9 @@ What a query doesn't need (h above) is written in the same form as what it needs
 the form of a step nor its entropy says whether it is of use; the plan does, to who can read it.
 
 Lengths are in tokens of the vocabulary of `iapo.tasks.tiny_model`: a marker, a number, the beginning of a definition or
-step (`c=`) and every other character are one token each, and EOS counts. Every function is pure; randomness comes only from the `random.Random` that the caller
-passes.
+step (`c=`) and every other character are one token each, and EOS counts. With a token for `c=` a definition is found by
+looking for one token, which the model learns four times as early. Every function is pure; randomness comes only from
+the `random.Random` that the caller passes.
 """
 
 import hashlib
