@@ -200,7 +200,7 @@ def test_a_folder_of_another_table_is_refused(tmp_path, monkeypatch, capsys):
     [
         (
             {"models": "tiny"},
-            "models is unknown; a table has task, model, shared, full, quick and methods.",
+            "models is unknown; a table has task, model, like, shared, full, quick and methods.",
         ),
         ({"task": "gsm8k"}, f"task: 'gsm8k' must be one of {TASK_NAMES}."),
         ({"task": ["gsm8k"]}, f"task: ['gsm8k'] must be one of {TASK_NAMES}."),
@@ -215,6 +215,25 @@ def test_a_table_that_is_none_is_refused_in_one_line(tmp_path, changed, message)
     with pytest.raises(ValueError) as refused:
         read_table(write_table(tmp_path, **changed))
     assert str(refused.value) == f"table.yaml: {message}"
+
+
+def test_a_table_may_be_like_another_one(tmp_path):
+    path = tmp_path / "registers.yaml"
+    path.write_text("task: checked_registers\nlike: table\nmethods: {gfpo: {values: [6, 8]}, laser: {why: new}}")
+    content = read_table(path)
+    assert (content["task"], content["model"], content["full"]) == ("checked_registers", "tiny", SMALL["full"])
+    assert content["methods"] == SMALL["methods"] | {
+        "gfpo": {"knob": "methods.gfpo.k", "values": [6, 8], "why": "w"},
+        "laser": {"why": "new"},
+    }
+    for other in ("registers", "nothing"):
+        path.write_text(f"task: checked_registers\nlike: {other}")
+        with pytest.raises(ValueError, match=f"^registers.yaml: like: '{other}' must be a table of this folder that"):
+            read_table(path)
+    write_table(tmp_path, "third", like="table")
+    path.write_text("task: checked_registers\nlike: third")
+    with pytest.raises(ValueError, match="like: 'third' must be"):
+        read_table(path)
 
 
 def test_a_row_may_fix_more_than_its_knob(tmp_path):

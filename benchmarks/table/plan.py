@@ -22,7 +22,7 @@ RESERVED = {"variant", "model", "data", "data.val_files", "seed", "run_dir"}
 RESERVED |= {"trainer.total_training_steps", "trainer.test_freq", "trainer.val_before_train", "trainer.val_only"}
 RESERVED |= {"trainer.validation_data_dir", "trainer.default_local_dir", "actor_rollout_ref.rollout.val_kwargs.n"}
 
-KEYS = ("task", "model", "shared", "full", "quick", "methods")
+KEYS = ("task", "model", "like", "shared", "full", "quick", "methods")
 METHOD_KEYS = ("why", "variant", "set", "knob", "values", "match", "seeds", "quick", "run_again", "family")
 FAMILIES = ("information", "length", "control", "neither")
 
@@ -149,6 +149,8 @@ def read_table(path: Path) -> dict:
     content = content if isinstance(content, dict) else {}
     if unknown := content.keys() - set(KEYS):
         raise ValueError(f"{path.name}: {min(unknown, key=str)} is unknown; a table has {listed(KEYS)}.")
+    if "like" in content:
+        content = combined(content, path)
     if content.get("task") not in list(TASKS):
         raise ValueError(f"{path.name}: task: {content.get('task')!r} must be one of {', '.join(TASKS)}.")
     if not isinstance(content.get("model"), str):
@@ -158,6 +160,25 @@ def read_table(path: Path) -> dict:
             raise ValueError(f"{path.name}: {name} is missing, or is no mapping.")
     check_overrides(as_list(content.get("shared")), f"{path.name}: shared")
     return content
+
+
+def combined(content: dict, path: Path) -> dict:
+    """A table with what it doesn't say from the one that it is `like`; of a method that both have, key by key.
+
+    Raises:
+        ValueError: there is no such table, or it is like another one itself.
+    """
+    other = path.with_name(f"{content['like']}.yaml")
+    if other == path or not other.is_file() or "like" in (base := yaml.safe_load(other.read_text())):
+        raise ValueError(f"{path.name}: like: {content['like']!r} must be a table of this folder that has no like.")
+    methods = dict(base["methods"])
+    for name, entry in as_mapping(content.get("methods")).items():
+        methods[name] = as_mapping(methods.get(name)) | as_mapping(entry)
+    return base | content | {"methods": methods}
+
+
+def as_mapping(value) -> dict:
+    return value if isinstance(value, dict) else {}
 
 
 def load_methods(path: Path) -> dict[str, Method]:
