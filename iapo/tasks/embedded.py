@@ -51,4 +51,4 @@ TASKS: dict[str, Task] = {
     "checked_registers": checked_registers,
 }
 # The task of each folder in iapo/assets.
-TASK_OF = {"tiny": "verbose_arithmetic", "tiny-worked": "worked_sums", "tiny-registers": "checked_registers"}
+TASK_OF = {"tiny": "verbose_arithmetic", "tiny-worked": "worked_sums"}
