@@ -45,7 +45,7 @@ def draw(
         1, 2, figsize=(11, 0.28 * len(trained) + 2.4), layout="constrained", width_ratios=[5, 4]
     )
     for name, row in rows.items():
-        label, color, marker = FAMILIES[row["family"]] if name != UNTRAINED else ("before training", "black", "*")
+        _, color, marker = FAMILIES[row["family"]] if name != UNTRAINED else ("before training", "black", "*")
         tokens, accuracy = place(row["test"])
         spread = [row["test"]["tokens"][1] or 0, 100 * (row["test"]["pass@1"][1] or 0)]
         left.errorbar(tokens, accuracy, spread[1], spread[0], marker, color=color, mec="white", ms=9, elinewidth=0.8)
@@ -69,6 +69,7 @@ def draw(
         at = [number for number, row in enumerate(order) if row in kept]
         bars = right.barh([y + offset for y in at], [100 * kept[order[y]] for y in at], 0.38, color=shade, label=title)
         right.bar_label(bars, fmt="%.0f", fontsize=7, padding=2)
+    right.margins(x=0.1)  # room for the last bar's number
     right.axvline(100, color="black", lw=0.8, ls=":")
     right.set_yticks(range(len(order)), order, fontsize=8)
     for tick, name in zip(right.get_yticklabels(), order, strict=True):

@@ -183,7 +183,7 @@ def reproduce(table: Table, most_jobs: int, train: Sequence[str], interval_s: fl
         if plan.task in KEEPING:
             picture.draw(found["rows"], found["oracle_front"], KEEPING[plan.task], plan.out / "kept.png")
     print("\n" + markdown(found))
-    say(f"written: {plan.out}/results.json, table.md, pareto.png")
+    say(f"written: {plan.out}/results.json, table.md, pareto.png{', kept.png' if plan.task in KEEPING else ''}")
     if table.failed:
         say(f"{len(table.failed)} run(s) failed, see above; the same command tries them again: {command()}")
     return 1 if table.failed else 0
