@@ -173,10 +173,13 @@ def progress_to_go(
 def relative_progress(
     values: torch.Tensor, region_mask: torch.Tensor, response_mask: torch.Tensor, config: IapoConfig
 ) -> torch.Tensor:
-    """norm(G[i,t]; G of the batch) of `progress_to_go`, on the tokens that are `decided` (ours).
+    """norm(G[i,t] - c v[i,t-1]) over the batch, with G of `progress_to_go`, on the tokens that are `decided` (ours).
 
-    The mean and the standard deviation are over these tokens of all completions. Over one completion, or over the right
-    ones alone, they would be statistics of its length or of its outcome. The token that ends the reasoning has G = 0.
+    c is the slope of the least squares of G on v_{t-1}. Without it everything after the answer is settled would be
+    blamed, because there is nothing left to gain, and everything before it praised, whatever it is. That is noise: the
+    policy doesn't choose v_{t-1} at t. c, mean and standard deviation are over these tokens of all completions. Over
+    one completion, or over the right ones alone, they would be statistics of its length or of its outcome. The token
+    that ends the reasoning has G = 0.
 
     Args:
         values: (B, T + 1) v_0 .. v_T.
@@ -186,11 +189,14 @@ def relative_progress(
         config: `gamma` and `price`.
 
     Returns:
-        (B, T) float32; 0 on the answer, and everywhere where all G are equal.
+        (B, T) float32; 0 on the answer, and everywhere where v_{t-1} tells all of G. With equal v c = 0.
     """
     region_BT = region_mask.bool() & response_mask.bool()
+    decided_BT = decided(region_BT, response_mask)
+    before_BT = values[:, :-1].float()
     G_BT = progress_to_go(values, region_BT, config.gamma, config.price)
-    return masked_zscore(G_BT.flatten(), decided(region_BT, response_mask).flatten()).view_as(G_BT)
+    _, c = least_squares(before_BT[decided_BT], G_BT[decided_BT])
+    return masked_zscore((G_BT - c * before_BT).flatten(), decided_BT.flatten()).view_as(G_BT)
 
 
 def fitted_progress(

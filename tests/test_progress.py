@@ -50,11 +50,13 @@ def test_hand_numbers_of_the_term():
     response, region = mask(3, 2, width=3), mask(2, 1, width=3)
     term = relative_progress(v, region, response, config(price=0.1))
     # G: 0.8 - 0.2 - 0.2, 0.8 - 0.2 - 0.1, and 0 at the exit; 0.4 - 0.2 - 0.1, and 0 at the exit
-    G = [0.4, 0.5, 0.0, 0.1, 0.0]
-    mean, std = statistics.mean(G), statistics.pstdev(G)
-    wanted = [(g - mean) / std for g in G]
-    assert term[0].tolist() == pytest.approx(wanted[:3], abs=1e-5)
-    assert term[1].tolist() == pytest.approx([*wanted[3:], 0], abs=1e-5)
+    #      0.4 0.5 0.0 | 0.1 0.0, mean 0.2
+    # v    0.2 0.2 0.8 | 0.2 0.4, mean 0.36, before each: products of the differences add to -0.16, squares to 0.272
+    c = -0.16 / 0.272
+    left = [0.2 + 0.16 * c, 0.3 + 0.16 * c, -0.2 - 0.44 * c, -0.1 + 0.16 * c, -0.2 - 0.04 * c]
+    std = math.sqrt(sum(x * x for x in left) / 5)
+    assert term[0].tolist() == pytest.approx([x / std for x in left[:3]], abs=1e-5)
+    assert term[1].tolist() == pytest.approx([*(x / std for x in left[3:]), 0], abs=1e-5)
 
 
 def plain(v, regions, lengths, gamma, price):
@@ -64,9 +66,11 @@ def plain(v, regions, lengths, gamma, price):
         + [0.0] * (lengths[i] > R)
         for i, R in enumerate(regions)
     ]
-    every = [g for row in G for g in row]
-    mean, std = statistics.mean(every), statistics.pstdev(every)
-    return [[(g - mean) / std for g in row] for row in G]
+    before = [v[i][t] for i, row in enumerate(G) for t in range(len(row))]
+    c, a = statistics.linear_regression(before, [g for row in G for g in row])
+    left = [[g - a - c * v[i][t] for t, g in enumerate(row)] for i, row in enumerate(G)]
+    std = statistics.pstdev([x for row in left for x in row])
+    return [[x / std if std > 1e-6 else 0.0 for x in row] for row in left]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -91,6 +95,16 @@ def test_without_discount_and_price_it_telescopes():
     assert torch.allclose(G, v[:, -1:] - v[:, :-1], atol=1e-6)
 
 
+def test_what_v_foretells_moves_nothing():
+    """The term is uncorrelated with v_{t-1}, and settled tokens all get the same."""
+    v = tensors([0.1, 0.5, 1.0, 1.0, 1.0], [0.2, 0.2, 0.9, 0.3], [0.6, 0.7, 1.0], width=6)
+    masks = mask(4, 3, 2, width=5), mask(5, 4, 3, width=5)
+    term = relative_progress(v, *masks, config())
+    assert (term * v[:, :-1]).sum().item() == pytest.approx(0, abs=1e-5) == pytest.approx(term.sum().item(), abs=1e-5)
+    settled = [*term[0, 2:5].tolist(), term[2, 2].item()]  # v_{t-1} = 1 and G = 0
+    assert settled == pytest.approx([settled[0]] * 4, abs=1e-6)
+
+
 def test_a_price_costs_the_tokens_that_are_to_come():
     v = torch.rand(2, 5, generator=torch.Generator().manual_seed(0))
     free, priced = (progress_to_go(v, torch.ones(2, 4), price=price) for price in (0.0, 0.25))
@@ -98,7 +112,9 @@ def test_a_price_costs_the_tokens_that_are_to_come():
 
 
 def test_nothing_to_compare_is_nothing():
-    """Equal values, one token without an exit, no reasoning, padding alone: 0, never NaN."""
+    """Equal values, one token without an exit, no reasoning, padding alone: 0, never NaN. Two points are on a line."""
+    line = relative_progress(tensors([0.2, 0.9, 0.9]), mask(1, width=2), mask(2, width=2), config())
+    assert line.tolist() == [[0, 0]]
     for regions, lengths in (([2, 2], [2, 2]), ([1], [1]), ([0, 0], [2, 2]), ([0], [0])):
         term = relative_progress(
             torch.ones(len(regions), 3), mask(*regions, width=2), mask(*lengths, width=2), config()
@@ -107,9 +123,10 @@ def test_nothing_to_compare_is_nothing():
 
 
 def test_an_answer_that_is_impossible_has_a_value_of_0():
-    v = progress_values(torch.tensor([[800.0, 800, 0.0, 0.0]]), mask(2, width=3), ["a"])
-    term = relative_progress(v, mask(2, width=3), mask(3, width=3), config())
-    assert term.isfinite().all() and term[0, 0] == term[0, 1] > term[0, 2]
+    h = torch.tensor([[800.0, 800, 0.0, 0.0], [800, 800, 800, 800]])  # the second never comes to it
+    v = progress_values(h, mask(2, 2, width=3), ["a", "a"])
+    term = relative_progress(v, mask(2, 2, width=3), mask(3, 3, width=3), config())
+    assert term.isfinite().all() and term[0, 0] == term[0, 1] > 0 > term[1, 0] == term[1, 1] == term[1, 2]
 
 
 def test_padding_order_and_further_columns_change_nothing():
