@@ -231,6 +231,10 @@ def test_a_table_may_be_like_another_one(tmp_path):
         with pytest.raises(ValueError, match=f"^registers.yaml: like: '{other}' must be a table of this folder that"):
             read_table(path)
     write_table(tmp_path, "third", like="table")
+    (tmp_path / "broken.yaml").write_text("methods: {")
+    path.write_text("task: checked_registers\nlike: broken")
+    with pytest.raises(ValueError, match="^broken.yaml: no YAML: "):
+        read_table(path)
     path.write_text("task: checked_registers\nlike: third")
     with pytest.raises(ValueError, match="like: 'third' must be"):
         read_table(path)

@@ -9,7 +9,7 @@ from benchmarks.table.pareto import place
 from benchmarks.table.plan import REFERENCE, UNTRAINED
 
 # Colour and marker of a family of methods; the colours differ also for those who see no red or green.
-FAMILIES = {
+STYLES = {
     "information": ("knows what a token tells", "#0072B2", "o"),
     "length": ("knows the length", "#E69F00", "s"),
     "control": ("control", "#999999", "^"),
@@ -45,12 +45,12 @@ def draw(
         1, 2, figsize=(11, 0.28 * len(trained) + 2.4), layout="constrained", width_ratios=[5, 4]
     )
     for name, row in rows.items():
-        _, color, marker = FAMILIES[row["family"]] if name != UNTRAINED else ("before training", "black", "*")
+        _, color, marker = STYLES[row["family"]] if name != UNTRAINED else ("before training", "black", "*")
         tokens, accuracy = place(row["test"])
         spread = [row["test"]["tokens"][1] or 0, 100 * (row["test"]["pass@1"][1] or 0)]
         left.errorbar(tokens, accuracy, spread[1], spread[0], marker, color=color, mec="white", ms=9, elinewidth=0.8)
         left.annotate(name, (tokens, accuracy), (6, 4), textcoords="offset points", fontsize=8, color=color)
-    for label, color, marker in [("before training", "black", "*"), *FAMILIES.values()]:
+    for label, color, marker in [("before training", "black", "*"), *STYLES.values()]:
         left.plot([], [], marker, color=color, ms=8, label=label)
     if front:
         left.plot([t for t, _ in front], [100 * a for _, a in front], "--", color="#009E73", lw=1.2, label="oracle")
@@ -63,7 +63,7 @@ def draw(
     left.legend(fontsize=8, loc="lower right", frameon=False)
     left.grid(alpha=0.3)
 
-    order = sorted(trained, key=lambda name: (list(FAMILIES).index(trained[name]["family"]), name != REFERENCE))[::-1]
+    order = sorted(trained, key=lambda name: (list(STYLES).index(trained[name]["family"]), name != REFERENCE))[::-1]
     for offset, (name, title), shade in ((0.2, keeping.work, "#0072B2"), (-0.2, keeping.waste, "#D55E00")):
         kept = kept_of_start(rows, name)
         at = [number for number, row in enumerate(order) if row in kept]
@@ -73,7 +73,7 @@ def draw(
     right.axvline(100, color="black", lw=0.8, ls=":")
     right.set_yticks(range(len(order)), order, fontsize=8)
     for tick, name in zip(right.get_yticklabels(), order, strict=True):
-        tick.set_color(FAMILIES[trained[name]["family"]][1])
+        tick.set_color(STYLES[trained[name]["family"]][1])
     right.set_xlabel("left of it after training [% of before]")
     figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)

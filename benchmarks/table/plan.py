@@ -142,13 +142,7 @@ def read_table(path: Path) -> dict:
     Raises:
         ValueError: it is none, in one line.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name}: no YAML: {' '.join(str(error).split())}") from None
-    content = content if isinstance(content, dict) else {}
-    if unknown := content.keys() - set(KEYS):
-        raise ValueError(f"{path.name}: {min(unknown, key=str)} is unknown; a table has {listed(KEYS)}.")
+    content = keys_of_table(path)
     if "like" in content:
         content = combined(content, path)
     if content.get("task") not in list(TASKS):
@@ -162,16 +156,31 @@ def read_table(path: Path) -> dict:
     return content
 
 
+def keys_of_table(path: Path) -> dict:
+    """What a table's YAML says itself.
+
+    Raises:
+        ValueError: it is no YAML, or has a key that no table has.
+    """
+    try:
+        content = as_mapping(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: no YAML: {' '.join(str(error).split())}") from None
+    if unknown := content.keys() - set(KEYS):
+        raise ValueError(f"{path.name}: {min(unknown, key=str)} is unknown; a table has {listed(KEYS)}.")
+    return content
+
+
 def combined(content: dict, path: Path) -> dict:
     """A table with what it doesn't say from the one that it is `like`; of a method that both have, key by key.
 
     Raises:
-        ValueError: there is no such table, or it is like another one itself.
+        ValueError: there is no such table, it is none, or it is like another one itself.
     """
     other = path.with_name(f"{content['like']}.yaml")
-    if other == path or not other.is_file() or "like" in (base := yaml.safe_load(other.read_text())):
+    if other == path or not other.is_file() or "like" in (base := keys_of_table(other)):
         raise ValueError(f"{path.name}: like: {content['like']!r} must be a table of this folder that has no like.")
-    methods = dict(base["methods"])
+    methods = dict(as_mapping(base.get("methods")))
     for name, entry in as_mapping(content.get("methods")).items():
         methods[name] = as_mapping(methods.get(name)) | as_mapping(entry)
     return base | content | {"methods": methods}
