@@ -11,13 +11,13 @@ import pytest
 from iapo.tasks import checked_registers as task
 from iapo.tasks.checked_registers import Definition, Kept, Step
 
-PROMPT = "c=a*42;a=17;e=c-08;b=42;d=a+b;f=e*59;g=f-d;h=c*30;g?"
+PROMPT = "c=42*a;a=17;e=08-c;b=42;d=a+b;f=39*e;g=f-d;h=30*c;g?"
 PROBLEM = task.parse_prompt(PROMPT)
-STEPS = "c=a17*42=c35;d=a17+b42:57=d59;e=c35-08:35=e27;f=e27*59=f41;g=f41-d59:88=g79;"
-MINIMAL = f"<think>gfedc;{STEPS}</think>\n<answer>79</answer>"
-CHECKED = MINIMAL.replace("=c35;d", "=c35?01+34:31=c35;d").replace("=f41;", "=f41?89+49:32=f41;")
+STEPS = "c=42*a17=c25;d=a17+b42:04=d06;e=08-c25:41=e36;f=39*e36=f26;g=f26-d06:26=g20;"
+MINIMAL = f"<think>gfedc;{STEPS}</think>\n<answer>20</answer>"
+CHECKED = MINIMAL.replace("=c25;d", "=c25?49+29:16=c25;d").replace("=f26;", "=f26?04+22:24=f26;")
 
-# 17*42, of c, is made known; 27*59, of f, and 35*30, of h, which nobody needs, are made unknown.
+# 42*17, of c, is made known; 39*36, of f, and 30*25, of h, which nobody needs, are made unknown.
 EASY = Step(needed=True, product=False, unknown=False, checked=False, fast=True, right=True)
 KNOWN = EASY._replace(product=True)
 UNKNOWN = KNOWN._replace(unknown=True)
@@ -25,38 +25,38 @@ UNKNOWN = KNOWN._replace(unknown=True)
 
 @pytest.fixture
 def unknown_pairs(monkeypatch):
-    monkeypatch.setattr(task, "unknown", lambda a, b: {a, b} in ({27, 59}, {35, 30}))
+    monkeypatch.setattr(task, "unknown", lambda a, b: {a, b} in ({39, 36}, {30, 25}))
 
 
 def test_prompt_answer_and_the_shortest_completion_by_hand():
     assert PROBLEM.query == "g"
     assert PROBLEM.definitions[:3] == (
-        Definition("c", "a", "*", "42"),
+        Definition("c", "42", "*", "a"),
         Definition("a", "17"),
-        Definition("e", "c", "-", "08"),
+        Definition("e", "08", "-", "c"),
     )
     assert task.prompt(PROBLEM) == PROMPT
-    # 714 - 7*97 = 35, 27*59 = 1593 = 16*97 + 41, 41 - 59 + 97 = 79, 35*30 = 1050 = 10*97 + 80
-    assert task.values(PROBLEM) == {"a": 17, "b": 42, "c": 35, "d": 59, "e": 27, "f": 41, "g": 79, "h": 80}
+    # 714 = 13*53 + 25, 59 - 53 = 6, 8 - 25 + 53 = 36, 39*36 = 1404 = 26*53 + 26, 30*25 = 750 = 14*53 + 8
+    assert task.values(PROBLEM) == {"a": 17, "b": 42, "c": 25, "d": 6, "e": 36, "f": 26, "g": 20, "h": 8}
     assert [definition.register for definition in task.needed(PROBLEM)] == ["c", "d", "e", "f", "g"]
-    assert task.answer(PROBLEM) == "79"
+    assert task.answer(PROBLEM) == "20"
     assert task.minimal_trace(PROBLEM) == MINIMAL
     # the plan's 6 tokens, steps of 9, 12, 11, 9 and 12, the answer, 4 markers, newline, EOS
     assert task.minimal_tokens(PROBLEM) == 66
-    assert task.answer(task.parse_prompt("a=17;b=a-17;b?")) == "00"
+    assert task.answer(task.parse_prompt("a=17;b=17-a;b?")) == "00"
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("12+34=", "must be definitions and a query"),
-        ("a=17;b=a+8;b?", "must be definitions and a query"),
-        ("a=17;b=08+a;b?", "must be definitions and a query"),
-        ("a=17;b=a+08;", "must be definitions and a query"),
-        ("a=17;b=a+08;c?", "must define each register once, and the one it asks for"),
+        ("a=17;b=8+a;b?", "must be definitions and a query"),
+        ("a=17;b=a+08;b?", "must be definitions and a query"),
+        ("a=17;b=08+a;", "must be definitions and a query"),
+        ("a=17;b=08+a;c?", "must define each register once, and the one it asks for"),
         ("a=17;a=18;a?", "must define each register once"),
-        ("a=b+01;b=a+01;b?", "must define no register by itself"),
-        ("a=b+01;a?", "or by one that it lacks"),
+        ("a=01+b;b=01+a;b?", "must define no register by itself"),
+        ("a=01+b;a?", "or by one that it lacks"),
     ],
 )
 def test_what_is_no_prompt_is_refused(text, reason):
@@ -65,28 +65,28 @@ def test_what_is_no_prompt_is_refused(text, reason):
 
 
 def test_checks_by_hand():
-    assert task.check(17, 42) == "?01+34:31"  # 680 = 7*97 + 1, 34, 1+30; 31+4 is the product, 35
-    assert task.check(27, 59) == "?89+49:32"  # 1350 = 13*97 + 89, 243 = 2*97 + 49, 129 - 97; 32+9 is 41
-    assert task.check(50, 3) == "?00+53:50"  # 150 - 97; 50+3 is 53
-    assert task.check(0, 96) == "?00+00:00"
+    assert task.check(42, 17) == "?49+29:16"  # 420 = 7*53 + 49, 294 = 5*53 + 29, 69 - 53; 16+9 is the product, 25
+    assert task.check(39, 36) == "?04+22:24"  # 1170 = 22*53 + 4, 234 = 4*53 + 22, 4+20; 24+2 is 26
+    assert task.check(50, 3) == "?00+44:40"  # 150 = 2*53 + 44; 40+4 is 44
+    assert task.check(0, 52) == "?00+00:00"
 
 
 def test_a_check_comes_to_the_product():
-    for a in range(97):
-        for b in range(97):
+    for a in range(53):
+        for b in range(53):
             tens, units, half = map(int, re.findall(r"\d\d", task.check(a, b)))
-            assert (tens + units) % 97 == a * b % 97 == (half + units % 10) % 97
+            assert (tens + units) % 53 == a * b % 53 == (half + units % 10) % 53
 
 
 def test_known_pairs_are_a_fixed_share_in_either_order_and_every_value_has_both_kinds():
-    pairs = list(combinations_with_replacement(range(97), 2))
+    pairs = list(combinations_with_replacement(range(53), 2))
     known = [pair for pair in pairs if not task.unknown(*pair)]
-    assert len(known) / len(pairs) == pytest.approx(task.KNOWN_PAIRS_SHARE, abs=0.01)
+    assert len(known) / len(pairs) == pytest.approx(task.KNOWN_PAIRS_SHARE, abs=0.02)
     assert not any(task.unknown(b, a) for a, b in known)
     assert known[:5] == [(0, 23), (0, 29), (0, 38), (0, 40), (0, 47)]  # trained models depend on them
-    for a in range(97):
+    for a in range(53):
         share = fmean(task.unknown(a, b) for b in task.NUMBERS)
-        assert 0.7 < share < 0.97
+        assert 0.75 < share < 0.99
 
 
 def test_problems_need_two_to_five_of_six_operations_and_follow_the_seed():
@@ -103,8 +103,8 @@ def test_problems_need_two_to_five_of_six_operations_and_follow_the_seed():
         assert task.token_count(task.prompt(problem)) == 2 * 3 + 6 * 5 + 2
     operations = [d for problem in problems for d in problem.definitions if d.operator]
     assert fmean(d.operator == "*" for d in operations) == pytest.approx(0.4, abs=0.02)
-    assert not any(d.right.isalpha() for d in operations if d.operator == "*")
-    assert fmean(d.right.isalpha() for d in operations if d.operator != "*") == pytest.approx(0.5, abs=0.02)
+    assert all(d.left.isdigit() for d in operations if d.operator == "*")
+    assert fmean(d.left.isalpha() for d in operations if d.operator != "*") == pytest.approx(0.5, abs=0.02)
     assert all(d.left != d.right for d in operations)
     places = Counter(problem.definitions.index(task.needed(problem)[-1]) for problem in problems)
     assert all(0.1 < places[place] / len(problems) < 0.15 for place in range(8))
@@ -129,10 +129,10 @@ def test_traces_with_certain_choices_by_hand(unknown_pairs):
     assert task.trace(PROBLEM, rng, checked=0, unneeded=0) == MINIMAL
     assert task.trace(PROBLEM, rng, checked=1, slip=0, unneeded=0) == CHECKED
     slipped = task.trace(PROBLEM, rng, checked=1, slip=1, unneeded=0)
-    assert re.sub(r"=f\d\d\?", "=f41?", slipped) == CHECKED and slipped != CHECKED
+    assert re.sub(r"=f\d\d\?", "=f26?", slipped) == CHECKED and slipped != CHECKED
     # Once c is there h can be worked out.
     spare = task.trace(PROBLEM, rng, checked=0, unneeded=1)
-    assert spare == MINIMAL.replace("d=a", "h=c35*30=h80;d=a")
+    assert spare == MINIMAL.replace("d=a", "h=30*c25=h08;d=a")
 
 
 def test_the_pieces_of_a_trace_by_hand(unknown_pairs):
@@ -142,20 +142,20 @@ def test_the_pieces_of_a_trace_by_hand(unknown_pairs):
     whole = pieces(checked=0)
     assert whole == [
         ("<think>gfedc;", True),
-        ("c=a17*42=c", True),
-        ("35", True),
+        ("c=42*a17=c", True),
+        ("25", True),
         (";", True),
-        ("d=a17+b42:57=d59;", True),
-        ("e=c35-08:35=e27;", True),
-        ("f=e27*59=f", True),
-        ("41", False),
+        ("d=a17+b42:04=d06;", True),
+        ("e=08-c25:41=e36;", True),
+        ("f=39*e36=f", True),
+        ("26", False),
         (";", True),
-        ("g=f41-d59:88=g79;", True),
-        ("</think>\n<answer>79</answer>", True),
+        ("g=f26-d06:26=g20;", True),
+        ("</think>\n<answer>20</answer>", True),
     ]
-    assert pieces(checked=1, slip=0)[7:9] == [("41", False), ("?89+49:32=f41;", True)]
+    assert pieces(checked=1, slip=0)[7:9] == [("26", False), ("?04+22:24=f26;", True)]
     (wrong, has_loss), after = pieces(checked=1, slip=1)[7:9]
-    assert wrong != "41" and not has_loss and after == ("?89+49:32=f41;", True)
+    assert wrong != "26" and not has_loss and after == ("?04+22:24=f26;", True)
 
 
 def test_every_trace_has_the_form_the_right_answer_and_a_good_length():
@@ -188,7 +188,7 @@ def test_every_trace_has_the_form_the_right_answer_and_a_good_length():
 
 def test_the_longest_completion_fits():
     """All six operations are products, and each is checked: 18 tokens a step."""
-    problem = task.parse_prompt("a=17;b=42;c=a*02;d=c*03;e=d*04;f=e*05;g=f*06;h=a*07;g?")
+    problem = task.parse_prompt("a=17;b=42;c=02*a;d=03*c;e=04*d;f=05*e;g=06*f;h=07*a;g?")
     text = task.trace(problem, random.Random(0), checked=1, unneeded=1)
     assert task.token_count(text) + 1 == 6 + 6 * 18 + 4 + 1 + 1 + 1 <= 128
 
@@ -197,19 +197,19 @@ def test_what_is_kept_by_hand(unknown_pairs):
     assert task.kept(PROBLEM, MINIMAL) == Kept((KNOWN, EASY, EASY, UNKNOWN, EASY), 5)
     checked = (KNOWN._replace(checked=True), EASY, EASY, UNKNOWN._replace(checked=True), EASY)
     assert task.kept(PROBLEM, CHECKED) == Kept(checked, 5)
-    corrected = CHECKED.replace("=f41?", "=f46?")
+    corrected = CHECKED.replace("=f26?", "=f31?")
     assert task.kept(PROBLEM, corrected).steps[3] == UNKNOWN._replace(checked=True, fast=False)
-    spare = MINIMAL.replace("d=a", "h=c35*30=h81;d=a")
+    spare = MINIMAL.replace("d=a", "h=30*c25=h09;d=a")
     assert task.kept(PROBLEM, spare).steps[1] == UNKNOWN._replace(needed=False, fast=False, right=False)
 
 
 def test_a_mistake_counts_once_and_is_what_later_steps_start_from():
-    # c became 36, so e is 28, f is 28*59 = 1652 = 17*97 + 3 and g is 3 - 59 + 97 = 41
-    steps = ("c=a17*42=c36;", "d=a17+b42:57=d59;", "e=c36-08:36=e28;", "f=e28*59=f03;", "g=f03-d59:50=g41;")
+    # c became 26, so e is 8 - 26 + 53 = 35, f is 39*35 = 1365 = 25*53 + 40 and g is 40 - 6 = 34
+    steps = ("c=42*a17=c26;", "d=a17+b42:04=d06;", "e=08-c26:41=e35;", "f=39*e35=f40;", "g=f40-d06:40=g34;")
     text = "".join(steps)
     assert [step.right for step in task.kept(PROBLEM, text).steps] == [False, True, True, True, True]
     # A check that is wrong counts too, and one that corrects hides the fast value.
-    checked = text.replace("c36;d", "c35?01+34:31=c36;d")
+    checked = text.replace("c26;d", "c25?49+29:16=c26;d")
     assert [(step.fast, step.right) for step in task.kept(PROBLEM, checked).steps[:3]] == [
         (True, False),
         (True, True),
@@ -218,25 +218,25 @@ def test_a_mistake_counts_once_and_is_what_later_steps_start_from():
 
 
 def test_a_miscopied_operand_is_a_mistake():
-    text = MINIMAL.replace("e=c35-08:35=e27", "e=c45-08:45=e37")
+    text = MINIMAL.replace("e=08-c25:41=e36", "e=08-c35:31=e26")
     assert [step.right for step in task.kept(PROBLEM, text).steps] == [True, True, False, False, True]
 
 
 def test_an_operand_that_was_not_worked_out_has_its_true_value():
-    assert task.kept(PROBLEM, "<think>f=e27*59=f41;").steps[0].right
-    assert not task.kept(PROBLEM, "<think>f=e28*59=f03;").steps[0].right
+    assert task.kept(PROBLEM, "<think>f=39*e36=f26;").steps[0].right
+    assert not task.kept(PROBLEM, "<think>f=39*e35=f40;").steps[0].right
 
 
 @pytest.mark.parametrize(
     ("text", "needed", "others"),
     [
         ("", 0, 0),
-        ("<think></think>\n<answer>79</answer>", 0, 0),
-        ("<think>c=a17*42=c35;d=a17+b42:57=d5", 1, 0),  # cut
-        ("<think>c=a17*42=c35?01+34:31=", 0, 0),  # cut in a check
-        ("<think>c=a17*42=d35;", 0, 0),  # another register in the end
-        ("<think>c=a17*42=c35;c=a17*42=c35;", 1, 1),  # repeated
-        ("<think>h=c35*30=h80;a=b42+01:42=a43;", 0, 2),
+        ("<think></think>\n<answer>20</answer>", 0, 0),
+        ("<think>c=42*a17=c25;d=a17+b42:04=d0", 1, 0),  # cut
+        ("<think>c=42*a17=c25?49+29:16=", 0, 0),  # cut in a check
+        ("<think>c=42*a17=d25;", 0, 0),  # another register in the end
+        ("<think>c=42*a17=c25;c=42*a17=c25;", 1, 1),  # repeated
+        ("<think>h=30*c25=h08;a=01+b42:41=a43;", 0, 2),
     ],
 )
 def test_steps_that_are_left_out_cut_repeated_or_not_needed(text, needed, others):

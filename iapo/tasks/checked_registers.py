@@ -87,7 +87,7 @@ __all__ = [
     "values",
 ]
 
-MODULUS = 97
+MODULUS = 53
 REGISTERS = "abcdefgh"
 CONSTANTS = 2  # registers that are given; the others are operations
 FEWEST_NEEDED, MOST_NEEDED = 2, 5  # operations
@@ -99,20 +99,20 @@ KNOWN_PAIRS_SHARE = 0.12  # of all pairs
 WORDS: tuple[str, ...] = (*(f"{residue:02d}" for residue in range(MODULUS)), *(f"{name}=" for name in REGISTERS))
 CHARACTERS = "abcdefgh+-*=:;?\n"
 
-SCHEDULE = STEPS = 5000
+SCHEDULE = STEPS = 3600
 
 _OPERATIONS = {"+": add, "-": sub, "*": mul}
-_DEFINITION = re.compile(r"([a-h])=(?:(\d\d)|([a-h])([-+*])([a-h]|\d\d));")
+_DEFINITION = re.compile(r"([a-h])=(?:(\d\d)|([a-h]|\d\d)([-+*])([a-h]));")
 _PROMPT = re.compile(rf"(?:{_DEFINITION.pattern})+(?P<query>[a-h])\?")
 _STEP = re.compile(
-    r"(?P<register>[a-h])=[a-h]\d\d[-+*][a-h]?\d\d(?::\d\d)?=(?P=register)(?P<first>\d\d)"
+    r"(?P<register>[a-h])=[a-h]?\d\d[-+*][a-h]\d\d(?::\d\d)?=(?P=register)(?P<first>\d\d)"
     r"(?:\?[\d+:]*=(?P=register)(?P<checked>\d\d))?;"
 )
 _TOKEN = re.compile("|".join((*MARKERS, r"\d\d", f"[{REGISTERS}]=", ".")), re.DOTALL)
 
 
 class Definition(NamedTuple):
-    """A register in a prompt: `c=a*b` is ("c", "a", "*", "b"), `e=c-08` is ("e", "c", "-", "08").
+    """A register in a prompt: `c=a*b` is ("c", "a", "*", "b"), `e=08-c` is ("e", "08", "-", "c").
 
     Without operator it is a constant: `a=17` is ("a", "17").
     """
@@ -173,7 +173,7 @@ class Kept(NamedTuple):
 def sample_problem(rng: random.Random) -> Problem:
     """Two constants and six operations, K of which the query needs; K is uniform on 2..5.
 
-    A product is of a register that is defined before and a number from 2 to 96. A sum or difference is of such a
+    A product is of a number from 2 to 52 and a register that is defined before. A sum or difference is of such a
     register and, each half of the time, a constant or a number. Of the products UNKNOWN_SHARE are of unknown pairs.
 
     The operations that the query needs are a chain: each takes the one before, and the query is the last. Of the others
@@ -199,10 +199,10 @@ def _operation(
 ) -> Definition:
     if rng.random() < PRODUCT_SHARE:
         factors = _factors(known[operand], rng.random() < UNKNOWN_SHARE)
-        return Definition(name, operand, "*", f"{rng.choice(factors):02d}")
+        return Definition(name, f"{rng.choice(factors):02d}", "*", operand)
     operator = rng.choice("+-")
     if rng.random() < 0.5:
-        return Definition(name, operand, operator, f"{rng.choice(NUMBERS):02d}")
+        return Definition(name, f"{rng.choice(NUMBERS):02d}", operator, operand)
     other = rng.choice([register for register in constants if register != operand])
     left, right = rng.sample((operand, other), 2)
     return Definition(name, left, operator, right)
@@ -223,11 +223,11 @@ def parse_prompt(text: str) -> Problem:
     """The problem of a prompt.
 
     Raises:
-        ValueError: `text` is not of the form `a=17;c=a*08;c?`, or defines a register twice, by itself or not at all.
+        ValueError: `text` is not of the form `a=17;c=08*a;c?`, or defines a register twice, by itself or not at all.
     """
     match = _PROMPT.fullmatch(text)
     if match is None:
-        raise ValueError(f"prompt: {text!r} must be definitions and a query such as 'a=17;c=a*08;c?'.")
+        raise ValueError(f"prompt: {text!r} must be definitions and a query such as 'a=17;c=08*a;c?'.")
     definitions = tuple(
         Definition(name, constant or left, operator, right)
         for name, constant, left, operator, right in _DEFINITION.findall(text)
@@ -357,7 +357,7 @@ def _step(
     name, left, operator, right = definition
     a, b = operand_values(definition, known)
     value = known[name]
-    begin = f"{name}={left}{a:02d}{operator}{right if right.isalpha() else ''}{b:02d}"
+    begin = f"{name}={left if left.isalpha() else ''}{a:02d}{operator}{right}{b:02d}"
     if operator != "*":
         return [(f"{begin}{_halfway(a, operator, b)}={name}{value:02d};", True)]
     is_checked = rng.random() < checked
