@@ -100,19 +100,20 @@ WORDS: tuple[str, ...] = (*(f"{residue:02d}" for residue in range(MODULUS)), *(f
 CHARACTERS = "abcdefgh+-*=:;?\n"
 
 SCHEDULE = STEPS = 3600
+COPYING = 1300  # of these steps come before the loss on what is worked out
 
 _OPERATIONS = {"+": add, "-": sub, "*": mul}
-_DEFINITION = re.compile(r"([a-h])=(?:(\d\d)|([a-h]|\d\d)([-+*])([a-h]));")
+_DEFINITION = re.compile(r"([a-h])=(?:(\d\d)|([a-h])([-+*])([a-h]|\d\d));")
 _PROMPT = re.compile(rf"(?:{_DEFINITION.pattern})+(?P<query>[a-h])\?")
 _STEP = re.compile(
-    r"(?P<register>[a-h])=[a-h]?\d\d[-+*][a-h]\d\d(?::\d\d)?=(?P=register)(?P<first>\d\d)"
+    r"(?P<register>[a-h])=[a-h]\d\d[-+*][a-h]?\d\d(?::\d\d)?=(?P=register)(?P<first>\d\d)"
     r"(?:\?[\d+:]*=(?P=register)(?P<checked>\d\d))?;"
 )
 _TOKEN = re.compile("|".join((*MARKERS, r"\d\d", f"[{REGISTERS}]=", ".")), re.DOTALL)
 
 
 class Definition(NamedTuple):
-    """A register in a prompt: `c=a*b` is ("c", "a", "*", "b"), `e=08-c` is ("e", "08", "-", "c").
+    """A register in a prompt: `c=a*b` is ("c", "a", "*", "b"), `e=c-08` is ("e", "c", "-", "08").
 
     Without operator it is a constant: `a=17` is ("a", "17").
     """
@@ -173,7 +174,7 @@ class Kept(NamedTuple):
 def sample_problem(rng: random.Random) -> Problem:
     """Two constants and six operations, K of which the query needs; K is uniform on 2..5.
 
-    A product is of a number from 2 to 52 and a register that is defined before. A sum or difference is of such a
+    A product is of a register that is defined before and a number from 2 to 52. A sum or difference is of such a
     register and, each half of the time, a constant or a number. Of the products UNKNOWN_SHARE are of unknown pairs.
 
     The operations that the query needs are a chain: each takes the one before, and the query is the last. Of the others
@@ -199,10 +200,10 @@ def _operation(
 ) -> Definition:
     if rng.random() < PRODUCT_SHARE:
         factors = _factors(known[operand], rng.random() < UNKNOWN_SHARE)
-        return Definition(name, f"{rng.choice(factors):02d}", "*", operand)
+        return Definition(name, operand, "*", f"{rng.choice(factors):02d}")
     operator = rng.choice("+-")
     if rng.random() < 0.5:
-        return Definition(name, f"{rng.choice(NUMBERS):02d}", operator, operand)
+        return Definition(name, operand, operator, f"{rng.choice(NUMBERS):02d}")
     other = rng.choice([register for register in constants if register != operand])
     left, right = rng.sample((operand, other), 2)
     return Definition(name, left, operator, right)
@@ -223,11 +224,11 @@ def parse_prompt(text: str) -> Problem:
     """The problem of a prompt.
 
     Raises:
-        ValueError: `text` is not of the form `a=17;c=08*a;c?`, or defines a register twice, by itself or not at all.
+        ValueError: `text` is not of the form `a=17;c=a*08;c?`, or defines a register twice, by itself or not at all.
     """
     match = _PROMPT.fullmatch(text)
     if match is None:
-        raise ValueError(f"prompt: {text!r} must be definitions and a query such as 'a=17;c=08*a;c?'.")
+        raise ValueError(f"prompt: {text!r} must be definitions and a query such as 'a=17;c=a*08;c?'.")
     definitions = tuple(
         Definition(name, constant or left, operator, right)
         for name, constant, left, operator, right in _DEFINITION.findall(text)
@@ -320,7 +321,12 @@ def plan(steps: list[Definition]) -> str:
 
 
 def lessons(
-    problem: Problem, rng: random.Random, checked: float = 0.5, slip: float = 0.75, unneeded: float = 0.3
+    problem: Problem,
+    rng: random.Random,
+    step: int = SCHEDULE,
+    checked: float = 0.5,
+    slip: float = 0.75,
+    unneeded: float = 0.3,
 ) -> list[tuple[str, bool]]:
     """A completion in pieces, without EOS, each with whether training has a loss on it.
 
@@ -330,6 +336,8 @@ def lessons(
 
     Args:
         problem: the problem.
+        step: the training's. Before COPYING there is no loss on the numbers that a step works out: a model that learns
+            these first is slow to learn where to look.
         checked: the probability that a product is checked.
         slip: the probability that the fast value of an unknown pair is wrong, if it is checked.
         unneeded: the probability that a step which the query doesn't need comes before one that it needs.
@@ -345,31 +353,41 @@ def lessons(
         if ready and rng.random() < unneeded:
             due.insert(0, rng.choice(ready))
             spare.remove(due[0])
-        for step in due:
-            pieces += _step(step, known, rng, checked, slip)
-            done.add(step.register)
+        for due_step in due:
+            pieces += _step(due_step, known, rng, checked, slip, step >= COPYING)
+            done.add(due_step.register)
     return [*pieces, (f"{PROBE}{answer(problem)}{ANSWER_END}", True)]
 
 
 def _step(
-    definition: Definition, known: Mapping[str, int], rng: random.Random, checked: float, slip: float
+    definition: Definition,
+    known: Mapping[str, int],
+    rng: random.Random,
+    checked: float,
+    slip: float,
+    worked_out: bool,
 ) -> list[tuple[str, bool]]:
+    """The pieces of a step; `worked_out` says whether there is a loss on its numbers besides the operands."""
+
+    def work(text: str) -> list[tuple[str, bool]]:
+        return [(piece, worked_out or not piece.isdigit()) for piece in re.split(r"(\d\d)", text) if piece]
+
     name, left, operator, right = definition
     a, b = operand_values(definition, known)
     value = known[name]
-    begin = f"{name}={left if left.isalpha() else ''}{a:02d}{operator}{right}{b:02d}"
+    begin = f"{name}={left}{a:02d}{operator}{right if right.isalpha() else ''}{b:02d}"
     if operator != "*":
-        return [(f"{begin}{_halfway(a, operator, b)}={name}{value:02d};", True)]
+        return [(begin, True), *work(f"{_halfway(a, operator, b)}={name}{value:02d};")]
     is_checked = rng.random() < checked
     slips = is_checked and unknown(a, b) and rng.random() < slip
     fast = (value + rng.randrange(1, MODULUS)) % MODULUS if slips else value
     end = f"{check(a, b)}={name}{value:02d};" if is_checked else ";"
-    return [(f"{begin}={name}", True), (f"{fast:02d}", not unknown(a, b)), (end, True)]
+    return [(f"{begin}={name}", True), (f"{fast:02d}", worked_out and not unknown(a, b)), *work(end)]
 
 
 def trace(problem: Problem, rng: random.Random, checked: float = 0.5, slip: float = 0.75, unneeded: float = 0.3) -> str:
     """A completion, without EOS; see `lessons`."""
-    return "".join(text for text, _ in lessons(problem, rng, checked, slip, unneeded))
+    return "".join(text for text, _ in lessons(problem, rng, SCHEDULE, checked, slip, unneeded))
 
 
 def minimal_trace(problem: Problem) -> str:

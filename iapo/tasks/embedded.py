@@ -35,8 +35,8 @@ class Task(Protocol):
     def trace(self, problem: Problem, rng: random.Random, /) -> str:
         """A completion with the right answer, as the model learns them; without EOS."""
 
-    def lessons(self, problem: Problem, rng: random.Random, /) -> list[tuple[str, bool]]:
-        """The pieces of such a completion, each of whole tokens and with whether training has a loss on it."""
+    def lessons(self, problem: Problem, rng: random.Random, step: int, /) -> list[tuple[str, bool]]:
+        """The pieces of such a completion, each of whole tokens, and whether the training's step has a loss on them."""
 
     def minimal_tokens(self, problem: Problem, /) -> int:
         """The fewest tokens of a completion with the right answer, EOS included."""

@@ -105,16 +105,16 @@ def lesson_ids(tokenizer: PreTrainedTokenizerBase, lessons: list[tuple[str, bool
 
 
 def make_batch(
-    tokenizer: PreTrainedTokenizerBase, rng: random.Random, size: int, task: Task = TASKS[DEFAULT]
+    tokenizer: PreTrainedTokenizerBase, rng: random.Random, size: int, task: Task = TASKS[DEFAULT], step: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New problems with traces: `input_ids_BL` and `labels_BL`, right-padded.
 
-    Prompts have no label, nor have the pieces of a trace that training has no loss on.
+    Prompts have no label, nor have the pieces of a trace that the training's step has no loss on.
     """
     rows = []
     for _ in range(size):
         problem = task.sample_problem(rng)
-        rows.append((prompt_ids(tokenizer, problem, task), *lesson_ids(tokenizer, task.lessons(problem, rng))))
+        rows.append((prompt_ids(tokenizer, problem, task), *lesson_ids(tokenizer, task.lessons(problem, rng, step))))
     longest = max(len(p) + len(c) for p, c, _ in rows)
     input_ids_BL = torch.full((size, longest), tokenizer.pad_token_id)
     labels_BL = torch.full((size, longest), IGNORED)
@@ -138,7 +138,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, task: Tas
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, task.SCHEDULE)
-        input_ids_BL, labels_BL = make_batch(tokenizer, rng, BATCH, task)
+        input_ids_BL, labels_BL = make_batch(tokenizer, rng, BATCH, task, step)
         # Padding is on the right, where a causal model cannot see it, so no attention mask is needed.
         loss = model(input_ids=input_ids_BL, labels=labels_BL).loss
         optimizer.zero_grad()

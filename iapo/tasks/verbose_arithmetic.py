@@ -75,8 +75,8 @@ def trace(numbers: tuple[int, ...], rng: random.Random, redundancy: float = 0.5)
     return written(reasoning, answer(numbers))
 
 
-def lessons(numbers: tuple[int, ...], rng: random.Random) -> list[tuple[str, bool]]:
-    """The trace in one piece, with a loss on all of it."""
+def lessons(numbers: tuple[int, ...], rng: random.Random, step: int = 0) -> list[tuple[str, bool]]:
+    """The trace in one piece, with a loss on all of it at every step of the training."""
     return [(trace(numbers, rng), True)]
 
 
