@@ -138,17 +138,26 @@ def test_traces_with_certain_choices_by_hand(unknown_pairs):
 def test_the_pieces_of_a_trace_by_hand(unknown_pairs):
     def left_out(**options):
         """The trace with the pieces in brackets on which training has no loss."""
-        pieces = task.lessons(PROBLEM, random.Random(0), unneeded=0, **options)
+        pieces = task.pieces(PROBLEM, random.Random(0), unneeded=0, **options)
         return "".join(text if has_loss else f"[{text}]" for text, has_loss in pieces)
 
     assert left_out(checked=0) == MINIMAL.replace("f27;", "f[27];")
     assert left_out(checked=1, slip=0) == CHECKED.replace("f27?", "f[27]?")
     slipped = left_out(checked=1, slip=1)
     assert re.sub(r"f\[\d\d\]\?", "f[27]?", slipped) == CHECKED.replace("f27?", "f[27]?") and "f[27]" not in slipped
-    # First it learns to plan and to copy, and nothing that a step works out.
-    first = left_out(checked=1, slip=0, step=task.COPYING - 1)
-    numbers = re.sub(r"(?<=[?+:])(\d\d)|(?<=[=][cdefg])(\d\d)(?=[?;])", lambda m: f"[{m[0]}]", CHECKED)
-    assert first == numbers and "c=a17*42=c[25]?[44]+[34]:[21]=c[25];d=a17+b42:[04]=d[06];" in first
+
+
+def test_lessons_begin_with_small_problems():
+    for seed in range(100):
+        small, pieces = task.lesson(random.Random(seed), task.SMALL - 1)
+        first, second = task.needed(small)
+        registers = {first.register, *first.operands, second.register, *second.operands}
+        assert {d.register for d in small.definitions} == registers and small.query == second.register
+        assert task.parse_prompt(task.prompt(small)) == small
+        kept = task.kept(small, "".join(text for text, _ in pieces))
+        assert [step.needed for step in kept.steps] == [True, True] and all(step.right for step in kept.steps)
+        usual, _ = task.lesson(random.Random(seed), task.SMALL)
+        assert usual == task.sample_problem(random.Random(seed))
 
 
 def test_every_trace_has_the_form_the_right_answer_and_a_good_length():

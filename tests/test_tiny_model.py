@@ -66,14 +66,14 @@ def test_every_trace_survives_encoding_and_skip_special_tokens(task):
 def test_the_pieces_of_a_trace_are_the_tokens_of_the_whole(task):
     tokenizer = tiny_model.build_tokenizer(task)
     for seed in range(200):
-        problem = task.sample_problem(random.Random(seed))
-        lessons = task.lessons(problem, random.Random(seed), seed % 2 * task.SCHEDULE)
-        assert "".join(text for text, _ in lessons) == task.trace(problem, random.Random(seed))
-        ids, labels = tiny_model.lesson_ids(tokenizer, lessons)
-        assert ids == encoded(tokenizer, "".join(text for text, _ in lessons)) and len(labels) == len(ids)
+        problem, pieces = task.lesson(random.Random(seed), task.SCHEDULE)
+        text = "".join(text for text, _ in pieces)
+        assert problem == task.sample_problem(rng := random.Random(seed)) and text == task.trace(problem, rng)
+        ids, labels = tiny_model.lesson_ids(tokenizer, pieces)
+        assert ids == encoded(tokenizer, text) and len(labels) == len(ids)
         assert all(label in (token, tiny_model.IGNORED) for token, label in zip(ids, labels, strict=True))
         left_out = sum(label == tiny_model.IGNORED for label in labels)
-        assert left_out == len([text for text, has_loss in lessons if not has_loss])  # here of one token each
+        assert left_out == len([text for text, has_loss in pieces if not has_loss])  # here of one token each
 
 
 def test_the_probe_is_the_three_tokens_that_the_model_writes_there(tokenizer):
@@ -187,12 +187,11 @@ def test_batches_label_the_completion_only(task):
 
 
 def test_batches_are_of_their_step(monkeypatch):
-    """Of checked registers: at first no loss on what is worked out, later on all of it but unknown products."""
+    """Of checked registers: small problems at first."""
     task = TASKS["checked_registers"]
     tokenizer = tiny_model.build_tokenizer(task)
     first, later = (tiny_model.make_batch(tokenizer, random.Random(0), 4, task, step) for step in (0, task.SCHEDULE))
-    assert torch.equal(first[0], later[0])
-    assert (first[1] != tiny_model.IGNORED).sum() < (later[1] != tiny_model.IGNORED).sum()
+    assert first[0].shape[1] < later[0].shape[1]
     steps = []
 
     def batch(*inputs):

@@ -35,8 +35,11 @@ class Task(Protocol):
     def trace(self, problem: Problem, rng: random.Random, /) -> str:
         """A completion with the right answer, as the model learns them; without EOS."""
 
-    def lessons(self, problem: Problem, rng: random.Random, step: int, /) -> list[tuple[str, bool]]:
-        """The pieces of such a completion, each of whole tokens, and whether the training's step has a loss on them."""
+    def lesson(self, rng: random.Random, step: int, /) -> tuple[Problem, list[tuple[str, bool]]]:
+        """What a step of training learns from: a problem and such a completion, in pieces of whole tokens.
+
+        A piece is a text and whether there is a loss on it.
+        """
 
     def minimal_tokens(self, problem: Problem, /) -> int:
         """The fewest tokens of a completion with the right answer, EOS included."""

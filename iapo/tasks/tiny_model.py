@@ -94,10 +94,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, problem: Problem, task: Task 
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def lesson_ids(tokenizer: PreTrainedTokenizerBase, lessons: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
+def lesson_ids(tokenizer: PreTrainedTokenizerBase, pieces: list[tuple[str, bool]]) -> tuple[list[int], list[int]]:
     """The ids of a completion in pieces, EOS included, and their labels: IGNORED where a piece has no loss."""
     ids, labels = [], []
-    for text, has_loss in lessons:
+    for text, has_loss in pieces:
         piece = tokenizer.encode(text, add_special_tokens=False)
         ids += piece
         labels += piece if has_loss else [IGNORED] * len(piece)
@@ -109,12 +109,12 @@ def make_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """New problems with traces: `input_ids_BL` and `labels_BL`, right-padded.
 
-    Prompts have no label, nor have the pieces of a trace that the training's step has no loss on.
+    Prompts have no label, nor have the pieces of a trace that training has no loss on.
     """
     rows = []
     for _ in range(size):
-        problem = task.sample_problem(rng)
-        rows.append((prompt_ids(tokenizer, problem, task), *lesson_ids(tokenizer, task.lessons(problem, rng, step))))
+        problem, pieces = task.lesson(rng, step)
+        rows.append((prompt_ids(tokenizer, problem, task), *lesson_ids(tokenizer, pieces)))
     longest = max(len(p) + len(c) for p, c, _ in rows)
     input_ids_BL = torch.full((size, longest), tokenizer.pad_token_id)
     labels_BL = torch.full((size, longest), IGNORED)

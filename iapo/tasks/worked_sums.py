@@ -51,7 +51,7 @@ __all__ = [
     "kept",
     "kept_metrics",
     "kind_of",
-    "lessons",
+    "lesson",
     "minimal_tokens",
     "minimal_trace",
     "parse_prompt",
@@ -137,9 +137,10 @@ def trace(numbers: tuple[int, ...], rng: random.Random, worked: float = 0.5, fil
     return written(reasoning, answer(numbers))
 
 
-def lessons(numbers: tuple[int, ...], rng: random.Random, step: int = 0) -> list[tuple[str, bool]]:
-    """The trace in one piece, with a loss on all of it at every step of the training."""
-    return [(trace(numbers, rng), True)]
+def lesson(rng: random.Random, step: int) -> tuple[tuple[int, ...], list[tuple[str, bool]]]:
+    """A problem and its trace in one piece, with a loss on all of it; the same at every step of training."""
+    numbers = sample_problem(rng)
+    return numbers, [(trace(numbers, rng), True)]
 
 
 def kept(numbers: tuple[int, ...], completion: str) -> Kept:
