@@ -11,13 +11,13 @@ import pytest
 from iapo.tasks import checked_registers as task
 from iapo.tasks.checked_registers import Definition, Kept, Step
 
-PROMPT = "c=a*42;a=17;e=c-08;b=42;d=a+b;f=e*39;g=f-d;h=c*30;g?"
+PROMPT = "c=42*a;a=17;e=08-c;b=42;d=a+b;f=39*e;g=f-d;h=30*c;g?"
 PROBLEM = task.parse_prompt(PROMPT)
-STEPS = "c=a17*42=c25;d=a17+b42:04=d06;e=c25-08:25=e17;f=e17*39=f27;g=f27-d06:27=g21;"
-MINIMAL = f"<think>gfedc;{STEPS}</think>\n<answer>21</answer>"
-CHECKED = MINIMAL.replace("=c25;d", "=c25?44+34:21=c25;d").replace("=f27;", "=f27?33+47:20=f27;")
+STEPS = "c=42*a17=c25;d=a17+b42:04=d06;e=08-c25:41=e36;f=39*e36=f26;g=f26-d06:26=g20;"
+MINIMAL = f"<think>gfedc;{STEPS}</think>\n<answer>20</answer>"
+CHECKED = MINIMAL.replace("=c25;d", "=c25?49+29:16=c25;d").replace("=f26;", "=f26?04+22:24=f26;")
 
-# 17*42, of c, is made known; 17*39, of f, and 25*30, of h, which nobody needs, are made unknown.
+# 42*17, of c, is made known; 39*36, of f, and 30*25, of h, which nobody needs, are made unknown.
 EASY = Step(needed=True, product=False, unknown=False, checked=False, fast=True, right=True)
 KNOWN = EASY._replace(product=True)
 UNKNOWN = KNOWN._replace(unknown=True)
@@ -25,38 +25,38 @@ UNKNOWN = KNOWN._replace(unknown=True)
 
 @pytest.fixture
 def unknown_pairs(monkeypatch):
-    monkeypatch.setattr(task, "unknown", lambda a, b: {a, b} in ({17, 39}, {25, 30}))
+    monkeypatch.setattr(task, "unknown", lambda a, b: {a, b} in ({39, 36}, {30, 25}))
 
 
 def test_prompt_answer_and_the_shortest_completion_by_hand():
     assert PROBLEM.query == "g"
     assert PROBLEM.definitions[:3] == (
-        Definition("c", "a", "*", "42"),
+        Definition("c", "42", "*", "a"),
         Definition("a", "17"),
-        Definition("e", "c", "-", "08"),
+        Definition("e", "08", "-", "c"),
     )
     assert task.prompt(PROBLEM) == PROMPT
-    # 714 = 13*53 + 25, 59 - 53 = 6, 17*39 = 663 = 12*53 + 27, 25*30 = 750 = 14*53 + 8
-    assert task.values(PROBLEM) == {"a": 17, "b": 42, "c": 25, "d": 6, "e": 17, "f": 27, "g": 21, "h": 8}
+    # 714 = 13*53 + 25, 59 - 53 = 6, 8 - 25 + 53 = 36, 39*36 = 1404 = 26*53 + 26, 30*25 = 750 = 14*53 + 8
+    assert task.values(PROBLEM) == {"a": 17, "b": 42, "c": 25, "d": 6, "e": 36, "f": 26, "g": 20, "h": 8}
     assert [definition.register for definition in task.needed(PROBLEM)] == ["c", "d", "e", "f", "g"]
-    assert task.answer(PROBLEM) == "21"
+    assert task.answer(PROBLEM) == "20"
     assert task.minimal_trace(PROBLEM) == MINIMAL
     # the plan's 6 tokens, steps of 9, 12, 11, 9 and 12, the answer, 4 markers, newline, EOS
     assert task.minimal_tokens(PROBLEM) == 66
-    assert task.answer(task.parse_prompt("a=17;b=a-17;b?")) == "00"
+    assert task.answer(task.parse_prompt("a=17;b=17-a;b?")) == "00"
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("12+34=", "must be definitions and a query"),
-        ("a=17;b=a+8;b?", "must be definitions and a query"),
-        ("a=17;b=08+a;b?", "must be definitions and a query"),
-        ("a=17;b=a+08;", "must be definitions and a query"),
-        ("a=17;b=a+08;c?", "must define each register once, and the one it asks for"),
+        ("a=17;b=8+a;b?", "must be definitions and a query"),
+        ("a=17;b=a+08;b?", "must be definitions and a query"),
+        ("a=17;b=08+a;", "must be definitions and a query"),
+        ("a=17;b=08+a;c?", "must define each register once, and the one it asks for"),
         ("a=17;a=18;a?", "must define each register once"),
-        ("a=b+01;b=a+01;b?", "must define no register by itself"),
-        ("a=b+01;a?", "or by one that it lacks"),
+        ("a=01+b;b=01+a;b?", "must define no register by itself"),
+        ("a=01+b;a?", "or by one that it lacks"),
     ],
 )
 def test_what_is_no_prompt_is_refused(text, reason):
@@ -65,8 +65,8 @@ def test_what_is_no_prompt_is_refused(text, reason):
 
 
 def test_checks_by_hand():
-    assert task.check(17, 42) == "?44+34:21"  # 680 = 12*53 + 44, 34, 74 - 53; 21+4 is the product, 25
-    assert task.check(17, 39) == "?33+47:20"  # 510 = 9*53 + 33, 153 = 2*53 + 47, 73 - 53; 20+7 is 27
+    assert task.check(42, 17) == "?49+29:16"  # 420 = 7*53 + 49, 294 = 5*53 + 29, 69 - 53; 16+9 is the product, 25
+    assert task.check(39, 36) == "?04+22:24"  # 1170 = 22*53 + 4, 234 = 4*53 + 22, 4+20; 24+2 is 26
     assert task.check(50, 3) == "?00+44:40"  # 150 = 2*53 + 44; 40+4 is 44
     assert task.check(0, 52) == "?00+00:00"
 
@@ -103,8 +103,8 @@ def test_problems_need_two_to_five_of_six_operations_and_follow_the_seed():
         assert task.token_count(task.prompt(problem)) == 2 * 3 + 6 * 5 + 2
     operations = [d for problem in problems for d in problem.definitions if d.operator]
     assert fmean(d.operator == "*" for d in operations) == pytest.approx(0.4, abs=0.02)
-    assert not any(d.right.isalpha() for d in operations if d.operator == "*")
-    assert fmean(d.right.isalpha() for d in operations if d.operator != "*") == pytest.approx(0.5, abs=0.02)
+    assert all(d.left.isdigit() for d in operations if d.operator == "*")
+    assert fmean(d.left.isalpha() for d in operations if d.operator != "*") == pytest.approx(0.5, abs=0.02)
     assert all(d.left != d.right for d in operations)
     places = Counter(problem.definitions.index(task.needed(problem)[-1]) for problem in problems)
     assert all(0.1 < places[place] / len(problems) < 0.15 for place in range(8))
@@ -129,10 +129,10 @@ def test_traces_with_certain_choices_by_hand(unknown_pairs):
     assert task.trace(PROBLEM, rng, checked=0, unneeded=0) == MINIMAL
     assert task.trace(PROBLEM, rng, checked=1, slip=0, unneeded=0) == CHECKED
     slipped = task.trace(PROBLEM, rng, checked=1, slip=1, unneeded=0)
-    assert re.sub(r"=f\d\d\?", "=f27?", slipped) == CHECKED and slipped != CHECKED
+    assert re.sub(r"=f\d\d\?", "=f26?", slipped) == CHECKED and slipped != CHECKED
     # Once c is there h can be worked out.
     spare = task.trace(PROBLEM, rng, checked=0, unneeded=1)
-    assert spare == MINIMAL.replace("d=a", "h=c25*30=h08;d=a")
+    assert spare == MINIMAL.replace("d=a", "h=30*c25=h08;d=a")
 
 
 def test_the_pieces_of_a_trace_by_hand(unknown_pairs):
@@ -141,10 +141,10 @@ def test_the_pieces_of_a_trace_by_hand(unknown_pairs):
         pieces = task.pieces(PROBLEM, random.Random(0), unneeded=0, **options)
         return "".join(text if has_loss else f"[{text}]" for text, has_loss in pieces)
 
-    assert left_out(checked=0) == MINIMAL.replace("f27;", "f[27];")
-    assert left_out(checked=1, slip=0) == CHECKED.replace("f27?", "f[27]?")
+    assert left_out(checked=0) == MINIMAL.replace("f26;", "f[26];")
+    assert left_out(checked=1, slip=0) == CHECKED.replace("f26?", "f[26]?")
     slipped = left_out(checked=1, slip=1)
-    assert re.sub(r"f\[\d\d\]\?", "f[27]?", slipped) == CHECKED.replace("f27?", "f[27]?") and "f[27]" not in slipped
+    assert re.sub(r"f\[\d\d\]\?", "f[26]?", slipped) == CHECKED.replace("f26?", "f[26]?") and "f[26]" not in slipped
 
 
 def test_lessons_begin_with_small_problems():
@@ -190,7 +190,7 @@ def test_every_trace_has_the_form_the_right_answer_and_a_good_length():
 
 def test_the_longest_completion_fits():
     """All six operations are products, and each is checked: 18 tokens a step."""
-    problem = task.parse_prompt("a=17;b=42;c=a*02;d=c*03;e=d*04;f=e*05;g=f*06;h=a*07;g?")
+    problem = task.parse_prompt("a=17;b=42;c=02*a;d=03*c;e=04*d;f=05*e;g=06*f;h=07*a;g?")
     text = task.trace(problem, random.Random(0), checked=1, unneeded=1)
     assert task.token_count(text) + 1 == 6 + 6 * 18 + 4 + 1 + 1 + 1 <= 128
 
@@ -199,19 +199,19 @@ def test_what_is_kept_by_hand(unknown_pairs):
     assert task.kept(PROBLEM, MINIMAL) == Kept((KNOWN, EASY, EASY, UNKNOWN, EASY), 5)
     checked = (KNOWN._replace(checked=True), EASY, EASY, UNKNOWN._replace(checked=True), EASY)
     assert task.kept(PROBLEM, CHECKED) == Kept(checked, 5)
-    corrected = CHECKED.replace("=f27?", "=f31?")
+    corrected = CHECKED.replace("=f26?", "=f31?")
     assert task.kept(PROBLEM, corrected).steps[3] == UNKNOWN._replace(checked=True, fast=False)
-    spare = MINIMAL.replace("d=a", "h=c25*30=h09;d=a")
+    spare = MINIMAL.replace("d=a", "h=30*c25=h09;d=a")
     assert task.kept(PROBLEM, spare).steps[1] == UNKNOWN._replace(needed=False, fast=False, right=False)
 
 
 def test_a_mistake_counts_once_and_is_what_later_steps_start_from():
-    # c became 26, so e is 18, f is 18*39 = 702 = 13*53 + 13 and g is 13 - 6 = 7
-    steps = ("c=a17*42=c26;", "d=a17+b42:04=d06;", "e=c26-08:26=e18;", "f=e18*39=f13;", "g=f13-d06:13=g07;")
+    # c became 26, so e is 8 - 26 + 53 = 35, f is 39*35 = 1365 = 25*53 + 40 and g is 40 - 6 = 34
+    steps = ("c=42*a17=c26;", "d=a17+b42:04=d06;", "e=08-c26:41=e35;", "f=39*e35=f40;", "g=f40-d06:40=g34;")
     text = "".join(steps)
     assert [step.right for step in task.kept(PROBLEM, text).steps] == [False, True, True, True, True]
     # A check that is wrong counts too, and one that corrects hides the fast value.
-    checked = text.replace("c26;d", "c25?44+34:21=c26;d")
+    checked = text.replace("c26;d", "c25?49+29:16=c26;d")
     assert [(step.fast, step.right) for step in task.kept(PROBLEM, checked).steps[:3]] == [
         (True, False),
         (True, True),
@@ -220,25 +220,25 @@ def test_a_mistake_counts_once_and_is_what_later_steps_start_from():
 
 
 def test_a_miscopied_operand_is_a_mistake():
-    text = MINIMAL.replace("e=c25-08:25=e17", "e=c45-08:45=e37")
+    text = MINIMAL.replace("e=08-c25:41=e36", "e=08-c35:31=e26")
     assert [step.right for step in task.kept(PROBLEM, text).steps] == [True, True, False, False, True]
 
 
 def test_an_operand_that_was_not_worked_out_has_its_true_value():
-    assert task.kept(PROBLEM, "<think>f=e17*39=f27;").steps[0].right
-    assert not task.kept(PROBLEM, "<think>f=e18*39=f13;").steps[0].right
+    assert task.kept(PROBLEM, "<think>f=39*e36=f26;").steps[0].right
+    assert not task.kept(PROBLEM, "<think>f=39*e35=f40;").steps[0].right
 
 
 @pytest.mark.parametrize(
     ("text", "needed", "others"),
     [
         ("", 0, 0),
-        ("<think></think>\n<answer>21</answer>", 0, 0),
-        ("<think>c=a17*42=c25;d=a17+b42:04=d0", 1, 0),  # cut
-        ("<think>c=a17*42=c25?44+34:21=", 0, 0),  # cut in a check
-        ("<think>c=a17*42=d25;", 0, 0),  # another register in the end
-        ("<think>c=a17*42=c25;c=a17*42=c25;", 1, 1),  # repeated
-        ("<think>h=c25*30=h08;a=b42+01:42=a43;", 0, 2),
+        ("<think></think>\n<answer>20</answer>", 0, 0),
+        ("<think>c=42*a17=c25;d=a17+b42:04=d0", 1, 0),  # cut
+        ("<think>c=42*a17=c25?49+29:16=", 0, 0),  # cut in a check
+        ("<think>c=42*a17=d25;", 0, 0),  # another register in the end
+        ("<think>c=42*a17=c25;c=42*a17=c25;", 1, 1),  # repeated
+        ("<think>h=30*c25=h08;a=01+b42:41=a43;", 0, 2),
     ],
 )
 def test_steps_that_are_left_out_cut_repeated_or_not_needed(text, needed, others):

@@ -23,7 +23,7 @@ RIGHT_SUMS |= {(carries, True): 0.99 for carries in range(4)}
 UNKNOWN_FAST, UNKNOWN_CHECKED = Form(True, True, False), Form(True, True, True)
 KNOWN_FAST, KNOWN_CHECKED = Form(True, False, False), Form(True, False, True)
 RIGHT_STEPS = {EASY: 0.99, UNKNOWN_FAST: 0.1, UNKNOWN_CHECKED: 0.95, KNOWN_FAST: 0.98, KNOWN_CHECKED: 0.96}
-REGISTERS = registers.parse_prompt("a=17;b=42;c=a*42;d=c+08;e=d*35;f=a*20;e?")
+REGISTERS = registers.parse_prompt("a=17;b=42;c=42*a;d=08+c;e=35*d;f=20*a;e?")
 
 
 # --- worked sums ---
@@ -88,8 +88,8 @@ def test_rates_of_steps_by_hand():
 
 
 def test_the_ways_of_registers_by_hand(monkeypatch):
-    """17*42 is known, d is easy, 33*35 is unknown; nobody needs f. A check is 9 tokens: `?44+34:21=c25`."""
-    monkeypatch.setattr(registers, "unknown", lambda a, b: (a, b) == (33, 35))
+    """42*17 is known, d is easy, 35*33 is unknown; nobody needs f. A check is 9 tokens: `?49+29:16=c25`."""
+    monkeypatch.setattr(registers, "unknown", lambda a, b: (a, b) == (35, 33))
     fewest = registers.minimal_tokens(REGISTERS)
     assert checked_registers.ways(REGISTERS, RIGHT_STEPS) == [
         pytest.approx(point)

@@ -622,14 +622,14 @@ def test_counts_by_hand():
 
 
 # c, of an unknown pair, and d are needed; h is not.
-REGISTERS = "a=17;b=42;c=a*42;d=c+b;h=b*30;d?"
+REGISTERS = "a=17;b=42;c=42*a;d=c+b;h=30*b;d?"
 
 
 def test_counts_of_registers_by_hand():
     assert checked_registers.unknown(17, 42) and checked_registers.unknown(42, 30)
     texts = (
-        "c=a17*42=c11?44+34:21=c25;d=c25+b42:12=d14;",
-        "h=b42*30=h41?41+00:41=h41;c=a17*42=c25;c=a17*42=c25;",
+        "c=42*a17=c11?49+29:16=c25;d=c25+b42:12=d14;",
+        "h=30*b42=h41?34+07:34=h41;c=42*a17=c25;c=42*a17=c25;",
     )
     samples = [written_as(REGISTERS, text) for text in texts]
     expected = {"steps/due": 4, "steps/needed": 3, "steps/unneeded": 2, "products/unknown": 2, "checks/unknown": 1}

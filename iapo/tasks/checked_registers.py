@@ -1,49 +1,45 @@
 """Checked registers: the embedded task on which the generator knows which steps are needed and which checks pay.
 
-After iGSM (arXiv 2407.20311), but tiny. A prompt defines eight registers modulo 97, in any order, and asks for one:
+After iGSM (arXiv 2407.20311), but tiny. A prompt defines eight registers modulo 53, in any order, and asks for one:
 
-    c=a*42;a=17;e=c-08;b=42;d=a+b;f=e*59;g=f-d;h=c*30;g?
+    c=42*a;a=17;e=08-c;b=42;d=a+b;f=39*e;g=f-d;h=30*c;g?
 
 A completion begins with a plan, the registers that the query needs from the query back. Then it works registers out,
 each after those that it is made of:
 
-    <think>gfedc;c=a17*42=c35;d=a17+b42:57=d59;e=c35-08:35=e27;f=e27*59=f46?89+49:32=f41;g=f41-d59:88=g79;</think>
-    <answer>79</answer>
+    <think>gfedc;c=42*a17=c25;d=a17+b42:04=d06;e=08-c25:41=e36;f=39*e36=f31?04+22:24=f26;g=f26-d06:26=g20;</think>
+    <answer>20</answer>
 
 A step names its register, copies the operands with their values, and ends in name and value. Without the plan a tiny
 model has to trace up to five definitions back at once, and does not learn to in 2,500 steps; with it that is one look
 per register.
 
-- Sums and differences are *easy*: with the tens of the second operand (17+40 is 57), then with its units (59).
+- Sums and differences are *easy*: with the tens of the second operand (17+40 is 4), then with its units (6).
 - A product is *fast*: its value is written at once. After it a *check* may work it out, with the tens of the second
-  operand (27*50 is 89), with its units (27*9 is 49), and by the sum of the two as in an easy step (89+40 is 32, and
-  41). The value after a check counts, so a check corrects a fast value that is wrong.
+  operand (39*30 is 4), with its units (39*6 is 22), and by the sum of the two as in an easy step (4+20 is 24, and 26).
+  The value after a check counts, so a check corrects a fast value that is wrong.
 
-Each number of an easy step or a check depends on one number and one digit, 970 cases, so that a tiny model learns it. A
-fast product depends on two numbers. Most pairs are *unknown*: training leaves out the loss on their fast values, so the
-model never learns them. A check pays there and nowhere else. Random slips would be another way to make a model err, but
-reinforcement learning unlearns those at once; it can't find thousands of products by trial.
+Each number of an easy step or a check depends on one number and one digit, 530 cases at most, so that a tiny model
+learns it. A fast product depends on two numbers. Most pairs are *unknown*: training leaves out the loss on their fast
+values, so the model never learns them. A check pays there and nowhere else. Random slips would be another way to make a
+model err, but reinforcement learning unlearns those at once; it can't find a thousand products by trial.
 
 The few known pairs are what most prompts ask for. This is because a model that sees most pairs learns how to multiply,
-and then knows the others too. Training on such facts alone, with the tiny model and about as many examples, showed it.
-Trained on 80% of all pairs it got 0.51 of these right after 3,000 steps, and 0.46 of the others. Trained on 12%, and on
-the products of checks, it got 0.99 and 0.10 after 1,200.
-
-Derived from that, not measured yet: a fast product is right 0.8 * 0.99 + 0.2 * 0.1 = 0.81 of the time. With checks that
-are right 0.97 of the time and easy steps 0.985, a model that checks half of its products is right 0.83 of the time, if
-it copies and plans without mistakes.
-
-The model isn't trained yet. With the learning rate of a schedule of 3,000 steps it plans and copies after 1,300 (the
-right token has a probability of 0.96 to 1.00), but after 1,900, where that run was stopped, it had learned half of the
-easy steps' tokens and hardly a product. So the schedule is longer now, which has not been tried.
+and then knows the others too. Training on such facts alone showed it, modulo 97, with the tiny model and about as many
+examples. Trained on 80% of all pairs it got 0.51 of these right after 3,000 steps, and 0.46 of the others. Trained on
+12%, and on the products of checks, it got 0.99 and 0.10 after 1,200.
 
 What a query doesn't need (h above) is written in the same form as what it needs, and is as easy to predict. So neither
 the form of a step nor its entropy says whether it is of use; the plan does, to who can read it.
 
+Some of the form is there so that a tiny model learns it. `c=` is one token, so that a definition is found by looking
+for one. A number comes before the register: after the register's value it can be guessed, from the known pairs, and
+then the model is slow to learn to look it up. The modulus is small: after 900 steps of training nearly all numbers of
+easy steps are learned, modulo 97 half of them after 1,900.
+
 Lengths are in tokens of the vocabulary of `iapo.tasks.tiny_model`: a marker, a number, the beginning of a definition or
-step (`c=`) and every other character are one token each, and EOS counts. With a token for `c=` a definition is found by
-looking for one token, which the model learns four times as early. Every function is pure; randomness comes only from
-the `random.Random` that the caller passes.
+step (`c=`) and every other character are one token each, and EOS counts. Every function is pure; randomness comes only
+from the `random.Random` that the caller passes.
 """
 
 import hashlib
@@ -104,17 +100,17 @@ SCHEDULE = STEPS = 3600
 SMALL = 700  # of these steps are on small problems, see `lesson`
 
 _OPERATIONS = {"+": add, "-": sub, "*": mul}
-_DEFINITION = re.compile(r"([a-h])=(?:(\d\d)|([a-h])([-+*])([a-h]|\d\d));")
+_DEFINITION = re.compile(r"([a-h])=(?:(\d\d)|([a-h]|\d\d)([-+*])([a-h]));")
 _PROMPT = re.compile(rf"(?:{_DEFINITION.pattern})+(?P<query>[a-h])\?")
 _STEP = re.compile(
-    r"(?P<register>[a-h])=[a-h]\d\d[-+*][a-h]?\d\d(?::\d\d)?=(?P=register)(?P<first>\d\d)"
+    r"(?P<register>[a-h])=[a-h]?\d\d[-+*][a-h]\d\d(?::\d\d)?=(?P=register)(?P<first>\d\d)"
     r"(?:\?[\d+:]*=(?P=register)(?P<checked>\d\d))?;"
 )
 _TOKEN = re.compile("|".join((*MARKERS, r"\d\d", f"[{REGISTERS}]=", ".")), re.DOTALL)
 
 
 class Definition(NamedTuple):
-    """A register in a prompt: `c=a*b` is ("c", "a", "*", "b"), `e=c-08` is ("e", "c", "-", "08").
+    """A register in a prompt: `c=a*b` is ("c", "a", "*", "b"), `e=08-c` is ("e", "08", "-", "c").
 
     Without operator it is a constant: `a=17` is ("a", "17").
     """
@@ -175,7 +171,7 @@ class Kept(NamedTuple):
 def sample_problem(rng: random.Random) -> Problem:
     """Two constants and six operations, K of which the query needs; K is uniform on 2..5.
 
-    A product is of a register that is defined before and a number from 2 to 52. A sum or difference is of such a
+    A product is of a number from 2 to 52 and a register that is defined before. A sum or difference is of such a
     register and, each half of the time, a constant or a number. Of the products UNKNOWN_SHARE are of unknown pairs.
 
     The operations that the query needs are a chain: each takes the one before, and the query is the last. Of the others
@@ -201,10 +197,10 @@ def _operation(
 ) -> Definition:
     if rng.random() < PRODUCT_SHARE:
         factors = _factors(known[operand], rng.random() < UNKNOWN_SHARE)
-        return Definition(name, operand, "*", f"{rng.choice(factors):02d}")
+        return Definition(name, f"{rng.choice(factors):02d}", "*", operand)
     operator = rng.choice("+-")
     if rng.random() < 0.5:
-        return Definition(name, operand, operator, f"{rng.choice(NUMBERS):02d}")
+        return Definition(name, f"{rng.choice(NUMBERS):02d}", operator, operand)
     other = rng.choice([register for register in constants if register != operand])
     left, right = rng.sample((operand, other), 2)
     return Definition(name, left, operator, right)
@@ -225,11 +221,11 @@ def parse_prompt(text: str) -> Problem:
     """The problem of a prompt.
 
     Raises:
-        ValueError: `text` is not of the form `a=17;c=a*08;c?`, or defines a register twice, by itself or not at all.
+        ValueError: `text` is not of the form `a=17;c=08*a;c?`, or defines a register twice, by itself or not at all.
     """
     match = _PROMPT.fullmatch(text)
     if match is None:
-        raise ValueError(f"prompt: {text!r} must be definitions and a query such as 'a=17;c=a*08;c?'.")
+        raise ValueError(f"prompt: {text!r} must be definitions and a query such as 'a=17;c=08*a;c?'.")
     definitions = tuple(
         Definition(name, constant or left, operator, right)
         for name, constant, left, operator, right in _DEFINITION.findall(text)
@@ -306,13 +302,13 @@ def unknown(a: int, b: int) -> bool:
 
 
 def check(a: int, b: int) -> str:
-    """The work of a*b: `check(27, 59)` is "?89+49:32", for 27*50, 27*9, 89+40. The product, 32+9, comes after it."""
+    """The work of a*b: `check(39, 36)` is "?04+22:24", for 39*30, 39*6, 4+20. The product, 24+2, comes after it."""
     tens, units = a * (b - b % 10) % MODULUS, a * (b % 10) % MODULUS
     return f"?{tens:02d}+{units:02d}{_halfway(tens, '+', units)}"
 
 
 def _halfway(a: int, operator: str, b: int) -> str:
-    """The work of an easy step: 17+42 gives ":57", which is 17+40."""
+    """The work of an easy step: 17+42 gives ":04", which is 17+40."""
     return f":{_OPERATIONS[operator](a, b - b % 10) % MODULUS:02d}"
 
 
@@ -359,7 +355,7 @@ def _step(
     name, left, operator, right = definition
     a, b = operand_values(definition, known)
     value = known[name]
-    begin = f"{name}={left}{a:02d}{operator}{right if right.isalpha() else ''}{b:02d}"
+    begin = f"{name}={left if left.isalpha() else ''}{a:02d}{operator}{right}{b:02d}"
     if operator != "*":
         return [(f"{begin}{_halfway(a, operator, b)}={name}{value:02d};", True)]
     is_checked = rng.random() < checked
