@@ -135,7 +135,7 @@ def test_the_committed_model_is_right_often_and_verbose(asset):
     tokenizer, model = (cls.from_pretrained(ASSETS / asset) for cls in (AutoTokenizer, AutoModelForCausalLM))
     result = tiny_model.evaluate(model, tokenizer, prompts=64, task=TASKS[TASK_OF[asset]])
     assert 0.7 <= result["accuracy"] <= 0.97
-    assert result["ratio"] >= 1.3
+    assert result["ratio"] >= 1.2
     assert result["format"] >= 0.95
     assert result["truncated"] <= 0.02
     assert result["ratio"] == pytest.approx(result["tokens"] / result["minimum"])
