@@ -2,7 +2,7 @@
 
 variant   iapo (the paper), iapo_rate, iapo_progress (ours), grpo, dapo, or another file of recipes/variant; several
           that act together as variant=[iapo_rate,gfpo]
-model     tiny, tiny-worked, smollm2-135m-instruct (made by iapo model), qwen2.5-0.5b-instruct,
+model     tiny, tiny-worked, tiny-registers, smollm2-135m-instruct (made by iapo model), qwen2.5-0.5b-instruct,
           qwen2.5-1.5b-instruct, qwen2.5-7b-instruct, or any folder or hub name
 data      verbose_arithmetic, worked_sums, checked_registers, gsm8k, svamp, math500, dapo_math_17k, or a folder with
           train.parquet and test.parquet; for validation only aime24, aime25, amc23, minerva, olympiadbench

@@ -34,7 +34,7 @@ from iapo.launch.checks import ConfigError, check, check_with_verl
 from iapo.launch.folder_lock import FolderInUse, lock_run_dir
 from iapo.launch.provenance import by_dotted_key
 from iapo.probe import supported_models
-from iapo.tasks.embedded import TASKS
+from iapo.tasks.embedded import TASK_OF, TASKS
 
 VARIANTS = sorted(path.stem for path in (compose.recipes_dir() / "variant").glob("*.yaml"))
 # Format, temperature and top_p and top_k of validation, response tokens, positions of the model as published.
@@ -49,6 +49,7 @@ REASONING = {
 MODELS = [
     "tiny",
     "tiny-worked",
+    "tiny-registers",
     "qwen2.5-0.5b-instruct",
     "qwen2.5-1.5b-instruct",
     "qwen2.5-7b-instruct",
@@ -405,7 +406,7 @@ def test_an_empty_data_folder_is_refused(monkeypatch):
         (["variant=[[gfpo]]"], "^variant: '\\[gfpo\\]' must be one of"),
         (
             ["model=qwen"],
-            "^model: 'qwen' must be one of deepseek-r1-distill-qwen-1.5b, .*, tiny, tiny-worked, or a folder that",
+            "^model: 'qwen' must be one of deepseek-r1-distill-qwen-1.5b, .*, tiny, tiny-registers, tiny-worked, or a ",
         ),
         (
             ["data=gsm8kk"],
@@ -675,7 +676,7 @@ def test_the_score_auto_is_resolved_for_every_variant_and_model(variant, model, 
     assert config.iapo.score == own and capsys.readouterr().err == ""  # which a variant keeps on every model
     config.iapo.score = "auto"
     compose.choose_score(config)
-    entropy = model in ("tiny", "tiny-worked") and not progress
+    entropy = model in TASK_OF and not progress
     assert config.iapo.score == ("first_token_entropy" if entropy else "reference_answer")
     assert capsys.readouterr().err == f"iapo: iapo.score=auto is {config.iapo.score} in this run\n"
 

@@ -114,7 +114,7 @@ def test_the_runs_of_the_real_tables_are_accepted_and_start_from_the_recipes_def
         config = OmegaConf.create(resolved_config(plan.job(name, value, 0)))
         assert [OmegaConf.select(config, key) for key in method.knob] == [value] * len(method.knob)
         for key, _, fixed in (override.partition("=") for override in method.fixed):
-            assert OmegaConf.select(config, key) == fixed
+            assert str(OmegaConf.select(config, key)).lower() == fixed
     default = resolve(["platform=cpu", f"variant={method.variant}"])
     updates = config.data.train_batch_size / config.actor_rollout_ref.actor.ppo_mini_batch_size
     assert updates == (1 if table == "table" else 16 / default.actor_rollout_ref.actor.ppo_mini_batch_size)

@@ -96,7 +96,7 @@ KNOWN_PAIRS_SHARE = 0.12  # of all pairs
 WORDS: tuple[str, ...] = (*(f"{residue:02d}" for residue in range(MODULUS)), *(f"{name}=" for name in REGISTERS))
 CHARACTERS = "abcdefgh+-*=:;?\n"
 
-SCHEDULE = STEPS = 3600
+SCHEDULE, STEPS = 3600, 2200
 SMALL = 700  # of these steps are on small problems, see `lesson`
 
 _OPERATIONS = {"+": add, "-": sub, "*": mul}

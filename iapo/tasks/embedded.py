@@ -54,4 +54,4 @@ TASKS: dict[str, Task] = {
     "checked_registers": checked_registers,
 }
 # The task of each folder in iapo/assets.
-TASK_OF = {"tiny": "verbose_arithmetic", "tiny-worked": "worked_sums"}
+TASK_OF = {"tiny": "verbose_arithmetic", "tiny-worked": "worked_sums", "tiny-registers": "checked_registers"}
