@@ -71,11 +71,12 @@ def test_a_rate_of_sums_that_was_not_measured_is_named():
 
 
 def test_rates_of_steps_by_hand():
-    """The fast value before a check counts as a fast product."""
+    """The fast value before a check counts as a fast product. A step that nobody needs doesn't count."""
     easy = Step(needed=True, product=False, unknown=False, checked=False, fast=True, right=True)
     unknown = easy._replace(product=True, unknown=True)
     kept = [
-        registers.Kept((easy, easy._replace(fast=False, right=False, needed=False)), 2),
+        registers.Kept((easy, easy._replace(fast=False, right=False)), 2),
+        registers.Kept((easy._replace(fast=False, right=False, needed=False), unknown._replace(needed=False)), 2),
         registers.Kept((unknown._replace(fast=False, right=False), unknown._replace(checked=True, fast=False)), 2),
         registers.Kept((unknown,), 2),
     ]
