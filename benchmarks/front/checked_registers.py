@@ -37,7 +37,7 @@ Rates = Mapping[Form, float]
 def right_rates(completions: Iterable[Kept]) -> dict[Form, float]:
     """The share of right values by form, of the steps that are needed; forms that never occur are left out.
 
-    The front has no other steps. A model is wrong there more often, where a step comes before what it is made of.
+    The front has no other steps, and the untrained model is wrong more often in these.
 
     Every product has a fast value, so the rate of fast products is over those with a check too. Else it would be of the
     products that the model chose to leave unchecked.

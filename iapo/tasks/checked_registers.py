@@ -374,8 +374,8 @@ def lesson(rng: random.Random, step: int) -> tuple[Problem, list[tuple[str, bool
     """What a step of training learns from: a problem and a completion in `pieces`.
 
     The first SMALL steps are on problems of two operations, both needed. There a look-up has three definitions to
-    choose from in place of eight. Without them one look-up or another was still missing after 1,600 steps, in each of
-    three runs.
+    choose from in place of eight. Without them one look-up or another was still missing when three runs were stopped,
+    after 1,200 to 1,600 steps.
     """
     problem = sample_problem(rng)
     if step < SMALL:
